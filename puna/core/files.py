@@ -1,0 +1,107 @@
+"""Files that are either whole or absent, and the fingerprints of what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from puna.core.errors import PunaError
+
+
+@contextlib.contextmanager
+def write_aside(path: Path | str) -> Iterator[Path]:
+    """Yield a path beside ``path``; when the block ends well, its file takes the name at once.
+
+    A crash leaves the old file, or none: never half a file.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield aside
+        _sync(aside)
+        os.replace(aside, target)
+        _sync(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_aside(path: Path | str) -> Iterator[Path]:
+    """Like :func:`write_aside` for a folder: ``path`` is replaced whole, or not touched."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+    aside.mkdir()
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(aside, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file aside and rename it into place."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write ``value`` as readable JSON, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; a missing or broken one is a :class:`PunaError` with file and line."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PunaError("file not found", where=path) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PunaError("not valid JSON", where=path, found=error, fix="restore the file or write it again") from None
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits that change with the content of a JSON-like ``value``."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def fingerprint_path(path: Path | str) -> str:
+    """Fingerprint of a file's bytes or of all files of a folder with their relative names."""
+    root = Path(path)
+    if root.is_file():
+        return sha256_of(root)[:16]
+    files = sorted(file for file in root.rglob("*") if file.is_file() and not file.name.endswith(".part"))
+    return fingerprint([(file.relative_to(root).as_posix(), sha256_of(file)) for file in files])

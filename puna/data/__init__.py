@@ -1,0 +1,1 @@
+"""Corpora and the sources they are built from."""

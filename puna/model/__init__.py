@@ -1,0 +1,1 @@
+"""The decoder as data: spec, blocks, caches, adapters, checkpoints. Knows no recipes, training or data."""

@@ -1,0 +1,1 @@
+"""Recipes, the runner, plans, claims and reports."""

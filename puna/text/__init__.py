@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates with exact loss spans, packing, vocabulary operators."""

@@ -1,0 +1,1 @@
+"""One loop, objectives as pure functions, schedules, exact resume."""
