@@ -1,0 +1,69 @@
+"""Shared fixtures: tiny Llamas made on the spot, and the real one where a test is marked ``smollm``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tiny_config() -> dict[str, Any]:
+    """A Hugging Face config of a 2-layer grouped-query Llama of about 60k parameters."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 320,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+@pytest.fixture
+def tiny_llama(tiny_config: dict[str, Any]) -> Callable[..., Any]:
+    """``tiny_llama(**config changes)`` builds a random decoder, float32, seeded."""
+
+    def build(seed: int = 0, **changes: Any) -> Any:
+        from puna.core.seeds import torch_generator
+        from puna.model.llama import Llama
+        from puna.model.spec import LlamaSpec
+
+        spec = LlamaSpec.from_config({**tiny_config, **changes})
+        return Llama(spec, generator=torch_generator(seed, "tiny"))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smollm_path() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct from the assets."""
+    from puna.core import assets
+
+    return assets.fetch("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_path: Path) -> Any:
+    """SmolLM2-135M-Instruct in float32. Tests must not change it."""
+    import puna
+
+    return puna.load("smollm2-135m-instruct").eval()
