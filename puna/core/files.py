@@ -83,7 +83,9 @@ def read_json(path: Path | str) -> Any:
     except FileNotFoundError:
         raise PunaError("file not found", where=path) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PunaError("not valid JSON", where=path, found=error, fix="restore the file or write it again") from None
+        raise PunaError(
+            "not valid JSON", where=path, found=error, fix="restore the file or write it again"
+        ) from None
 
 
 def sha256_of(path: Path | str) -> str:

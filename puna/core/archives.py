@@ -1,0 +1,81 @@
+"""Reading zip archives made by others: no path leaves its folder, nothing grows beyond its declared size."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from puna.core.errors import PunaError
+
+_PIECE = 1 << 20
+
+
+def refuse_unsafe(member: str, *, where: object = None) -> str:
+    """``member`` if it names a file below the archive's root, else a :class:`PunaError`."""
+    path = PurePosixPath(member)
+    unsafe = (
+        path.is_absolute() or ".." in path.parts or "\\" in member or "\0" in member or member[1:2] == ":"
+    )
+    if unsafe or not path.parts:
+        raise PunaError(
+            "the archive holds a member with an unsafe path",
+            where=where,
+            found=repr(member),
+            expected="a relative path without '..'",
+            fix="do not use this archive: it was not made by an honest packer",
+        )
+    return member
+
+
+@contextmanager
+def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
+    """Open a zip file or wheel; a broken one, or one with unsafe member names, is a :class:`PunaError`."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except FileNotFoundError:
+        raise PunaError("file not found", where=path) from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise PunaError("not a readable zip archive or wheel", where=path, found=error) from None
+    with archive:
+        for name in archive.namelist():
+            refuse_unsafe(name, where=path)
+        yield archive
+
+
+def pieces(archive: zipfile.ZipFile, member: str, *, limit: int) -> Iterator[bytes]:
+    """The bytes of ``member`` piece by piece; more than ``limit`` bytes is a :class:`PunaError`.
+
+    The bound holds for what is really unpacked, whatever the archive's directory claims.
+    """
+    where = f"{archive.filename}:{member}"
+    total = 0
+    try:
+        with archive.open(member) as stream:
+            for piece in iter(lambda: stream.read(_PIECE), b""):
+                total += len(piece)
+                if total > limit:
+                    raise PunaError(
+                        "the member unpacks to more than it may",
+                        where=where,
+                        found=f"over {limit:,} bytes",
+                        expected=f"at most {limit:,} bytes",
+                    )
+                yield piece
+    except KeyError:
+        raise PunaError("no such member in the archive", where=where) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise PunaError("the member cannot be unpacked", where=where, found=error) from None
+
+
+def read_member(archive: zipfile.ZipFile, member: str, *, limit: int) -> bytes:
+    """All bytes of ``member``, at most ``limit``."""
+    return b"".join(pieces(archive, member, limit=limit))
+
+
+def copy_member(archive: zipfile.ZipFile, member: str, target: IO[bytes], *, limit: int) -> int:
+    """Unpack ``member`` into ``target``; returns its size in bytes, at most ``limit``."""
+    return sum(target.write(piece) for piece in pieces(archive, member, limit=limit))

