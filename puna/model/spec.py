@@ -1,0 +1,385 @@
+"""A decoder described by data: frozen, hashable, validated; no torch needed to read or print one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from puna.core.errors import PunaError, unknown_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
+AttentionKind = Literal["full", "none"]
+FeedForwardKind = Literal["swiglu", "none"]
+AttentionBias = Literal["none", "qkv", "all"]
+
+# What each rope rule needs besides theta, and what it may have.
+_ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor", "original_max_positions"), ()),
+    "yarn": (
+        ("factor", "original_max_positions"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (
+        ("factor", "original_max_positions", "short_factor", "long_factor"),
+        ("attention_factor",),
+    ),
+    "llama3": (("factor", "original_max_positions", "low_freq_factor", "high_freq_factor"), ()),
+}
+
+
+@dataclass(frozen=True)
+class RopeRule:
+    """How positions become rotations: a kind, its base ``theta``, and the kind's own parameters.
+
+    Parameters that a kind does not use are None. ``original_max_positions`` is the length (in
+    tokens) the model was pre-trained on before it was stretched by ``factor``.
+    """
+
+    kind: RopeKind = "default"
+    theta: float = 10000.0
+    factor: float | None = None
+    original_max_positions: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _ROPE_FIELDS:
+            raise unknown_name("rope kind", str(self.kind), _ROPE_FIELDS)
+        required, optional = _ROPE_FIELDS[self.kind]
+        where = f"rope {self.kind!r}"
+        if not _is_number(self.theta) or self.theta <= 0:
+            raise PunaError("the base theta must be a positive number", where=where, found=self.theta)
+        for field in dataclasses.fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value is None and field.name in required:
+                raise PunaError(f"{field.name} is missing", where=where)
+            if value is not None and field.name not in required + optional:
+                raise PunaError(
+                    f"{field.name} means nothing here",
+                    where=where,
+                    found=value,
+                    expected=", ".join(required + optional) or "no further parameter",
+                )
+            if value is not None:
+                self._check(field.name, value, where)
+        if self.low_freq_factor is not None and self.high_freq_factor is not None:
+            _require(
+                self.high_freq_factor > self.low_freq_factor, "high_freq_factor must be above low_freq_factor", where
+            )
+
+    @staticmethod
+    def _check(name: str, value: Any, where: str) -> None:
+        if name in ("short_factor", "long_factor"):
+            _require(
+                isinstance(value, tuple) and all(_is_number(item) and item > 0 for item in value),
+                f"{name} must be a tuple of positive numbers",
+                where,
+                value,
+            )
+        elif name == "truncate":
+            _require(isinstance(value, bool), "truncate must be true or false", where, value)
+        elif name == "original_max_positions":
+            _require(_is_count(value), f"{name} must be a positive whole number", where, value)
+        elif name == "factor":
+            _require(_is_number(value) and value >= 1, "factor must be a number of at least 1", where, value)
+        else:
+            _require(_is_number(value) and value > 0, f"{name} must be a positive number", where, value)
+
+    @staticmethod
+    def parameters_of(kind: str, *, where: object = None) -> tuple[str, ...]:
+        """Names of the parameters, besides theta, that a kind takes."""
+        if kind not in _ROPE_FIELDS:
+            raise unknown_name("rope kind", str(kind), _ROPE_FIELDS, where=where)
+        required, optional = _ROPE_FIELDS[kind]
+        return required + optional
+
+    def describe(self) -> str:
+        """The rule in a few words, for tables."""
+        words = [self.kind, f"theta {self.theta:g}"]
+        if self.factor is not None:
+            words.append(f"x{self.factor:g}")
+        if self.original_max_positions is not None:
+            words.append(f"from {self.original_max_positions}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One layer. A half whose kind is "none" is skipped exactly and has no parameters.
+
+    ``window`` is how many keys a query sees, itself included (None: all). ``logit_scale``
+    multiplies query-key products (None: 1/sqrt(head_dim)). The settings of a half that is "none"
+    are cleared, so that equal layers compare equal.
+    """
+
+    attention: AttentionKind = "full"
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    window: int | None = None
+    causal: bool = True
+    rope: RopeRule = RopeRule()
+    logit_scale: float | None = None
+    feed_forward: FeedForwardKind = "swiglu"
+    width: int = 0
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(AttentionKind):
+            raise unknown_name("attention kind", str(self.attention), get_args(AttentionKind))
+        if self.feed_forward not in get_args(FeedForwardKind):
+            raise unknown_name("feed-forward kind", str(self.feed_forward), get_args(FeedForwardKind))
+        if self.feed_forward == "none":
+            object.__setattr__(self, "width", 0)
+        else:
+            _require(_is_count(self.width), "width must be a positive whole number", "block", self.width)
+        if self.attention == "none":
+            cleared = {"heads": 0, "kv_heads": 0, "head_dim": 0, "window": None, "causal": True}
+            for name, value in {**cleared, "rope": RopeRule(), "logit_scale": None}.items():
+                object.__setattr__(self, name, value)
+        else:
+            self._check_attention()
+
+    def _check_attention(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim"):
+            value = getattr(self, name)
+            _require(_is_count(value), f"{name} must be a positive whole number", "block", value)
+        if self.heads % self.kv_heads:
+            raise PunaError(
+                "query heads cannot be shared out over the key-value heads",
+                where="block",
+                found=f"{self.heads} heads, {self.kv_heads} key-value heads",
+                expected="heads a multiple of kv_heads",
+            )
+        _require(self.head_dim % 2 == 0, "head_dim must be even for rotary positions", "block", self.head_dim)
+        _require(self.window is None or _is_count(self.window), "window must be a positive number", "block", self.window)
+        _require(isinstance(self.causal, bool), "causal must be true or false", "block", self.causal)
+        _require(isinstance(self.rope, RopeRule), "rope must be a RopeRule", "block", self.rope)
+        if self.window is not None and not self.causal:
+            raise PunaError("a window is defined for causal attention only", where="block", found=self.window)
+        if self.logit_scale is not None:
+            _require(
+                _is_number(self.logit_scale) and self.logit_scale > 0,
+                "logit_scale must be a positive number",
+                "block",
+                self.logit_scale,
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope, name)
+            if factors is not None and len(factors) != self.head_dim // 2:
+                raise PunaError(
+                    f"{name} needs one number for each pair of head dimensions",
+                    where="rope 'longrope'",
+                    found=f"{len(factors)} numbers",
+                    expected=f"{self.head_dim // 2} for head_dim {self.head_dim}",
+                )
+
+    @property
+    def scale(self) -> float:
+        """The factor on query-key products."""
+        return self.head_dim**-0.5 if self.logit_scale is None else self.logit_scale
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is an ordinary Llama layer (perhaps with a window): both halves, causal, usual scale."""
+        ordinary_scale = self.logit_scale is None or math.isclose(self.logit_scale, self.head_dim**-0.5)
+        return self.attention == "full" and self.feed_forward == "swiglu" and self.causal and ordinary_scale
+
+    def parameter_count(self, hidden_size: int, attention_bias: AttentionBias, mlp_bias: bool) -> int:
+        """Number of weights of this layer in a decoder of width ``hidden_size``."""
+        total = 0
+        if self.attention == "full":
+            queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            total += hidden_size + 2 * hidden_size * queries + 2 * hidden_size * keys
+            total += 0 if attention_bias == "none" else queries + 2 * keys
+            total += hidden_size if attention_bias == "all" else 0
+        if self.feed_forward == "swiglu":
+            total += hidden_size + 3 * hidden_size * self.width
+            total += 2 * self.width + hidden_size if mlp_bias else 0
+        return total
+
+
+@dataclass(frozen=True)
+class LlamaSpec:
+    """A whole decoder: sizes, one :class:`BlockSpec` per layer, norms, biases, tying, special ids.
+
+    ``attention_bias``: "none"; "qkv" as in Qwen2; "all" adds one to the output projection, as in a
+    Llama config with ``attention_bias: true``. ``max_positions`` is the length the model is meant
+    for, in tokens; longer input is not refused.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    blocks: tuple[BlockSpec, ...]
+    norm_eps: float = 1e-6
+    tied: bool = False
+    attention_bias: AttentionBias = "none"
+    mlp_bias: bool = False
+    max_positions: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "max_positions"):
+            value = getattr(self, name)
+            _require(_is_count(value), f"{name} must be a positive whole number", "spec", value)
+        _require(_is_number(self.norm_eps) and self.norm_eps > 0, "norm_eps must be positive", "spec", self.norm_eps)
+        for name in ("tied", "mlp_bias"):
+            _require(isinstance(getattr(self, name), bool), f"{name} must be true or false", "spec", getattr(self, name))
+        if self.attention_bias not in get_args(AttentionBias):
+            raise unknown_name("attention_bias", str(self.attention_bias), get_args(AttentionBias), where="spec")
+        if not (isinstance(self.blocks, tuple) and all(isinstance(block, BlockSpec) for block in self.blocks)):
+            raise PunaError("blocks must be a tuple of BlockSpec", where="spec", found=self.blocks)
+        _require(len(self.blocks) > 0, "a decoder needs at least one block", "spec", "none")
+        ids = {"bos_id": (self.bos_id,), "eos_ids": self.eos_ids, "pad_id": (self.pad_id,)}
+        for name, values in ids.items():
+            _require(isinstance(values, tuple), "eos_ids must be a tuple", "spec", values)
+            for value in values:
+                # Some checkpoints write -1 for "no padding"; readers turn it into None before they come here.
+                good = value is None or (isinstance(value, int) and 0 <= value < self.vocab_size)
+                if not good:
+                    raise PunaError(
+                        f"{name} is not a token of this vocabulary",
+                        where="spec",
+                        found=value,
+                        expected=f"0 to {self.vocab_size - 1}",
+                    )
+        for block in self.blocks:
+            stretched = block.rope.original_max_positions
+            if block.rope.kind == "dynamic" and stretched != self.max_positions:
+                raise PunaError(
+                    "dynamic rope starts to stretch at max_positions",
+                    where="spec",
+                    found=f"original_max_positions {stretched}, max_positions {self.max_positions}",
+                    expected="the two equal",
+                )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, where: object = "config.json") -> LlamaSpec:
+        """Read a Hugging Face config of model_type llama, qwen2 or mistral, or one written by puna."""
+        from puna.model.hf_config import spec_from_config
+
+        return spec_from_config(config, where=where)
+
+    def to_config(self) -> dict[str, Any]:
+        """The Hugging Face config; for a spec that is not uniform, one of model_type "puna"."""
+        from puna.model.hf_config import config_from_spec
+
+        return config_from_spec(self)
+
+    @property
+    def architecture(self) -> Literal["llama", "qwen2", "mistral"] | None:
+        """The model_type under which transformers opens this decoder, or None if it knows no such one."""
+        first = self.blocks[0]
+        if not first.plain or any(block != first for block in self.blocks):
+            return None
+        if self.attention_bias == "qkv":
+            return None if self.mlp_bias else "qwen2"
+        # transformers refuses a Llama whose hidden size is no multiple of its heads; Mistral is the same decoder
+        # with a window, and has no such rule.
+        if first.window is not None or self.hidden_size % first.heads:
+            return None if self.mlp_bias or self.attention_bias != "none" else "mistral"
+        return "llama"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all blocks are equal and a plain config that transformers reads says it all."""
+        return self.architecture is not None
+
+    def parameter_count(self) -> int:
+        """Number of weights; a tied head counts once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
+        blocks = (block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias) for block in self.blocks)
+        return embeddings + sum(blocks) + self.hidden_size
+
+    def replace(self, **changes: Any) -> LlamaSpec:
+        """A copy with fields changed; fields of :class:`BlockSpec` are set on every block."""
+        own = {field.name for field in dataclasses.fields(LlamaSpec)}
+        inner = {field.name for field in dataclasses.fields(BlockSpec)}
+        for name in changes:
+            if name not in own | inner:
+                raise unknown_name("field of the spec", name, own | inner)
+        in_blocks = {name: value for name, value in changes.items() if name in inner}
+        in_spec = {name: value for name, value in changes.items() if name in own}
+        if in_blocks:
+            blocks = in_spec.get("blocks", self.blocks)
+            in_spec["blocks"] = tuple(dataclasses.replace(block, **in_blocks) for block in blocks)
+        return dataclasses.replace(self, **in_spec)
+
+    def ranges(self) -> Iterator[tuple[int, int, BlockSpec]]:
+        """Runs of equal consecutive blocks as (first, last, block)."""
+        first = 0
+        for index, block in enumerate(self.blocks):
+            if index + 1 == len(self.blocks) or self.blocks[index + 1] != block:
+                yield first, index, block
+                first = index + 1
+
+    def table(self) -> Table:
+        """One readable table: the decoder in the title, one row for each run of equal blocks."""
+        from rich.table import Table
+
+        total = self.parameter_count()
+        table = Table(
+            title=f"{total / 1e6:,.1f}M parameters: vocabulary {self.vocab_size:,}, hidden {self.hidden_size}, "
+            f"{len(self.blocks)} blocks, {self.max_positions:,} positions",
+            caption=f"head {'tied' if self.tied else 'of its own'}; attention bias {self.attention_bias}; "
+            f"feed-forward bias {'yes' if self.mlp_bias else 'no'}; norm eps {self.norm_eps:g}; "
+            f"bos {self.bos_id}, eos {', '.join(map(str, self.eos_ids)) or None}, pad {self.pad_id}",
+        )
+        for heading in ("blocks", "attention", "heads", "kv", "dim", "rope", "scale", "feed-forward", "width", "params"):
+            table.add_column(heading, justify="left" if heading in ("attention", "rope", "feed-forward") else "right")
+        for first, last, block in self.ranges():
+            count = block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias) * (last - first + 1)
+            table.add_row(
+                str(first) if first == last else f"{first}-{last}",
+                *_attention_cells(block),
+                block.feed_forward,
+                str(block.width) if block.width else "-",
+                f"{count / 1e6:,.2f}M",
+            )
+        return table
+
+
+def _attention_cells(block: BlockSpec) -> tuple[str, ...]:
+    if block.attention == "none":
+        return ("none", "-", "-", "-", "-", "-")
+    words = [block.attention, "causal" if block.causal else "both ways"]
+    if block.window is not None:
+        words.append(f"window {block.window}")
+    return (
+        ", ".join(words),
+        str(block.heads),
+        str(block.kv_heads),
+        str(block.head_dim),
+        block.rope.describe(),
+        f"{block.scale:.4g}",
+    )
+
+
+def _require(good: bool, message: str, where: str, found: object = None) -> None:
+    if not good:
+        raise PunaError(message, where=where, found=found)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
