@@ -1,0 +1,380 @@
+"""A tokenizer that never adds or parses control tokens unless it is told to.
+
+It wraps a Hugging Face ``tokenizers.Tokenizer``. Text from a corpus or a user becomes plain text
+tokens whatever it contains; control tokens come from the ids of this class (``bos_id``,
+``stop_ids``) and from a chat template's own markup (:meth:`Tokenizer.encode_markup`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from puna.core import files
+from puna.core.errors import PunaError
+
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_KEPT_SETTINGS = ("model_max_length", "padding_side", "truncation_side", "add_bos_token", "add_eos_token")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of an encoded text and the characters ``text[start:end]`` that it stands for."""
+
+    id: int
+    start: int
+    end: int
+    special: bool
+
+
+class Tokenizer:
+    """A vocabulary with its special tokens.
+
+    ``core`` is taken over: padding, truncation and the post-processor (which would add special
+    tokens) are switched off in it. ``config`` holds what a ``tokenizer_config.json`` holds;
+    ``stop_tokens`` names tokens besides the EOS at which generation stops.
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        config: Mapping[str, Any] | None = None,
+        stop_tokens: Sequence[str] = (),
+    ) -> None:
+        config = dict(config or {})
+        self.core = core
+        self.strings = {name: _token_text(config[name]) for name in NAMED_TOKENS if config.get(name)}
+        self.chat_template = _default_template(config.get("chat_template"))
+        self.settings = {name: config[name] for name in _KEPT_SETTINGS if config.get(name) is not None}
+        self.stop_tokens = tuple(stop_tokens)
+        core.no_padding()
+        core.no_truncation()
+        self._add_missing_specials(config)
+        ids = core.encode("", add_special_tokens=True).ids
+        self._post_processor = core.post_processor
+        core.post_processor = None  # type: ignore[assignment]  # offsets stay untrimmed, nothing is added
+        core.encode_special_tokens = True
+        adds = self.settings.get("add_bos_token")
+        self.adds_bos = bool(adds) if adds is not None else self.bos_id is not None and ids[:1] == [self.bos_id]
+        if self.adds_bos and self.bos_id is None:
+            raise PunaError("the tokenizer says it adds a BOS token but names none", expected="a bos_token")
+
+    def _add_missing_specials(self, config: Mapping[str, Any]) -> None:
+        """Mark every token that the configuration calls special, and add none to the vocabulary."""
+        extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+        names = [_token_text(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
+        special = {token.content for token in self.core.get_added_tokens_decoder().values() if token.special}
+        missing = []
+        for name in dict.fromkeys([*self.strings.values(), *names, *self.stop_tokens]):
+            if name in special:
+                continue
+            if self.core.token_to_id(name) is None:
+                raise PunaError(
+                    f"special token {name!r} is not in the vocabulary",
+                    found=f"a vocabulary of {self.core.get_vocab_size()} tokens",
+                    fix="restore the tokenizer's files; extend the vocabulary with the `extend` stage",
+                )
+            missing.append(tokenizers.AddedToken(name, special=True, normalized=False))
+        if missing:
+            self.core.add_special_tokens(missing)
+
+    # ---- reading -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> Tokenizer:
+        """Read ``tokenizer.json`` and its configuration from a Hugging Face folder.
+
+        A folder that has only a sentencepiece model is converted through transformers if that
+        can be done here.
+        """
+        folder = Path(path)
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                config |= _object(folder / name)
+        config["chat_template"] = _folder_template(folder) or config.get("chat_template")
+        stops = _stop_ids_of(folder)
+        if (folder / "tokenizer.json").is_file():
+            core = _read_core(folder / "tokenizer.json")
+        elif any((folder / name).is_file() for name in ("tokenizer.model", "spiece.model")):
+            core = _convert_sentencepiece(folder)
+        else:
+            raise PunaError("no tokenizer in this folder", where=folder, expected="tokenizer.json")
+        known = (core.id_to_token(token) for token in stops)
+        return cls(core, config, [token for token in known if token is not None])
+
+    @classmethod
+    def from_gguf(cls, path: Path | str) -> Tokenizer:
+        """Build the tokenizer from the metadata inside a GGUF file; its tensors are not read."""
+        from puna.model.checkpoint import read_gguf_metadata
+        from puna.text.gguf_vocabulary import tokenizer_from_metadata
+
+        return tokenizer_from_metadata(read_gguf_metadata(path), where=path)
+
+    # ---- text to ids ---------------------------------------------------------------------------
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of ``text``; nothing is added.
+
+        The strings of special tokens are ordinary text unless ``allow_special`` is true.
+        """
+        if allow_special:
+            return [piece.id for piece in self.encode_markup(text, [(0, len(text))])]
+        return self._plain(self.core.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of many texts, on every core the tokenizers library may use."""
+        return [self._plain(encoding.ids) for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_markup(self, text: str, markup: Iterable[tuple[int, int]]) -> list[Piece]:
+        """Encode ``text`` once; special tokens are recognised only inside the ranges ``markup``.
+
+        The ranges are ordered and do not overlap. Everything else is plain text.
+        """
+        pieces: list[Piece] = []
+        position = 0
+        for start, end, token in self._special_matches(text, markup):
+            left, right = start, end
+            if token.lstrip:
+                left = position + len(text[position:start].rstrip())
+            if token.rstrip:
+                right = len(text) - len(text[end:].lstrip())
+            pieces += self._encode_run(text, position, max(left, position))
+            pieces.append(Piece(self.id_of(token.content), start, end, True))
+            position = right
+        pieces += self._encode_run(text, position, len(text))
+        return pieces
+
+    def _special_matches(
+        self, text: str, markup: Iterable[tuple[int, int]]
+    ) -> Iterable[tuple[int, int, tokenizers.AddedToken]]:
+        if not self._special_tokens:
+            return
+        for start, end in markup:
+            for match in self._special_pattern.finditer(text, start, end):
+                yield match.start(), match.end(), self._special_tokens[match.group()]
+
+    def _encode_run(self, text: str, start: int, end: int) -> list[Piece]:
+        """Encode the plain text ``text[start:end]``."""
+        if start >= end:
+            return []
+        core = self.core if start == 0 else self._inner_core
+        encoding = core.encode(text[start:end], add_special_tokens=False)
+        pieces = []
+        for token, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
+            for plain in self._plain([token]):
+                pieces.append(Piece(plain, start + left, start + right, False))
+        return pieces
+
+    def _plain(self, ids: list[int]) -> list[int]:
+        """Spell out special ids that a model chose because their strings are in its vocabulary."""
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        plain: list[int] = []
+        for token in ids:
+            if token not in self.special_ids:
+                plain.append(token)
+                continue
+            for character in str(self.core.id_to_token(token)):
+                plain += [part.id for part in self.core.model.tokenize(character)]
+        return plain
+
+    # ---- ids to text ---------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ``ids``; with ``skip_special`` the special tokens leave no trace."""
+        return self.core.decode(list(ids), skip_special_tokens=skip_special)
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """The vocabulary's own spelling of each id; ``[id]`` for one beyond the vocabulary."""
+        return [self.core.id_to_token(token) or f"[{token}]" for token in ids]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's spelling and id, special tokens too."""
+        return self.core.get_vocab(with_added_tokens=True)
+
+    # ---- facts ---------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id: the rows that an embedding must have."""
+        return max(self.vocabulary().values()) + 1
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special (control) tokens."""
+        return frozenset(self.id_of(token) for token in self._special_tokens)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Strings of all special tokens, in the order of their ids."""
+        return list(self._special_tokens)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token before a document, or None if the tokenizer names none."""
+        return self.core.token_to_id(self.strings["bos_token"]) if "bos_token" in self.strings else None
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token after a document."""
+        if "eos_token" not in self.strings:
+            raise PunaError("this tokenizer names no EOS token", expected="eos_token in tokenizer_config.json")
+        return self.id_of(self.strings["eos_token"])
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills unused places; without a pad token the EOS (padding is never told by its id)."""
+        return self.id_of(self.strings["pad_token"]) if "pad_token" in self.strings else self.eos_id
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: the EOS first, then the other stop tokens."""
+        return tuple(dict.fromkeys([self.eos_id, *map(self.id_of, self.stop_tokens)]))
+
+    def id_of(self, token: str) -> int:
+        """Id of one token by the vocabulary's spelling; an unknown one is an error."""
+        found = self.core.token_to_id(token)
+        if found is None:
+            raise PunaError(f"token {token!r} is not in the vocabulary")
+        return found
+
+    def with_stop_tokens(self, tokens: Iterable[str]) -> Tokenizer:
+        """This tokenizer (sharing its vocabulary) with more stop tokens."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.stop_tokens = tuple(dict.fromkeys([*self.stop_tokens, *tokens]))
+        return other
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the vocabulary, its rules or its special tokens."""
+        return files.fingerprint([self.to_json(), self.strings, self.adds_bos])
+
+    @functools.cached_property
+    def _special_tokens(self) -> dict[str, tokenizers.AddedToken]:
+        added = sorted(self.core.get_added_tokens_decoder().items())
+        return {token.content: token for _, token in added if token.special}
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special_tokens.values(), key=lambda token: -len(token.content))
+        return re.compile(
+            "|".join(
+                rf"(?<!\w){re.escape(token.content)}(?!\w)" if token.single_word else re.escape(token.content)
+                for token in longest_first
+            )
+        )
+
+    @functools.cached_property
+    def _inner_core(self) -> tokenizers.Tokenizer:
+        """The core for runs that do not begin the text: a "first only" prefix space is not added there."""
+        described = json.loads(self.core.to_str())
+        if not _drop_first_prefix(described["pre_tokenizer"]):
+            return self.core
+        inner = tokenizers.Tokenizer.from_str(json.dumps(described))
+        inner.encode_special_tokens = True
+        return inner
+
+    # ---- writing -------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The whole ``tokenizer.json``, with the post-processor."""
+        described = json.loads(self.core.to_str())
+        if self._post_processor is not None:
+            described["post_processor"] = json.loads(self._post_processor.__getstate__())
+        return json.dumps(described, ensure_ascii=False)
+
+    def save(self, folder: Path | str, template: str | None = None) -> None:
+        """Write the files from which transformers' ``AutoTokenizer`` builds the same tokenizer.
+
+        ``template`` is the source of the chat template; without it the one read with the tokenizer.
+        """
+        target = Path(folder)
+        named = set(self.strings.values())
+        extra = [token for token in self.special_tokens if token not in named]
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.strings,
+            **self.settings,
+        }
+        files.write_text(target / "tokenizer.json", self.to_json())
+        files.write_json(target / "tokenizer_config.json", config)
+        files.write_json(target / "special_tokens_map.json", {**self.strings, "additional_special_tokens": extra})
+        source = template if template is not None else self.chat_template
+        if source is not None:
+            files.write_text(target / "chat_template.jinja", source)
+
+
+def _token_text(token: Any) -> str:
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _default_template(value: Any) -> str | None:
+    """The template's source; of several named ones, the default."""
+    if isinstance(value, list):
+        named = {item["name"]: item["template"] for item in value}
+        value = named.get("default")
+    return None if value is None else str(value)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = files.read_json(path)
+    if not isinstance(value, dict):
+        raise PunaError("not a JSON object", where=path, found=type(value).__name__)
+    return value
+
+
+def _folder_template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        return _default_template(_object(folder / "chat_template.json").get("chat_template"))
+    return None
+
+
+def _stop_ids_of(folder: Path) -> list[int]:
+    path = folder / "generation_config.json"
+    value = _object(path).get("eos_token_id") if path.is_file() else None
+    return [value] if isinstance(value, int) else list(value or [])
+
+
+def _read_core(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every fault in the file
+        raise PunaError("not a readable tokenizer.json", where=path, found=error) from None
+
+
+def _convert_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
+    try:
+        import transformers
+
+        converted = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        core = converted.backend_tokenizer
+    except Exception as error:  # transformers raises many kinds here, from ImportError to ValueError
+        raise PunaError(
+            "this folder has a sentencepiece model and no tokenizer.json, and transformers could not convert it",
+            where=folder,
+            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="install sentencepiece and protobuf, or save the tokenizer as tokenizer.json first",
+        ) from None
+    return tokenizers.Tokenizer.from_str(core.to_str())
+
+
+def _drop_first_prefix(pre_tokenizer: Any) -> bool:
+    """Turn every Metaspace that prefixes only the first word into one that prefixes none."""
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
+        pre_tokenizer["prepend_scheme"] = "never"
+        return True
+    return any([_drop_first_prefix(part) for part in pre_tokenizer.get("pretokenizers", [])])
