@@ -16,7 +16,12 @@ from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
 # Defaults of transformers' config classes for keys that a config.json may lack.
 _COMMON = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu", "pad_token_id": None}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": None},
+    "llama": {
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_key_value_heads": None,
+    },
     "qwen2": {
         "max_position_embeddings": 32768,
         "bos_token_id": None,
@@ -106,7 +111,11 @@ def spec_from_config(config: Mapping[str, Any], *, where: object = "config.json"
         if error.where == where:
             raise
         raise PunaError(
-            f"{error.where}: {error.message}", where=where, found=error.found, expected=error.expected, fix=error.fix
+            f"{error.where}: {error.message}",
+            where=where,
+            found=error.found,
+            expected=error.expected,
+            fix=error.fix,
         ) from None
 
 
@@ -202,7 +211,11 @@ def _windows(kind: str, values: Mapping[str, Any], layers: int, where: object) -
     if kinds is None:
         first = values["max_window_layers"] if kind == "qwen2" else 0
         return [window if layer >= first else None for layer in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or set(kinds) - {"full_attention", "sliding_attention"}
+    ):
         raise PunaError(
             "layer_types must name full_attention or sliding_attention for each layer",
             where=where,
@@ -213,7 +226,9 @@ def _windows(kind: str, values: Mapping[str, Any], layers: int, where: object) -
         raise PunaError("layer_types has sliding attention but no window is set", where=where, found=window)
     if kind == "mistral" and window is not None and "full_attention" in kinds:
         raise PunaError(
-            "transformers ignores layer_types in a Mistral config and slides everywhere", where=where, found=kinds
+            "transformers ignores layer_types in a Mistral config and slides everywhere",
+            where=where,
+            found=kinds,
         )
     return [window if name == "sliding_attention" else None for name in kinds]
 
@@ -241,7 +256,9 @@ def _read_rope(values: Mapping[str, Any], where: object) -> RopeRule:
     _settle_lengths(kind, known, values, where)
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     # transformers leaves aside parameters that belong to another kind; so do we.
-    useful = {name: value for name, value in known.items() if name in RopeRule.parameters_of(kind, where=where)}
+    useful = {
+        name: value for name, value in known.items() if name in RopeRule.parameters_of(kind, where=where)
+    }
     if theta is None:
         theta = values.get("rope_theta")
     return RopeRule(kind=kind, theta=10000.0 if theta is None else theta, **useful)
@@ -261,7 +278,9 @@ def _settle_lengths(kind: str, known: dict[str, Any], values: Mapping[str, Any],
         if kind != "llama3" and known.get("factor") is None:
             original = known["original_max_positions"]
             if not all(isinstance(length, int) and length > 0 for length in (positions, original)):
-                raise PunaError("lengths must be positive whole numbers", where=where, found=(positions, original))
+                raise PunaError(
+                    "lengths must be positive whole numbers", where=where, found=(positions, original)
+                )
             known["factor"] = max(1.0, positions / original)
 
 
@@ -287,7 +306,11 @@ def _block_to_dict(block: BlockSpec) -> dict[str, Any]:
         value = getattr(block, field.name)
         if field.name == "rope":
             rule = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-            value = {name: list(item) if isinstance(item, tuple) else item for name, item in rule.items() if item is not None}
+            value = {
+                name: list(item) if isinstance(item, tuple) else item
+                for name, item in rule.items()
+                if item is not None
+            }
             if block.attention == "none":
                 continue
         if value != field.default:
@@ -309,7 +332,9 @@ def _spec_from_own(config: Mapping[str, Any], where: object) -> LlamaSpec:
         for name in rule:
             if name not in rope_names:
                 raise unknown_name("field of a rope rule", str(name), rope_names, where=here)
-        rope = RopeRule(**{name: tuple(item) if isinstance(item, list) else item for name, item in rule.items()})
+        rope = RopeRule(
+            **{name: tuple(item) if isinstance(item, list) else item for name, item in rule.items()}
+        )
         blocks.append(BlockSpec(**{**entry, "rope": rope}))
     eos = config.get("eos_token_id")
     try:

@@ -35,6 +35,19 @@ _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def _require(good: bool, message: str, where: str, found: object = None) -> None:
+    if not good:
+        raise PunaError(message, where=where, found=found)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 @dataclass(frozen=True)
 class RopeRule:
     """How positions become rotations: a kind, its base ``theta``, and the kind's own parameters.
@@ -80,7 +93,9 @@ class RopeRule:
                 self._check(field.name, value, where)
         if self.low_freq_factor is not None and self.high_freq_factor is not None:
             _require(
-                self.high_freq_factor > self.low_freq_factor, "high_freq_factor must be above low_freq_factor", where
+                self.high_freq_factor > self.low_freq_factor,
+                "high_freq_factor must be above low_freq_factor",
+                where,
             )
 
     @staticmethod
@@ -167,7 +182,12 @@ class BlockSpec:
                 expected="heads a multiple of kv_heads",
             )
         _require(self.head_dim % 2 == 0, "head_dim must be even for rotary positions", "block", self.head_dim)
-        _require(self.window is None or _is_count(self.window), "window must be a positive number", "block", self.window)
+        _require(
+            self.window is None or _is_count(self.window),
+            "window must be a positive number",
+            "block",
+            self.window,
+        )
         _require(isinstance(self.causal, bool), "causal must be true or false", "block", self.causal)
         _require(isinstance(self.rope, RopeRule), "rope must be a RopeRule", "block", self.rope)
         if self.window is not None and not self.causal:
@@ -239,12 +259,26 @@ class LlamaSpec:
         for name in ("vocab_size", "hidden_size", "max_positions"):
             value = getattr(self, name)
             _require(_is_count(value), f"{name} must be a positive whole number", "spec", value)
-        _require(_is_number(self.norm_eps) and self.norm_eps > 0, "norm_eps must be positive", "spec", self.norm_eps)
+        _require(
+            _is_number(self.norm_eps) and self.norm_eps > 0,
+            "norm_eps must be positive",
+            "spec",
+            self.norm_eps,
+        )
         for name in ("tied", "mlp_bias"):
-            _require(isinstance(getattr(self, name), bool), f"{name} must be true or false", "spec", getattr(self, name))
+            _require(
+                isinstance(getattr(self, name), bool),
+                f"{name} must be true or false",
+                "spec",
+                getattr(self, name),
+            )
         if self.attention_bias not in get_args(AttentionBias):
-            raise unknown_name("attention_bias", str(self.attention_bias), get_args(AttentionBias), where="spec")
-        if not (isinstance(self.blocks, tuple) and all(isinstance(block, BlockSpec) for block in self.blocks)):
+            raise unknown_name(
+                "attention_bias", str(self.attention_bias), get_args(AttentionBias), where="spec"
+            )
+        if not (
+            isinstance(self.blocks, tuple) and all(isinstance(block, BlockSpec) for block in self.blocks)
+        ):
             raise PunaError("blocks must be a tuple of BlockSpec", where="spec", found=self.blocks)
         _require(len(self.blocks) > 0, "a decoder needs at least one block", "spec", "none")
         ids = {"bos_id": (self.bos_id,), "eos_ids": self.eos_ids, "pad_id": (self.pad_id,)}
@@ -305,7 +339,10 @@ class LlamaSpec:
     def parameter_count(self) -> int:
         """Number of weights; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        blocks = (block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias) for block in self.blocks)
+        blocks = (
+            block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias)
+            for block in self.blocks
+        )
         return embeddings + sum(blocks) + self.hidden_size
 
     def replace(self, **changes: Any) -> LlamaSpec:
@@ -342,10 +379,25 @@ class LlamaSpec:
             f"feed-forward bias {'yes' if self.mlp_bias else 'no'}; norm eps {self.norm_eps:g}; "
             f"bos {self.bos_id}, eos {', '.join(map(str, self.eos_ids)) or None}, pad {self.pad_id}",
         )
-        for heading in ("blocks", "attention", "heads", "kv", "dim", "rope", "scale", "feed-forward", "width", "params"):
-            table.add_column(heading, justify="left" if heading in ("attention", "rope", "feed-forward") else "right")
+        for heading in (
+            "blocks",
+            "attention",
+            "heads",
+            "kv",
+            "dim",
+            "rope",
+            "scale",
+            "feed-forward",
+            "width",
+            "params",
+        ):
+            table.add_column(
+                heading, justify="left" if heading in ("attention", "rope", "feed-forward") else "right"
+            )
         for first, last, block in self.ranges():
-            count = block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias) * (last - first + 1)
+            count = block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias) * (
+                last - first + 1
+            )
             table.add_row(
                 str(first) if first == last else f"{first}-{last}",
                 *_attention_cells(block),
@@ -370,16 +422,3 @@ def _attention_cells(block: BlockSpec) -> tuple[str, ...]:
         block.rope.describe(),
         f"{block.scale:.4g}",
     )
-
-
-def _require(good: bool, message: str, where: str, found: object = None) -> None:
-    if not good:
-        raise PunaError(message, where=where, found=found)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

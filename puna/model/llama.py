@@ -1,0 +1,234 @@
+"""The decoder: Llama from a list of layer specs, with transformers' parameter names.
+
+Seams, from the inside out: rope (``rope.py``), attention for training, prefill and decoding
+(``attention.py``), the cache (``cache.py``), feed-forward, block, embedding, head. ``hidden`` and
+``logits`` are separate, so that a loss or a sampler can stand between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from puna.core.errors import PunaError
+from puna.core.seeds import torch_generator
+from puna.model.attention import Layout, lay_out
+from puna.model.cache import KeyValueCache
+from puna.model.rope import Rotation, depends_on_length, rotate, rotation
+from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
+
+INITIAL_DEVIATION = 0.02
+
+_Rotations = dict[tuple[RopeRule, int], Rotation]
+
+
+class Norm(nn.Module):
+    """Root-mean-square norm: computed in float32, scaled in the input's own type."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., size] to the same shape and type."""
+        wide = hidden.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(hidden.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, spec: LlamaSpec, layer: int) -> None:
+        super().__init__()
+        self.block, self.layer = spec.blocks[layer], layer
+        queries, keys = self.block.heads * self.block.head_dim, self.block.kv_heads * self.block.head_dim
+        biased = spec.attention_bias != "none"
+        self.q_proj = nn.Linear(spec.hidden_size, queries, bias=biased)
+        self.k_proj = nn.Linear(spec.hidden_size, keys, bias=biased)
+        self.v_proj = nn.Linear(spec.hidden_size, keys, bias=biased)
+        self.o_proj = nn.Linear(queries, spec.hidden_size, bias=spec.attention_bias == "all")
+
+    def forward(
+        self, hidden: Tensor, rotations: _Rotations, layout: Layout, cache: KeyValueCache | None
+    ) -> Tensor:
+        """[batch, time, hidden] to the same; appends to the cache if there is one."""
+        block = self.block
+        heads = (*hidden.shape[:2], -1, block.head_dim)
+        turn = rotations[block.rope, block.head_dim]
+        queries = rotate(self.q_proj(hidden).view(heads), turn)  # [batch, time, heads, head_dim]
+        keys = rotate(self.k_proj(hidden).view(heads), turn)  # [batch, time, kv_heads, head_dim]
+        values = self.v_proj(hidden).view(heads)
+        if cache is None:
+            mixed = layout.attend(queries, keys, values, block)
+        else:
+            stored_keys, stored_values = cache.append(self.layer, keys, values)
+            if cache.length:
+                mixed = layout.attend_stored(queries, stored_keys, stored_values, block)
+            else:
+                mixed = layout.attend(queries, keys, values, block)
+        return cast(Tensor, self.o_proj(mixed.flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, time, hidden] to the same."""
+        return cast(Tensor, self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each with its norm and residual; a "none" half is not there."""
+
+    def __init__(self, spec: LlamaSpec, layer: int) -> None:
+        super().__init__()
+        self.block: BlockSpec = spec.blocks[layer]
+        if self.block.attention == "full":
+            self.input_layernorm = Norm(spec.hidden_size, spec.norm_eps)
+            self.self_attn = Attention(spec, layer)
+        if self.block.feed_forward == "swiglu":
+            self.post_attention_layernorm = Norm(spec.hidden_size, spec.norm_eps)
+            self.mlp = FeedForward(spec.hidden_size, self.block.width, spec.mlp_bias)
+
+    def forward(
+        self, hidden: Tensor, rotations: _Rotations, layout: Layout, cache: KeyValueCache | None
+    ) -> Tensor:
+        """[batch, time, hidden] to the same."""
+        if self.block.attention == "full":
+            hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotations, layout, cache)
+        if self.block.feed_forward == "swiglu":
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm, under the names transformers gives them."""
+
+    def __init__(self, spec: LlamaSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Block(spec, layer) for layer in range(len(spec.blocks)))
+        self.norm = Norm(spec.hidden_size, spec.norm_eps)
+
+
+class Llama(nn.Module):
+    """A Llama-family decoder described by ``spec``.
+
+    Parameters are named as in transformers' LlamaForCausalLM; with tied embeddings there is no
+    ``lm_head``. On ``device="meta"`` the weights are left without storage, for a checkpoint reader
+    to assign; otherwise matrices are drawn from N(0, 0.02) by ``generator`` (seed 0 if None),
+    norms are ones and biases zeros. ``tokenizer``, ``template`` and ``source`` are set by whoever
+    loads a checkpoint.
+    """
+
+    def __init__(
+        self,
+        spec: LlamaSpec,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tokenizer: Any | None = None
+        self.template: Any | None = None
+        self.source: str | None = None
+        with torch.device("meta"):  # no storage and no draws from torch's global generator
+            self.model = Decoder(spec)
+            if not spec.tied:
+                self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.to(dtype)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.initialise(generator or torch_generator(0, "model", "initial weights"))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights anew; the values depend on the generator alone, not on type or device."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                drawn = torch.empty(parameter.shape, device=generator.device)
+                parameter.copy_(drawn.normal_(0, INITIAL_DEVIATION, generator=generator))
+            else:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix that makes logits, [vocab, hidden]: the embedding's when tied."""
+        source = self.model.embed_tokens if self.spec.tied else self.lm_head
+        return cast(Tensor, source.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.head_weight.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Float32 logits [batch, time, vocab] of ``input_ids`` [batch, time]; see :meth:`hidden`."""
+        return self.logits(self.hidden(input_ids, positions, segments, cache))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [batch, time, hidden].
+
+        ``segments`` [batch, time] are document ids from 0, each id one contiguous run of its row;
+        -1 is padding, which sees nothing and is seen by nothing. ``positions`` [batch, time]
+        default to counting from 0 in each document. With a cache the tokens follow those stored,
+        going on in each row's last document unless ``segments`` says otherwise.
+        """
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise PunaError("input_ids must be [batch, time]", found=tuple(input_ids.shape))
+        batch, time = input_ids.shape
+        if cache is not None:
+            cache.check_room(batch, time)
+        layout = lay_out(batch, time, input_ids.device, positions, segments, cache)
+        hidden = cast(Tensor, self.model.embed_tokens(input_ids))
+        rotations = self._rotations(layout.positions, hidden.dtype)
+        for block in self.model.layers:
+            hidden = block(hidden, rotations, layout, cache)
+        if cache is not None:
+            cache.advance(time)
+        return cast(Tensor, self.model.norm(hidden))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [..., vocab] of hidden states [..., hidden]."""
+        logits = functional.linear(hidden, self.head_weight) if self.spec.tied else self.lm_head(hidden)
+        return cast(Tensor, logits.float())
+
+    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> _Rotations:
+        """Cosines and sines once per forward pass for each rope rule in use.
+
+        Rules that depend on the length take the largest position of this call, over the whole
+        batch, as transformers does; keys already in a cache keep the rotation they were stored with.
+        """
+        rules = {(block.rope, block.head_dim) for block in self.spec.blocks if block.attention == "full"}
+        length = int(positions.max()) + 1 if any(depends_on_length(rule) for rule, _ in rules) else 0
+        return {(rule, dim): rotation(rule, dim, positions, length, dtype) for rule, dim in rules}
