@@ -1,0 +1,249 @@
+"""Reads and writes Hugging Face checkpoint folders: config.json and safetensors, single or sharded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from puna.core.errors import PunaError
+from puna.core.files import folder_aside, read_json, write_json
+from puna.model.llama import Llama
+from puna.model.spec import LlamaSpec
+from puna.model.weights import EMBEDDING, HEAD, check_finite, fill_llama
+
+CONFIG = "config.json"
+OWN_CONFIG = "puna.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_READABLE = ("F64", "F32", "F16", "BF16")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_DAMAGED = "the file is damaged or cut short: fetch or write it again"
+# Buffers that checkpoints of transformers before 4.32 carry; positions are computed from the config.
+_OLD_BUFFERS = "rotary_emb.inv_freq"
+_log = logging.getLogger(__name__)
+
+
+class SafetensorsFile:
+    """One safetensors file: shapes and types from its header, tensors when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+            self.shapes: dict[str, tuple[int, ...]] = {}
+            for name in self._file.keys():  # noqa: SIM118 - not a dictionary
+                view = self._file.get_slice(name)
+                self.shapes[name] = tuple(view.get_shape())
+                if view.get_dtype() not in _READABLE:
+                    raise PunaError(
+                        f"tensor {name!r} is stored in a type that holds no plain weights",
+                        where=path,
+                        found=view.get_dtype(),
+                        expected=f"one of {', '.join(_READABLE)}",
+                        fix="use an unquantised checkpoint",
+                    )
+        except FileNotFoundError:
+            raise PunaError("file not found", where=path) from None
+        except (SafetensorError, OSError) as error:
+            raise PunaError("not a readable safetensors file", where=path, found=error, fix=_DAMAGED) from None
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, mapped from the file and not copied."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise for a file, or a folder with nothing better than files, whose weights are pickled."""
+    if path.is_file():
+        pickles = [path.name] if path.suffix in _PICKLES else []
+    else:
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise PunaError(
+            "pickled weights are refused, since opening a pickle can run any program",
+            where=path,
+            found=", ".join(pickles[:3]),
+            expected="safetensors",
+            fix="open it once with transformers where you trust it, and save_pretrained(..., safe_serialization=True)",
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint folder; puna.json speaks for specs that config.json cannot describe."""
+    own = folder / OWN_CONFIG
+    path = own if own.exists() else folder / CONFIG
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise PunaError("not a config", where=path, found=type(config).__name__, expected="a JSON object")
+    return config
+
+
+def read_hf(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    adjust: Callable[[LlamaSpec], LlamaSpec] = lambda spec: spec,
+) -> Llama:
+    """Open a checkpoint folder; ``adjust`` may change the spec before the weights come.
+
+    Left aside, and said on the log: rotary buffers of old checkpoints. A tied model may carry a
+    head of its own: an equal one is dropped, a different one is kept and the model opens untied,
+    as in transformers.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    files = {name: file for file in _files(folder) for name in file.shapes}
+    old = [name for name in files if name.endswith(_OLD_BUFFERS)]
+    if old:
+        _log.warning("%s: %d rotary buffers of an old checkpoint are left aside", folder, len(old))
+        for name in old:
+            del files[name]
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(files):  # before a spec of that many blocks is built
+        raise PunaError(
+            "the config has more layers than the checkpoint has tensors",
+            where=folder / CONFIG,
+            found=layers,
+            expected=f"at most {len(files)}",
+        )
+    spec = LlamaSpec.from_config(config, where=folder / CONFIG)
+    spec = _settle_head(spec, files, folder)
+    return fill_llama(adjust(spec), _FolderSource(folder, files), dtype=dtype, device=device)
+
+
+class _FolderSource:
+    """The safetensors files of a folder under the decoder's parameter names."""
+
+    def __init__(self, folder: Path, files: Mapping[str, SafetensorsFile]) -> None:
+        self.where = folder
+        self._files = files
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: file.shapes[name] for name, file in files.items()}
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        target.copy_(self._files[name].get(name))
+
+
+def _files(folder: Path) -> Iterator[SafetensorsFile]:
+    """The weight files of a folder; of shards, each tensor must lie where the index says."""
+    if (folder / SINGLE).exists():
+        yield SafetensorsFile(folder / SINGLE)
+        return
+    if not (folder / INDEX).exists():
+        refuse_pickle(folder)
+        stray = sorted(file.name for file in folder.glob("*.safetensors"))
+        raise PunaError(
+            "no weights in this folder",
+            where=folder,
+            found=", ".join(stray[:3]) or "no safetensors file",
+            expected=f"{SINGLE}, or shards with {INDEX}",
+        )
+    index = read_json(folder / INDEX)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise PunaError("not an index of shards", where=folder / INDEX, expected="a weight_map of tensor to file name")
+    for shard in dict.fromkeys(places.values()):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            refuse_pickle(folder)
+            raise PunaError(
+                "the index names a file that is no shard of this folder",
+                where=folder / INDEX,
+                found=shard,
+                expected="the plain name of a safetensors file",
+            )
+        file = SafetensorsFile(folder / shard)
+        misplaced = sorted(file.shapes.keys() ^ {name for name, place in places.items() if place == shard})
+        if misplaced:
+            raise PunaError(
+                f"the index and the shard disagree about {misplaced[0]!r}",
+                where=folder / shard,
+                found="in the shard only" if misplaced[0] in file.shapes else "in the index only",
+                fix="fetch or write the checkpoint again, whole",
+            )
+        yield file
+
+
+def _settle_head(spec: LlamaSpec, files: dict[str, SafetensorsFile], folder: Path) -> LlamaSpec:
+    """Of a tied model with a head in its file, drop the head if it is the embedding's equal, or untie."""
+    if not spec.tied or HEAD not in files or EMBEDDING not in files:
+        return spec
+    if torch.equal(files[HEAD].get(HEAD), files[EMBEDDING].get(EMBEDDING)):
+        del files[HEAD]
+        return spec
+    _log.warning(
+        "%s: the config ties head and embedding, but the file holds two different ones; opened untied", folder
+    )
+    return spec.replace(tied=False)
+
+
+def write_hf(
+    model: Llama,
+    folder: Path | str,
+    *,
+    shard_bytes: float = 5e9,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``folder`` whole, or not at all: config.json, generation_config.json and safetensors.
+
+    Weights keep the model's dtype. Above ``shard_bytes`` they are cut into shards with an index.
+    A uniform spec gives a folder that transformers opens; any other also gets puna.json.
+    ``extra_config`` adds keys to config.json.
+    """
+    spec = model.spec
+    tensors = plain_parameters(model, folder)
+    config = spec.to_config()
+    dtype = str(model.dtype).removeprefix("torch.")
+    ids = {"bos_token_id": spec.bos_id, "eos_token_id": config["eos_token_id"], "pad_token_id": spec.pad_id}
+    with folder_aside(folder) as aside:
+        # Both names of the dtype key: transformers 5 reads the first, its elders the second.
+        write_json(aside / CONFIG, {**config, "dtype": dtype, "torch_dtype": dtype, **(extra_config or {})})
+        write_json(
+            aside / "generation_config.json",
+            {"_from_model_config": True, **{key: value for key, value in ids.items() if value is not None}},
+        )
+        if not spec.uniform:
+            write_json(aside / OWN_CONFIG, config)
+        _write_tensors(tensors, aside, shard_bytes)
+
+
+def plain_parameters(model: Llama, where: object) -> dict[str, Tensor]:
+    """All parameters by name, refused while an adapter is in the model, each checked to be finite."""
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if any(".base_layer." in name for name in tensors):
+        raise PunaError(
+            "the model carries an adapter",
+            where=where,
+            fix="merge it first (merge_lora), or write the adapter alone (write_adapter)",
+        )
+    for name, tensor in tensors.items():
+        check_finite(name, tensor, where)
+    return tensors
+
+
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: float) -> None:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    single = len(shards) == 1
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = {name: tensors[name].cpu().contiguous() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if not single:
+        total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        write_json(folder / INDEX, {"metadata": total, "weight_map": places})
