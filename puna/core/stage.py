@@ -7,10 +7,10 @@ those modules when the first stage is asked for, so ``import puna`` stays fast.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 
@@ -63,13 +63,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """A stage's predicted cost. ``trainable`` counts parameters; ``memory`` is its peak in bytes."""
+    """A stage's predicted cost. ``trainable`` counts parameters; ``memory`` is its peak in bytes.
+
+    ``tokens`` are those it works through, or, for a stage that makes a corpus, those it makes.
+    ``memory`` is that of weights, gradients, optimiser, activations and data; the planner adds what
+    the process itself takes. ``seconds`` of 0 means: ``flops`` at the device's achieved rate.
+    ``spec`` is the decoder of the model it writes, if that differs from the one it was given, and
+    ``corpora`` says how many tokens each of several output corpora holds.
+    """
 
     tokens: float = 0.0
     trainable: int = 0
     flops: float = 0.0
     memory: float = 0.0
     seconds: float = 0.0
+    spec: Any = None
+    corpora: Mapping[str, float] = field(default_factory=dict)
 
 
 StageFunction = Callable[[Context, Any], Outcome]
@@ -77,7 +86,11 @@ StageFunction = Callable[[Context, Any], Outcome]
 
 @dataclass(frozen=True)
 class Stage:
-    """A registered stage."""
+    """A registered stage.
+
+    ``plan(parameters, shapes)`` predicts its cost. ``reads(parameters)`` names the files and folders
+    outside the run that its parameters point at: their content is part of its fingerprint.
+    """
 
     name: str
     function: StageFunction
@@ -86,6 +99,7 @@ class Stage:
     outputs: dict[str, Kind]
     version: int
     plan: Callable[..., Cost] | None
+    reads: Callable[[Any], Iterable[str | Path]] | None
     summary: str
 
 
@@ -101,6 +115,7 @@ def stage(
     outputs: dict[str, Kind] | None = None,
     version: int = 1,
     plan: Callable[..., Cost] | None = None,
+    reads: Callable[[Any], Iterable[str | Path]] | None = None,
 ) -> Callable[[StageFunction], StageFunction]:
     """Register a function as the stage ``name``; raise ``version`` when its results change."""
 
@@ -108,7 +123,9 @@ def stage(
         if name in _STAGES:
             raise ValueError(f"two stages are named {name!r}")
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        _STAGES[name] = Stage(name, function, parameters, inputs or {}, outputs or {}, version, plan, summary)
+        _STAGES[name] = Stage(
+            name, function, parameters, inputs or {}, outputs or {}, version, plan, reads, summary
+        )
         return function
 
     return register
@@ -132,21 +149,69 @@ def get_stage(name: str, *, where: object = None) -> Stage:
     return stages[name]
 
 
-def validate(model: type[Parameters], values: Mapping[str, Any], *, where: object) -> Any:
-    """Build ``model`` from ``values``; the first problem becomes one :class:`PunaError`."""
+def validate(
+    model: type[Parameters],
+    values: Mapping[str, Any],
+    *,
+    where: object | Callable[[tuple[str | int, ...]], object],
+) -> Any:
+    """Build ``model`` from ``values``; the first problem becomes one :class:`PunaError`.
+
+    ``where`` is the place to name, or a function from a key's path to its place.
+    """
     try:
         return model(**values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        errors = error.errors()
+        # A misspelt key is also a missing one; the spelling is what to tell.
+        first = next((problem for problem in errors if problem["type"] == "extra_forbidden"), errors[0])
+        path = _path_to(first["loc"], values, absent=first["type"] == "missing")
+        key = ".".join(str(part) for part in path)
+        place = where(path) if callable(where) else where
         if first["type"] == "extra_forbidden":
-            names = list(model.model_fields)
+            names = _keys_beside(model, first["loc"])
             close = nearest(str(first["loc"][-1]), names)
             raise PunaError(
                 f"unknown key {key!r}",
-                where=where,
+                where=place,
                 expected=f"one of {', '.join(names)}",
                 fix=f"did you mean {close!r}?" if close else None,
             ) from None
-        found = first.get("input")
-        raise PunaError(f"key {key!r}: {first['msg']}", where=where, found=repr(found)) from None
+        if first["type"] == "missing":
+            raise PunaError(f"key {key!r} is missing", where=place) from None
+        message = first["msg"].removeprefix("Value error, ")
+        found = repr(first.get("input")) if path else None
+        raise PunaError(f"key {key!r}: {message}" if path else message, where=place, found=found) from None
+
+
+def _path_to(location: tuple[str | int, ...], values: Any, *, absent: bool) -> tuple[str | int, ...]:
+    """pydantic's location without the parts that name members of unions, which do not stand in the data."""
+    path: list[str | int] = []
+    for part in location:
+        inside = isinstance(values, Mapping) and part in values
+        inside = inside or (
+            isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
+        )
+        if inside:
+            values = values[part]
+            path.append(part)
+    if absent:
+        path.append(location[-1])
+    return tuple(path)
+
+
+def models_of(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    """The pydantic models that a field's annotation names, inside unions and containers too."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in models_of(argument)]
+
+
+def _keys_beside(model: type[pydantic.BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """Keys that the model at the end of ``location`` takes."""
+    models: list[type[pydantic.BaseModel]] = [model]
+    for part in location[:-1]:
+        fields = [m.model_fields[str(part)] for m in models if str(part) in m.model_fields]
+        named = [m for m in models if m.__name__ == part]
+        models = [inner for info in fields for inner in models_of(info.annotation)] or named or models
+    return sorted({name for found in models for name in found.model_fields})
