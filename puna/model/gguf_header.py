@@ -35,7 +35,9 @@ _SCALARS = {
     11: "<i8",
     12: "<f8",
 }
-_STRUCTS = {number: struct.Struct("<" + numpy.dtype(name).char) for number, name in _SCALARS.items() if number < 10}
+_STRUCTS = {
+    number: struct.Struct("<" + numpy.dtype(name).char) for number, name in _SCALARS.items() if number < 10
+}
 _STRUCTS |= {10: struct.Struct("<Q"), 11: struct.Struct("<q"), 12: struct.Struct("<d")}
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -213,7 +215,9 @@ def _tensor_table(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> dict
     return {name: _placed(cursor, name, start, *entry) for name, entry in entries.items()}
 
 
-def _placed(cursor: _Cursor, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+def _placed(
+    cursor: _Cursor, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int
+) -> GgufTensor:
     """A tensor whose bytes are known to lie inside the file."""
     if kind not in STORAGE:
         raise PunaError(

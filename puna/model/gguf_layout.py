@@ -39,7 +39,7 @@ _NO_TOKEN = 0xFFFFFFFF
 
 
 def gguf_name(name: str) -> str:
-    """The name in a GGUF file of a parameter: ``model.layers.3.mlp.up_proj.weight`` is ``blk.3.ffn_up.weight``."""
+    """The name in a GGUF file: ``model.layers.3.mlp.up_proj.weight`` is ``blk.3.ffn_up.weight`` there."""
     module, _, kind = name.rpartition(".")
     if module in _OUTER:
         return f"{_OUTER[module]}.{kind}"
@@ -48,7 +48,7 @@ def gguf_name(name: str) -> str:
 
 
 def row_order(architecture: str, spec: LlamaSpec, name: str) -> torch.Tensor | None:
-    """For each row of a file's tensor, the row of the parameter it belongs to; None where the order is the same.
+    """For each row of a file's tensor, the row of the parameter it belongs to; None if the order is the same.
 
     llama.cpp rotates neighbouring pairs in files of architecture "llama"; the decoder rotates halves,
     as transformers does. Query and key rows (and their biases) are therefore interleaved in the file.
@@ -112,13 +112,15 @@ def spec_from_metadata(
     rope_factors: numpy.ndarray[Any, Any] | None,
     where: object,
 ) -> LlamaSpec:
-    """Describe the decoder in a file. ``shapes`` are those of its tensors; ``rope_factors`` of ``rope_freqs``."""
+    """Describe the decoder in a file by its metadata, the shapes of its tensors and ``rope_freqs``."""
     architecture = architecture_of(metadata, where)
     values = _Metadata(metadata, architecture, where)
     layers = values.number("block_count", whole=True)
     stored = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
     if layers != stored:
-        raise PunaError("the number of layers is not that of the file", where=where, found=layers, expected=stored)
+        raise PunaError(
+            "the number of layers is not that of the file", where=where, found=layers, expected=stored
+        )
     embedding = shapes.get("token_embd.weight")
     if embedding is None or len(embedding) != 2:
         raise PunaError("tensor 'token_embd.weight' is missing or no matrix", where=where, found=embedding)
@@ -163,10 +165,14 @@ def spec_from_metadata(
         if error.where == where:
             raise
         message = f"{error.where}: {error.message}"
-        raise PunaError(message, where=where, found=error.found, expected=error.expected, fix=error.fix) from None
+        raise PunaError(
+            message, where=where, found=error.found, expected=error.expected, fix=error.fix
+        ) from None
 
 
-def metadata_from_spec(spec: LlamaSpec, where: object) -> tuple[str, dict[str, Any], numpy.ndarray[Any, Any] | None]:
+def metadata_from_spec(
+    spec: LlamaSpec, where: object
+) -> tuple[str, dict[str, Any], numpy.ndarray[Any, Any] | None]:
     """Architecture, metadata (without tokenizer and file type) and rope factors that describe ``spec``.
 
     Raises :class:`PunaError` for a spec that llama.cpp's llama and qwen2 graphs do not compute.
@@ -219,18 +225,21 @@ def _not_llama_cpp(spec: LlamaSpec) -> str | None:
         return "biases on queries, keys, values and in the feed-forward"
     if rule.kind in ("dynamic", "longrope"):
         return f"rope {rule.kind!r}"
-    if any(value is not None for value in (rule.attention_factor, rule.mscale, rule.mscale_all_dim, rule.truncate)):
+    if any(
+        value is not None
+        for value in (rule.attention_factor, rule.mscale, rule.mscale_all_dim, rule.truncate)
+    ):
         return "yarn with parameters of its own besides the betas"
     return None
 
 
 def llama3_factors(rule: RopeRule, head_dim: int) -> numpy.ndarray[Any, numpy.dtype[numpy.float64]]:
     """What each plain frequency is divided by under a "llama3" rule, [head_dim // 2]."""
-    return _plain(rule.theta, head_dim) / frequencies(rule, head_dim, 1)[0].double().numpy()
+    return _frequencies(RopeRule("default", rule.theta), head_dim) / _frequencies(rule, head_dim)
 
 
-def _plain(theta: float, head_dim: int) -> numpy.ndarray[Any, numpy.dtype[numpy.float64]]:
-    return frequencies(RopeRule("default", theta), head_dim, 1)[0].double().numpy()
+def _frequencies(rule: RopeRule, head_dim: int) -> numpy.ndarray[Any, numpy.dtype[numpy.float64]]:
+    return numpy.asarray(frequencies(rule, head_dim, 1)[0].double(), dtype=numpy.float64)
 
 
 def _rope_rule(values: _Metadata, head_dim: int, factors: numpy.ndarray[Any, Any] | None) -> RopeRule:
@@ -239,11 +248,16 @@ def _rope_rule(values: _Metadata, head_dim: int, factors: numpy.ndarray[Any, Any
     factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
     if kind not in ("none", "linear", "yarn"):
         raise PunaError(
-            "this rope scaling of a GGUF is not read", where=values.where, found=kind, expected="none, linear or yarn"
+            "this rope scaling of a GGUF is not read",
+            where=values.where,
+            found=kind,
+            expected="none, linear or yarn",
         )
     if factors is not None and numpy.any(factors != 1.0):
         if kind != "none" and factor != 1.0:
-            raise PunaError("two rope scalings at once", where=values.where, found=f"{kind} and {ROPE_FACTORS}")
+            raise PunaError(
+                "two rope scalings at once", where=values.where, found=f"{kind} and {ROPE_FACTORS}"
+            )
         return _llama3_rule(theta, head_dim, factors, values.where)
     if factor in (0.0, 1.0):  # llama.cpp writes 0 for "no scaling" too
         return RopeRule("default", theta)
@@ -251,7 +265,9 @@ def _rope_rule(values: _Metadata, head_dim: int, factors: numpy.ndarray[Any, Any
         return RopeRule("linear", theta, factor=factor)
     for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
         if values.has(f"rope.scaling.{key}"):
-            raise PunaError(f"rope.scaling.{key} of a GGUF is not read", where=values.where, fix="use the HF folder")
+            raise PunaError(
+                f"rope.scaling.{key} of a GGUF is not read", where=values.where, fix="use the HF folder"
+            )
     betas = {
         name: values.number(f"rope.scaling.yarn_{name}")
         for name in ("beta_fast", "beta_slow")
@@ -270,20 +286,29 @@ def _llama3_rule(theta: float, head_dim: int, factors: numpy.ndarray[Any, Any], 
     """
     factors = factors.astype(numpy.float64)
     if len(factors) != head_dim // 2 or not numpy.all(numpy.isfinite(factors)) or factors.min() < 1.0 - 1e-6:
-        raise PunaError(f"tensor {ROPE_FACTORS!r} cannot be used", where=where, expected=f"{head_dim // 2} numbers >= 1")
+        raise PunaError(
+            f"tensor {ROPE_FACTORS!r} cannot be used", where=where, expected=f"{head_dim // 2} numbers >= 1"
+        )
     factor = float(str(numpy.float32(factors.max())))
     guesses = [(8192, 1.0, 4.0)]
     middle = (factors > 1.0 + 1e-4) & (factors < factor * (1.0 - 1e-4))
     if middle.sum() >= 2:
         smooth = (1.0 / factors[middle] - 1.0 / factor) / (1.0 - 1.0 / factor)
-        slope, offset = numpy.polyfit(_plain(theta, head_dim)[middle] / (2 * math.pi), smooth, 1)
+        slope, offset = numpy.polyfit(
+            _frequencies(RopeRule("default", theta), head_dim)[middle] / (2 * math.pi), smooth, 1
+        )
         if slope > 0 and offset < 0:
             guesses.append((round(slope / -offset), 1.0, 1.0 - 1.0 / float(offset)))
     for original, low, high in guesses:
         if original < 1 or not high > low:
             continue
         rule = RopeRule(
-            "llama3", theta, factor=factor, original_max_positions=original, low_freq_factor=low, high_freq_factor=high
+            "llama3",
+            theta,
+            factor=factor,
+            original_max_positions=original,
+            low_freq_factor=low,
+            high_freq_factor=high,
         )
         if numpy.allclose(llama3_factors(rule, head_dim), factors, rtol=2e-5):
             return rule

@@ -5,7 +5,6 @@ The ``gguf`` package turns quantised blocks into float32; it is needed for quant
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def read_gguf(
     device: torch.device | str,
     adjust: Callable[[LlamaSpec], LlamaSpec] = lambda spec: spec,
 ) -> Llama:
-    """Open a GGUF file of architecture llama or qwen2; ``adjust`` may change the spec before the weights come.
+    """Open a GGUF file of architecture llama or qwen2; ``adjust`` may change the spec first.
 
     Types read: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K.
     """
@@ -65,7 +64,9 @@ class _GgufSource:
         theirs = {gguf_name(name): name for name in expected_shapes(self.spec, file.path)}
         # What the spec does not know keeps its own name, and is refused under it.
         self._tensors = {theirs.get(name, name): file.tensors[name] for name in shapes}
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tensor.shape for name, tensor in self._tensors.items()
+        }
 
     def read_into(self, name: str, target: Tensor) -> None:
         """Dequantise chunk by chunk; rows go where the decoder expects them."""

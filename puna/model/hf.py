@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,9 +36,9 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
+            self._file = cast(Any, safe_open(path, framework="pt", device="cpu"))
             self.shapes: dict[str, tuple[int, ...]] = {}
-            for name in self._file.keys():  # noqa: SIM118 - not a dictionary
+            for name in self._file.keys():  # noqa: SIM118 - no dictionary
                 view = self._file.get_slice(name)
                 self.shapes[name] = tuple(view.get_shape())
                 if view.get_dtype() not in _READABLE:
@@ -52,7 +52,9 @@ class SafetensorsFile:
         except FileNotFoundError:
             raise PunaError("file not found", where=path) from None
         except (SafetensorError, OSError) as error:
-            raise PunaError("not a readable safetensors file", where=path, found=error, fix=_DAMAGED) from None
+            raise PunaError(
+                "not a readable safetensors file", where=path, found=error, fix=_DAMAGED
+            ) from None
 
     def get(self, name: str) -> Tensor:
         """One tensor, mapped from the file and not copied."""
@@ -72,7 +74,7 @@ def refuse_pickle(path: Path) -> None:
             where=path,
             found=", ".join(pickles[:3]),
             expected="safetensors",
-            fix="open it once with transformers where you trust it, and save_pretrained(..., safe_serialization=True)",
+            fix="where you trust it, open it once with transformers and write it with save_pretrained",
         )
 
 
@@ -149,7 +151,9 @@ def _files(folder: Path) -> Iterator[SafetensorsFile]:
     index = read_json(folder / INDEX)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise PunaError("not an index of shards", where=folder / INDEX, expected="a weight_map of tensor to file name")
+        raise PunaError(
+            "not an index of shards", where=folder / INDEX, expected="a weight_map of tensor to file name"
+        )
     for shard in dict.fromkeys(places.values()):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             refuse_pickle(folder)

@@ -145,6 +145,7 @@ class Llama(nn.Module):
         self.tokenizer: Any | None = None
         self.template: Any | None = None
         self.source: str | None = None
+        self.adapter: Any | None = None  # what ``adapters.py`` remembers of an adapter in these layers
         with torch.device("meta"):  # no storage and no draws from torch's global generator
             self.model = Decoder(spec)
             if not spec.tied:

@@ -37,13 +37,17 @@ class WeightSource(Protocol):
         """Copy the tensor ``name`` into ``target``, converting its dtype."""
 
 
-def fill_llama(spec: LlamaSpec, source: WeightSource, *, dtype: torch.dtype, device: torch.device | str) -> Llama:
+def fill_llama(
+    spec: LlamaSpec, source: WeightSource, *, dtype: torch.dtype, device: torch.device | str
+) -> Llama:
     """A decoder of ``spec`` with the weights of ``source``, in evaluation mode.
 
     Raises :class:`PunaError` for a missing, left-over or misshapen tensor and for NaN or infinite weights.
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise PunaError("weights need a floating-point dtype of 16 bits or more", where=source.where, found=dtype)
+        raise PunaError(
+            "weights need a floating-point dtype of 16 bits or more", where=source.where, found=dtype
+        )
     expected = expected_shapes(spec, source.where)
     check_shapes(expected, source.shapes, source.where)
     model = Llama(spec, dtype=dtype, device="meta")
@@ -60,7 +64,9 @@ def fill_llama(spec: LlamaSpec, source: WeightSource, *, dtype: torch.dtype, dev
 def expected_shapes(spec: LlamaSpec, where: object) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a decoder of ``spec``, in its own order; nothing is allocated."""
     if spec.parameter_count() > _IMPOSSIBLE:
-        raise PunaError("the config describes an impossibly large model", where=where, found=spec.parameter_count())
+        raise PunaError(
+            "the config describes an impossibly large model", where=where, found=spec.parameter_count()
+        )
     return {name: tuple(parameter.shape) for name, parameter in Llama(spec, device="meta").named_parameters()}
 
 

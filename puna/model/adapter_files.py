@@ -1,0 +1,242 @@
+"""Adapters on disk, in PEFT's layout: adapter_config.json and adapter_model.safetensors.
+
+Modules trained in full are PEFT's ``modules_to_save``. Of a tied model both the embedding and the
+head are written, with ``ensure_weight_tying``: PEFT then ties them again and asks for both tensors.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from puna.core.errors import PunaError
+from puna.core.files import folder_aside, read_json, write_json
+from puna.model.adapters import NAME, LoraReport, adapter_of, inject, refuse_second, remove, report, untie
+from puna.model.hf import SafetensorsFile, refuse_pickle
+from puna.model.llama import Llama
+from puna.model.weights import EMBEDDING, HEAD, check_finite, check_shapes
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_EMBEDDING_MODULE, _HEAD_MODULE = EMBEDDING.rpartition(".")[0], HEAD.rpartition(".")[0]
+# Options of PEFT's LoRA that are honoured; any other must be at its default.
+_HONOURED = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_bias",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "ensure_weight_tying",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+}
+# Options that say nothing about the computation of a trained adapter.
+_INDIFFERENT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+}
+# Ways of drawing A and B that leave the base weights alone.
+_HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def write_adapter(model: Llama, folder: Path | str, *, base_name: str) -> None:
+    """Write the model's adapter as a folder that peft opens on ``base_name``, with identical logits."""
+    from peft import get_peft_model_state_dict
+
+    state = adapter_of(model, "write")
+    # "auto" would ask the hub about base_name; what is trained in full is added below.
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=NAME, save_embedding_layers=False
+    )
+    parameters = dict(model.named_parameters())
+    tensors |= {name: parameters[name] for name in state.full}
+    shared = model.spec.tied and EMBEDDING in state.full
+    if shared:
+        tensors[HEAD] = parameters[EMBEDDING]
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in state.full)
+    if shared:
+        modules[_HEAD_MODULE] = None
+    for name, tensor in tensors.items():
+        check_finite(name, tensor.detach(), folder)
+    config = {
+        **{key: _plain(value) for key, value in state.config.to_dict().items()},
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        # peft takes every module whose name ends so: whole names, but for the usual short one.
+        "modules_to_save": ["embed_tokens" if name == _EMBEDDING_MODULE else name for name in modules]
+        or None,
+        "ensure_weight_tying": shared,
+    }
+    with folder_aside(folder) as aside:
+        write_json(aside / ADAPTER_CONFIG, config)
+        stored = {
+            _PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+        }
+        save_file(stored, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _plain(value: Any) -> Any:
+    """JSON-like, sets in a fixed order."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def read_adapter(
+    model: Llama,
+    folder: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    trainable: bool = False,
+    keep_base: bool = False,
+) -> LoraReport:
+    """Put the LoRA adapter of ``folder``, made here or by peft, into ``model`` in place.
+
+    Adapter parameters take ``dtype`` (None: the model's) and are frozen unless ``trainable``. Where
+    an adapter holds an embedding and a head that differ, a tied model is untied. ``keep_base`` as in
+    :func:`puna.model.adapters.add_lora`. On an error the model is as before.
+    """
+    refuse_second(model)
+    folder = Path(folder)
+    config = _read_config(folder)
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        refuse_pickle(folder)
+    file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
+    names = {name.removeprefix(_PREFIX): name for name in file.shapes}
+    adapter = {name: stored for name, stored in names.items() if re.search(r"\.lora_[A-Za-z_]+(\.|$)", name)}
+    full = {name: file.get(stored) for name, stored in names.items() if name not in adapter}
+    for name in adapter:
+        if not name.startswith("model.layers."):
+            raise PunaError(
+                "a LoRA on the embedding or the head is not computed here",
+                where=folder,
+                found=name,
+                fix="merge it into its base with peft (merge_and_unload) and open the result",
+            )
+    full = _settle_tied(model, full)
+    _check_full(model, full, folder)
+    _inject_checked(model, config, adapter, file, tuple(full), dtype=dtype, keep_base=keep_base)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in full.items():
+            parameters[name].copy_(tensor)
+    counted = report(model)
+    if not trainable:
+        model.requires_grad_(False)
+    return counted
+
+
+def _read_config(folder: Path) -> Any:
+    """The adapter's LoraConfig; an option that would be ignored is an error."""
+    from peft import LoraConfig
+
+    path = folder / ADAPTER_CONFIG
+    stated = read_json(path)
+    if not isinstance(stated, dict) or stated.get("peft_type") != "LORA":
+        found = stated.get("peft_type") if isinstance(stated, dict) else type(stated).__name__
+        raise PunaError("only LoRA adapters are read", where=path, found=found, expected="peft_type LORA")
+    defaults = LoraConfig().to_dict()
+    for key, value in stated.items():
+        if key in _HONOURED | _INDIFFERENT or (key in defaults and value in (None, False, defaults[key])):
+            continue
+        if key == "init_lora_weights" and value in _HARMLESS_INITIALISATIONS:
+            continue
+        if key not in defaults and not value:
+            continue
+        raise PunaError(
+            f"option {key!r} of this adapter is not computed here",
+            where=path,
+            found=value,
+            expected=defaults.get(key),
+            fix="merge it into its base with peft (merge_and_unload) and open the result",
+        )
+    try:
+        # Full modules stay plain modules here, so peft is not told of them.
+        kept = {
+            key: stated[key]
+            for key in _HONOURED - {"modules_to_save", "ensure_weight_tying"}
+            if key in stated
+        }
+        return LoraConfig(**kept, task_type="CAUSAL_LM")
+    except (TypeError, ValueError) as error:
+        raise PunaError("not a usable adapter config", where=path, found=error) from None
+
+
+def _settle_tied(model: Llama, full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Embedding and head of an adapter for a tied model: one tensor if they agree, else both."""
+    if not model.spec.tied or not {EMBEDDING, HEAD} & full.keys():
+        return full
+    embedding = full.get(EMBEDDING, model.model.embed_tokens.weight.detach())
+    head = full.get(HEAD, model.model.embed_tokens.weight.detach())
+    others = {name: tensor for name, tensor in full.items() if name not in (EMBEDDING, HEAD)}
+    same = embedding.shape == head.shape and torch.equal(embedding.cpu(), head.to("cpu", embedding.dtype))
+    return {EMBEDDING: embedding, **others} if same else {EMBEDDING: embedding, HEAD: head, **others}
+
+
+def _check_full(model: Llama, full: Mapping[str, Tensor], folder: Path) -> None:
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if model.spec.tied:
+        expected[HEAD] = expected[EMBEDDING]
+    check_shapes(
+        {name: shape for name, shape in expected.items() if name in full},
+        {name: tuple(tensor.shape) for name, tensor in full.items()},
+        folder,
+    )
+    for name, tensor in full.items():
+        check_finite(name, tensor, folder)
+
+
+def _inject_checked(
+    model: Llama,
+    config: Any,
+    adapter: Mapping[str, str],
+    file: SafetensorsFile,
+    full: tuple[str, ...],
+    *,
+    dtype: torch.dtype | None,
+    keep_base: bool,
+) -> None:
+    """Inject, then require exactly the file's tensors; on an error take the layers out again."""
+    from peft import get_peft_model_state_dict
+
+    was_tied = model.spec.tied
+    try:
+        if HEAD in full:
+            untie(model)
+        inject(model, config, full, dtype=dtype, keep_base=keep_base)
+        targets = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+        found = {name: file.shapes[stored] for name, stored in adapter.items()}
+        check_shapes({name: tuple(tensor.shape) for name, tensor in targets.items()}, found, file.path)
+        for name, target in targets.items():
+            target.copy_(file.get(adapter[name]))
+            check_finite(name, target, file.path)
+    except (PunaError, ValueError) as error:
+        remove(model)
+        if was_tied and not model.spec.tied:
+            del model.lm_head
+            model.spec = model.spec.replace(tied=True)
+        if isinstance(error, PunaError):
+            raise
+        raise PunaError("peft cannot place this adapter in the model", where=file.path, found=error) from None

@@ -1,0 +1,317 @@
+"""LoRA in a decoder, through PEFT: adding, disabling, merging, and what is trained in full beside it.
+
+PEFT wraps the projections. Modules trained in full (embedding, head, norms) stay plain modules that
+are simply not frozen: with tied embeddings there is one tensor, and it is trained once. Only on
+disk do they take PEFT's form (``adapter_files.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from puna.core.errors import PunaError, unknown_name
+from puna.core.seeds import torch_generator
+from puna.model.llama import Llama
+from puna.model.weights import EMBEDDING, HEAD, set_parameter
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NAME = "default"  # PEFT names adapters; a decoder carries one
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A LoRA of rank ``r``: each target W becomes W + (alpha / r) B A, or alpha / sqrt(r) with ``rslora``.
+
+    ``target`` names projections by the end of their name ("q_proj", "layers.0.mlp.up_proj").
+    ``full`` names modules, in the same way, whose own weights are trained ("embed_tokens",
+    "lm_head", "norm"). ``dora`` adds a learnt magnitude for each row of W (2402.09353).
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target: tuple[str, ...] = PROJECTIONS
+    rslora: bool = False
+    full: tuple[str, ...] = ()
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise PunaError("the rank of a LoRA must be at least 1", found=self.r)
+        if not self.alpha > 0:
+            raise PunaError("alpha of a LoRA must be positive", found=self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise PunaError("dropout of a LoRA must be at least 0 and below 1", found=self.dropout)
+        if not self.target:
+            raise PunaError("a LoRA needs a target", expected=f"for instance {', '.join(PROJECTIONS)}")
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What is trained: parameters counted, as a share of all, and the names of the trained tensors."""
+
+    trainable: int
+    total: int
+    names: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over all parameters, the adapter's included."""
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        counts = f"{self.trainable:,} of {self.total:,} parameters trained ({self.share:.2%})"
+        return f"{counts}, {len(self.names)} tensors"
+
+
+@dataclass
+class AdapterState:
+    """What a decoder remembers of its adapter; held in ``Llama.adapter``.
+
+    ``full`` are the parameters trained in full. ``base`` holds their values from before, in main
+    memory, if they were asked for.
+    """
+
+    config: Any  # peft.LoraConfig
+    full: tuple[str, ...]
+    base: dict[str, Tensor] | None
+
+
+def refuse_second(model: Llama) -> None:
+    """A decoder carries one adapter."""
+    if model.adapter is not None:
+        raise PunaError(
+            "the model carries an adapter already", where=model.source, fix="merge it first (merge_lora)"
+        )
+
+
+def adapter_of(model: Llama, purpose: str) -> AdapterState:
+    """The state of the model's adapter; :class:`PunaError` if it has none."""
+    state = model.adapter
+    if not isinstance(state, AdapterState):
+        raise PunaError(
+            f"the model has no adapter to {purpose}", where=model.source, fix="add_lora or read_adapter"
+        )
+    return state
+
+
+def add_lora(
+    model: Llama,
+    settings: LoraSettings,
+    *,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    keep_base: bool = False,
+) -> LoraReport:
+    """Add a LoRA in place and freeze everything else. B is zero, so logits do not change by a bit.
+
+    A is drawn as PEFT draws it (Kaiming uniform), but from a generator for each layer's name and
+    ``seed``. New parameters take ``dtype`` (None: the model's). ``keep_base`` keeps a copy of what
+    is trained in full, which :func:`adapter_disabled` needs.
+    Raises :class:`PunaError` for a target or full name that names nothing.
+    """
+    from peft import LoraConfig
+
+    refuse_second(model)
+    targets = _matches(model, settings.target, "target of LoRA", nn.Linear)
+    outside = [name for name in targets if not name.startswith("model.layers.")]
+    if outside:
+        raise PunaError(
+            "a LoRA goes on the projections of the layers",
+            found=outside[0],
+            fix=f"train it in full instead: full=({outside[0].rpartition('.')[2]!r},)",
+        )
+    full = parameters_in_full(model, settings.full)
+    both = [name for name in full if name.rpartition(".")[0] in targets]
+    if both:
+        raise PunaError(
+            "a module cannot have a LoRA and be trained in full", found=both[0].rpartition(".")[0]
+        )
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        task_type="CAUSAL_LM",
+    )
+    inject(model, config, full, dtype=dtype, keep_base=keep_base)
+    for name, layer in lora_layers(model):
+        down = layer.lora_A[NAME].weight
+        drawn = torch.empty(down.shape)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=torch_generator(seed, "lora", name))
+        down.data.copy_(drawn)
+    return report(model)
+
+
+def inject(
+    model: Llama, config: Any, full: tuple[str, ...], *, dtype: torch.dtype | None, keep_base: bool
+) -> None:
+    """Put PEFT's layers in; freeze all parameters but theirs and those trained in full."""
+    from peft import inject_adapter_in_model
+
+    parameters = dict(model.named_parameters())
+    base = None
+    if keep_base:
+        base = {name: parameters[name].detach().to("cpu", copy=True) for name in full}
+    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.dtype if dtype is None else dtype)
+        parameter.requires_grad_(".lora_" in name or name in full)
+    model.train(model.training)  # new layers start in training mode
+    model.adapter = AdapterState(config, full, base)
+
+
+def report(model: Llama) -> LoraReport:
+    """Count what is trained now."""
+    trained = {
+        name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return LoraReport(sum(trained.values()), total, tuple(trained))
+
+
+def lora_layers(model: Llama) -> Iterator[tuple[str, Any]]:
+    """Name and PEFT layer of each adapted projection."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def parameters_in_full(model: Llama, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters of the modules called ``names``; a tied head stands for the embedding."""
+    own = [name for name in names if not (model.spec.tied and name == "lm_head")]
+    found = dict.fromkeys(_matches(model, tuple(own), "module to train in full", nn.Module))
+    parameters = [
+        f"{module}.{name}" for module in found for name, _ in model.get_submodule(module).named_parameters()
+    ]
+    if len(own) < len(names):
+        parameters.insert(0, EMBEDDING)
+    return tuple(dict.fromkeys(parameters))
+
+
+def _matches(model: Llama, names: tuple[str, ...], kind: str, of_type: type[nn.Module]) -> list[str]:
+    """Modules whose dotted name ends in one of ``names``; each name must match."""
+    modules = [name for name, module in model.named_modules() if name and isinstance(module, of_type)]
+    found: list[str] = []
+    for wanted in names:
+        hits = [name for name in modules if f".{name}".endswith(f".{wanted}")]
+        if not hits:
+            short = {name.rpartition(".")[2] for name in modules}
+            raise unknown_name(
+                kind, wanted, (name for name in short if not name.isdigit()), where=model.source
+            )
+        found += hits
+    return found
+
+
+def _merge(layer: Any) -> None:
+    """Add the adapter to the base weight, computed in float32 and rounded once."""
+    base = layer.get_base_layer()
+    dtypes = {name: parameter.dtype for name, parameter in layer.named_parameters()}
+    layer.float()
+    layer.merge()
+    for name, parameter in layer.named_parameters():
+        parameter.data = parameter.data.to(dtypes[name])
+    assert base.weight.dtype == dtypes["base_layer.weight"]
+
+
+def merge_lora(model: Llama) -> None:
+    """Add the adapter to the weights and go back to plain layers, in place; nothing stays frozen.
+
+    Sums are made in float32: logits stay within 1e-5 in a float32 model, and within one rounding of
+    the weights otherwise.
+    """
+    adapter_of(model, "merge")
+    for _, layer in lora_layers(model):
+        _merge(layer)
+    remove(model)
+
+
+def remove(model: Llama) -> None:
+    """Take PEFT's layers out, whatever they hold, leaving plain modules and nothing frozen."""
+    for name, layer in lora_layers(model):
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.adapter = None
+    model.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def adapter_merged(model: Llama) -> Iterator[Llama]:
+    """Within the block the adapter is added to the weights, so that decoding pays nothing for it.
+
+    Afterwards the weights are what they were, bit for bit; a copy of the adapted matrices is held meanwhile.
+    """
+    adapter_of(model, "merge")
+    layers = [layer for _, layer in lora_layers(model)]
+    copies = [{name: part.detach().clone() for name, part in layer.named_parameters()} for layer in layers]
+    try:
+        for layer in layers:
+            _merge(layer)
+        yield model
+    finally:
+        for layer, copy in zip(layers, copies, strict=True):
+            if layer.merged:
+                layer.unmerge()
+            for name, parameter in layer.named_parameters():
+                parameter.data.copy_(copy[name])
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: Llama) -> Iterator[Llama]:
+    """Within the block the model computes what it did before the adapter, bit for bit.
+
+    If modules are trained in full this needs their values from before: ``keep_base=True`` when the
+    adapter was added or read.
+    """
+    state = adapter_of(model, "disable")
+    if state.full and state.base is None:
+        raise PunaError(
+            "the values from before training in full were not kept",
+            where=model.source,
+            found=", ".join(state.full),
+            fix="add or read the adapter with keep_base=True",
+        )
+    layers = [layer for _, layer in lora_layers(model)]
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    adapted = {name: parameters[name].data for name in state.base or {}}
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        for name, values in (state.base or {}).items():
+            parameters[name].data = values.to(parameters[name].device)
+        yield model
+    finally:
+        for name, values in adapted.items():
+            parameters[name].data = values
+        for layer in layers:
+            layer.enable_adapters(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def untie(model: Llama) -> None:
+    """Give a tied model a head of its own, equal to the embedding for now."""
+    if not model.spec.tied:
+        return
+    embedding = model.model.embed_tokens.weight
+    with torch.device("meta"):
+        model.lm_head = nn.Linear(model.spec.hidden_size, model.spec.vocab_size, bias=False)
+    set_parameter(model, HEAD, embedding.detach().clone())
+    model.spec = model.spec.replace(tied=False)
