@@ -71,7 +71,9 @@ def _splits(*patterns: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
         parts: list[pre_tokenizers.PreTokenizer] = [
             pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns
         ]
-        return pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence(
+            [*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
 
     return build
 
@@ -178,7 +180,9 @@ def _merges_from_scores(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
     """Every way to join two tokens into a third, best score first."""
-    usable = {token: index for index, token in enumerate(tokens) if types[index] in (NORMAL, USER_DEFINED, UNUSED)}
+    usable = {
+        token: index for index, token in enumerate(tokens) if types[index] in (NORMAL, USER_DEFINED, UNUSED)
+    }
     ranked = []
     for token, index in usable.items():
         for cut in range(1, len(token)):
@@ -202,7 +206,9 @@ def _add_tokens(core: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequen
 # ---- writing ----------------------------------------------------------------------------------
 
 
-def gguf_metadata(tokenizer: Tokenizer, template: Template | None = None, *, rows: int | None = None) -> dict[str, Any]:
+def gguf_metadata(
+    tokenizer: Tokenizer, template: Template | None = None, *, rows: int | None = None
+) -> dict[str, Any]:
     """The ``tokenizer.*`` keys with which llama.cpp tokenises as ``tokenizer`` does.
 
     ``rows`` is the number of rows of the embedding; ids beyond the vocabulary become unused

@@ -8,12 +8,13 @@ tokens whatever it contains; control tokens come from the ids of this class (``b
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
@@ -62,7 +63,9 @@ class Tokenizer:
         core.post_processor = None  # type: ignore[assignment]  # offsets stay untrimmed, nothing is added
         core.encode_special_tokens = True
         adds = self.settings.get("add_bos_token")
-        self.adds_bos = bool(adds) if adds is not None else self.bos_id is not None and ids[:1] == [self.bos_id]
+        self.adds_bos = (
+            bool(adds) if adds is not None else self.bos_id is not None and ids[:1] == [self.bos_id]
+        )
         if self.adds_bos and self.bos_id is None:
             raise PunaError("the tokenizer says it adds a BOS token but names none", expected="a bos_token")
 
@@ -131,12 +134,18 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """:meth:`encode` of many texts, on every core the tokenizers library may use."""
-        return [self._plain(encoding.ids) for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            self._plain(encoding.ids)
+            for encoding in self.core.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
-    def encode_markup(self, text: str, markup: Iterable[tuple[int, int]]) -> list[Piece]:
+    def encode_markup(
+        self, text: str, markup: Iterable[tuple[int, int]], cuts: Sequence[int] = ()
+    ) -> list[Piece]:
         """Encode ``text`` once; special tokens are recognised only inside the ranges ``markup``.
 
-        The ranges are ordered and do not overlap. Everything else is plain text.
+        The ranges are ordered and do not overlap. Everything else is plain text. No token
+        reaches over one of the positions ``cuts``.
         """
         pieces: list[Piece] = []
         position = 0
@@ -146,10 +155,10 @@ class Tokenizer:
                 left = position + len(text[position:start].rstrip())
             if token.rstrip:
                 right = len(text) - len(text[end:].lstrip())
-            pieces += self._encode_run(text, position, max(left, position))
+            pieces += self._encode_run(text, position, max(left, position), cuts)
             pieces.append(Piece(self.id_of(token.content), start, end, True))
             position = right
-        pieces += self._encode_run(text, position, len(text))
+        pieces += self._encode_run(text, position, len(text), cuts)
         return pieces
 
     def _special_matches(
@@ -161,17 +170,26 @@ class Tokenizer:
             for match in self._special_pattern.finditer(text, start, end):
                 yield match.start(), match.end(), self._special_tokens[match.group()]
 
-    def _encode_run(self, text: str, start: int, end: int) -> list[Piece]:
-        """Encode the plain text ``text[start:end]``."""
+    def _encode_run(self, text: str, start: int, end: int, cuts: Sequence[int]) -> list[Piece]:
+        """Encode the plain text ``text[start:end]``, cut where asked."""
         if start >= end:
             return []
-        core = self.core if start == 0 else self._inner_core
-        encoding = core.encode(text[start:end], add_special_tokens=False)
         pieces = []
-        for token, (left, right) in zip(encoding.ids, encoding.offsets, strict=True):
-            for plain in self._plain([token]):
-                pieces.append(Piece(plain, start + left, start + right, False))
+        edges = [start, *(cut for cut in cuts if start < cut < end), end]
+        for left, right in itertools.pairwise(edges):
+            core = self._core_after("cut" if left > start else "special" if start > 0 else "nothing")
+            encoding = core.encode(text[left:right], add_special_tokens=False)
+            for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+                pieces += [Piece(plain, left + first, left + last, False) for plain in self._plain([token])]
         return pieces
+
+    def _core_after(self, before: Literal["nothing", "special", "cut"]) -> tokenizers.Tokenizer:
+        """The core for a run of text after the beginning, a special token or a cut.
+
+        Sentencepiece-like cores put a space before the first word; some of them after special
+        tokens too; none may do so in the middle of a text.
+        """
+        return self.core if before == "nothing" else self._inner_cores[before == "cut"]
 
     def _plain(self, ids: list[int]) -> list[int]:
         """Spell out special ids that a model chose because their strings are in its vocabulary."""
@@ -218,6 +236,15 @@ class Tokenizer:
         return list(self._special_tokens)
 
     @property
+    def template_strings(self) -> dict[str, Any]:
+        """What a chat template needs to know: the named tokens, and the other special ones as a list."""
+        named = set(self.strings.values())
+        return {
+            **self.strings,
+            "additional_special_tokens": [t for t in self.special_tokens if t not in named],
+        }
+
+    @property
     def bos_id(self) -> int | None:
         """Id of the token before a document, or None if the tokenizer names none."""
         return self.core.token_to_id(self.strings["bos_token"]) if "bos_token" in self.strings else None
@@ -226,7 +253,9 @@ class Tokenizer:
     def eos_id(self) -> int:
         """Id of the token after a document."""
         if "eos_token" not in self.strings:
-            raise PunaError("this tokenizer names no EOS token", expected="eos_token in tokenizer_config.json")
+            raise PunaError(
+                "this tokenizer names no EOS token", expected="eos_token in tokenizer_config.json"
+            )
         return self.id_of(self.strings["eos_token"])
 
     @property
@@ -274,14 +303,20 @@ class Tokenizer:
         )
 
     @functools.cached_property
-    def _inner_core(self) -> tokenizers.Tokenizer:
-        """The core for runs that do not begin the text: a "first only" prefix space is not added there."""
+    def _inner_cores(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
+        """The cores after a special token and after a cut; the core itself where it adds no prefix."""
         described = json.loads(self.core.to_str())
-        if not _drop_first_prefix(described["pre_tokenizer"]):
-            return self.core
-        inner = tokenizers.Tokenizer.from_str(json.dumps(described))
-        inner.encode_special_tokens = True
-        return inner
+        cores = []
+        for everywhere in (False, True):
+            changed = [_drop_prefix(described[part], everywhere) for part in ("normalizer", "pre_tokenizer")]
+            core = (
+                tokenizers.Tokenizer.from_str(json.dumps(described))
+                if any(changed)
+                else (cores or [self.core])[-1]
+            )
+            core.encode_special_tokens = True
+            cores.append(core)
+        return cores[0], cores[1]
 
     # ---- writing -------------------------------------------------------------------------------
 
@@ -308,7 +343,9 @@ class Tokenizer:
         }
         files.write_text(target / "tokenizer.json", self.to_json())
         files.write_json(target / "tokenizer_config.json", config)
-        files.write_json(target / "special_tokens_map.json", {**self.strings, "additional_special_tokens": extra})
+        files.write_json(
+            target / "special_tokens_map.json", {**self.strings, "additional_special_tokens": extra}
+        )
         source = template if template is not None else self.chat_template
         if source is not None:
             files.write_text(target / "chat_template.jinja", source)
@@ -370,11 +407,21 @@ def _convert_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(core.to_str())
 
 
-def _drop_first_prefix(pre_tokenizer: Any) -> bool:
-    """Turn every Metaspace that prefixes only the first word into one that prefixes none."""
-    if not isinstance(pre_tokenizer, dict):
+def _drop_prefix(part: Any, everywhere: bool) -> bool:
+    """Stop a normalizer or pre-tokenizer from putting a space before the first word (or any run)."""
+    if not isinstance(part, dict):
         return False
-    if pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":
-        pre_tokenizer["prepend_scheme"] = "never"
-        return True
-    return any([_drop_first_prefix(part) for part in pre_tokenizer.get("pretokenizers", [])])
+    changed = False
+    if part["type"] == "Metaspace" and part["prepend_scheme"] in (
+        ("first", "always") if everywhere else ("first",)
+    ):
+        part["prepend_scheme"] = "never"
+        changed = True
+    if everywhere and part["type"] == "ByteLevel" and part["add_prefix_space"]:
+        part["add_prefix_space"] = False
+        changed = True
+    if everywhere and part["type"] == "Prepend":
+        part["prepend"] = ""
+        changed = True
+    inner = [*part.get("pretokenizers", []), *part.get("normalizers", [])]
+    return any([changed, *[_drop_prefix(each, everywhere) for each in inner]])

@@ -1,0 +1,223 @@
+"""Rows of a corpus as token ids, each with whether it is learnt: one tokenisation, one pass.
+
+A document is learnt from its second token to the EOS. Of a conversation the messages of the
+roles in ``train_on`` are learnt, each with its end-of-turn token; which tokens these are follows
+from the character spans of the one rendered text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from puna.core.errors import PunaError, unknown_name
+from puna.text.template import Message, Span, Template
+from puna.text.tokenizer import Piece, Tokenizer
+
+KINDS = ("documents", "messages", "preferences", "sentence_pairs")
+_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row: token ids, whether each is a target (never the first), and the row's id."""
+
+    ids: list[int]
+    trained: list[bool]
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens that are learnt."""
+        return sum(self.trained)
+
+
+def encode_document(tokenizer: Tokenizer, text: str, *, source: str = "") -> Encoded:
+    """BOS if the tokenizer adds one, the text, EOS; everything but the first token is a target."""
+    return _document(tokenizer, tokenizer.encode(text), source)
+
+
+def encode_documents(tokenizer: Tokenizer, rows: Iterable[tuple[str, str]]) -> list[Encoded]:
+    """:func:`encode_document` of many (row id, text) pairs, with the tokenizers library's threads."""
+    encoded: list[Encoded] = []
+    batch: list[tuple[str, str]] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH:
+            encoded += _documents(tokenizer, batch)
+            batch = []
+    return encoded + _documents(tokenizer, batch)
+
+
+def _documents(tokenizer: Tokenizer, batch: Sequence[tuple[str, str]]) -> list[Encoded]:
+    ids = tokenizer.encode_batch([text for _, text in batch])
+    return [_document(tokenizer, row, source) for (source, _), row in zip(batch, ids, strict=True)]
+
+
+def _document(tokenizer: Tokenizer, ids: list[int], source: str) -> Encoded:
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    whole = [*bos, *ids, tokenizer.eos_id]
+    return Encoded(whole, [False] + [True] * (len(whole) - 1), source)
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    *,
+    train_on: Sequence[str] = ("assistant",),
+    source: str = "",
+) -> Encoded:
+    """A conversation as its template writes it; the messages of ``train_on`` are targets.
+
+    Ids equal those of transformers' ``apply_chat_template``, but for two things: the strings of
+    special tokens in a content stay text, and no token reaches from the generation prompt into the
+    answer (white space at its beginning could), because when the model answers none can. A BOS that the tokenizer adds is put in front if the
+    template writes none. Refused: a trained message that the template leaves out, writes twice or
+    does not end with an end-of-turn token, and a template that writes the BOS twice.
+    """
+    text, spans = template.spans(messages)
+    trained_spans = [span for span in spans if span.role in train_on]
+    _check_trained(messages, trained_spans, train_on)
+    pieces = _pieces(tokenizer, template, text, spans)
+    return Encoded([p.id for p in pieces], _trained(text, pieces, trained_spans), source)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    template: Template,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """Ids of a conversation up to where the assistant is to answer, by the same path as training."""
+    text, spans = template.spans(messages, add_generation_prompt=True, tools=tools)
+    return [piece.id for piece in _pieces(tokenizer, template, text, spans)]
+
+
+def encode_rows(
+    rows: Iterable[Mapping[str, Any]],
+    kind: str,
+    tokenizer: Tokenizer,
+    template: Template | None = None,
+    *,
+    train_on: Sequence[str] = ("assistant",),
+) -> list[Encoded]:
+    """Encode the rows of a corpus of any kind.
+
+    A preference pair becomes two rows (prompt + chosen, prompt + rejected), a sentence pair two
+    documents, so the result can be longer than ``rows``. Conversations need a ``template``.
+    """
+    if kind == "documents":
+        return encode_documents(tokenizer, ((str(row["id"]), row["text"]) for row in rows))
+    if kind == "sentence_pairs":
+        sides = ("source_text", "target_text")
+        return encode_documents(
+            tokenizer, ((f"{row['id']}:{side}", row[side]) for row in rows for side in sides)
+        )
+    if kind not in KINDS:
+        raise unknown_name("kind of corpus", kind, KINDS)
+    if template is None:
+        raise PunaError(f"a corpus of {kind} needs a chat template", fix="use a model that has one")
+    encoded = []
+    for row in rows:
+        for name, messages in _conversations(row, kind):
+            try:
+                encoded.append(encode_messages(tokenizer, template, messages, train_on=train_on, source=name))
+            except PunaError as error:
+                raise PunaError(
+                    error.message,
+                    where=f"row {name}" + (f", {error.where}" if error.where else ""),
+                    found=error.found,
+                    expected=error.expected,
+                    fix=error.fix,
+                ) from None
+    return encoded
+
+
+def _conversations(row: Mapping[str, Any], kind: str) -> list[tuple[str, list[Message]]]:
+    if kind == "messages":
+        return [(str(row["id"]), list(row["messages"]))]
+    return [(f"{row['id']}:{side}", [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]
+
+
+def _pieces(tokenizer: Tokenizer, template: Template, text: str, spans: Sequence[Span]) -> list[Piece]:
+    """Encode a rendered conversation: special tokens are recognised between the contents only."""
+    markup = []
+    cuts = []
+    position = 0
+    prompt = template.generation_prompt
+    for span in spans:
+        if prompt and span.role == "assistant" and text.endswith(prompt, position, span.start):
+            cuts.append(span.start)
+        markup.append((position, span.start))
+        position = span.content_end
+    markup.append((position, len(text)))
+    pieces = tokenizer.encode_markup(text, markup, cuts)
+    if tokenizer.bos_id is None or not tokenizer.adds_bos:
+        return pieces
+    begins = [piece.id == tokenizer.bos_id for piece in pieces[:2]]
+    if begins == [True, True]:
+        raise PunaError(
+            "the chat template writes the BOS token twice", where="chat template", found=repr(text[:40])
+        )
+    return pieces if begins[:1] == [True] else [Piece(tokenizer.bos_id, 0, 0, True), *pieces]
+
+
+def _check_trained(messages: Sequence[Message], spans: Sequence[Span], train_on: Sequence[str]) -> None:
+    times = [0] * len(messages)
+    for span in spans:
+        times[span.index] += 1
+        if span.role == "assistant" and span.end == span.content_end:
+            raise PunaError(
+                "the chat template ends the assistant's turn with no special token: the model would never stop",
+                where=f"message {span.index}",
+                expected="the EOS or another special token after the assistant's text",
+                fix="end the assistant's messages with {{ eos_token }} in the chat template",
+            )
+    for index, message in enumerate(messages):
+        if message["role"] in train_on and times[index] != 1:
+            raise PunaError(
+                "the chat template does not write a message to train on exactly once",
+                where=f"message {index} ({message['role']})",
+                found=f"written {times[index]} times",
+            )
+
+
+def _trained(text: str, pieces: Sequence[Piece], spans: Sequence[Span]) -> list[bool]:
+    """Whether each piece lies in one of ``spans``, which are ordered and apart.
+
+    White space is the only thing a trained token may share with the markup beside its span: in
+    " [/INST] Hello" the token " Hello" is what the model has to write.
+    """
+    trained = [False] * len(pieces)
+    current = 0
+    for number, piece in enumerate(pieces):
+        while current < len(spans) and spans[current].end <= piece.start:
+            current += 1
+        if number == 0 or current == len(spans):
+            continue
+        trained[number] = _lies_in(spans[current], piece, text)
+    return trained
+
+
+def _lies_in(span: Span, piece: Piece, text: str) -> bool:
+    shown = text[piece.start : piece.end]
+    body = shown.strip()
+    if not body:
+        shared = min(piece.end, span.end) - max(piece.start, span.start)
+        return shared > 0 or (piece.start == piece.end and span.start <= piece.start < span.end)
+    start = piece.start + shown.index(body)
+    end = start + len(body)
+    if start < span.start < end or start < span.end < end:
+        raise PunaError(
+            "a token joins the chat template's markup to a message's text: it can neither be learnt nor left out",
+            where=f"message {span.index} ({span.role})",
+            found=repr(shown),
+            fix="put white space or a special token between them in the chat template",
+        )
+    return span.start <= start and end <= span.end
