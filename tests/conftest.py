@@ -54,6 +54,28 @@ def tiny_llama(tiny_config: dict[str, Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer for ``tiny_llama``: ids 0 to 3 special, 256 bytes, then some English merges."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    from puna.text.tokenizer import Tokenizer
+
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["the cat and the other cat sat on that mat in the end, and then it went in again"] * 9, trainer)
+    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
+    return Tokenizer(core, config, stop_tokens=["<|end|>"])
+
+
+@pytest.fixture(scope="session")
 def smollm_path() -> Path:
     """The GGUF of SmolLM2-135M-Instruct from the assets."""
     from puna.core import assets
