@@ -15,7 +15,6 @@ _HOMES = {
     "Sampling": "puna.decode.sampling",
     "Corpus": "puna.data.corpus",
     "PunaError": "puna.core.errors",
-    "run": "puna.run.runner",
 }
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ __all__ = ["Corpus", "Engine", "PunaError", "Sampling", "__version__", "load", "
 
 
 def __getattr__(name: str) -> Any:
+    if name == "run":  # The room itself can be called; importing it puts it here for good.
+        return importlib.import_module("puna.run")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'puna' has no attribute {name!r}")

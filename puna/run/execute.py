@@ -1,0 +1,162 @@
+"""Executes one stage: in ``<stage>.work`` beside its place, which it takes when it is whole."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from puna.core.files import fingerprint, read_json, sha256_of, write_json
+from puna.core.progress import console
+from puna.core.stage import Context, Kind, Outcome
+from puna.run.machine import PeakMemory
+from puna.run.recipe import StageEntry
+from puna.run.record import StageRecord
+
+
+def execute(
+    entry: StageEntry,
+    final: Path,
+    inputs: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    *,
+    described: Mapping[str, Any],
+    afresh: bool = False,
+) -> StageRecord:
+    """Run ``entry`` on ``inputs`` and leave its folder at ``final``.
+
+    ``parts`` make up its fingerprint (:func:`puna.run.fingerprints.parts_of`); ``described`` is how
+    stage.json names the inputs. A work folder that a kill left behind is continued if its fingerprint
+    is this one's, and wiped otherwise; ``afresh`` wipes it, and the finished one, in any case.
+    """
+    work = _work_folder(final)
+    stamp = fingerprint(parts)
+    sessions = _prepare(work, final, stamp, afresh)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    context = Context(
+        name=entry.id,
+        out=work.absolute(),
+        inputs=inputs,
+        seed=parts["seed"],
+        device=parts["device"],
+        dtype=parts["dtype"],
+    )
+    clock = time.monotonic()
+    try:
+        with PeakMemory(parts["device"]) as peak:
+            outcome = entry.stage.function(context, entry.parameters)
+    except BaseException:
+        console.print(f"{entry.id}: stopped; {work} is kept, and the same run continues there", markup=False)
+        raise
+    seconds = time.monotonic() - clock
+    record = {
+        "stage": entry.id,
+        "use": entry.stage.name,
+        "version": entry.stage.version,
+        "fingerprint": stamp,
+        "parts": dict(parts),
+        "parameters": entry.settings(),
+        "seed": parts["seed"],
+        "device": parts["device"],
+        "dtype": parts["dtype"],
+        "inputs": dict(described),
+        "outputs": {
+            name: _describe_output(entry, name, path, work) for name, path in outcome.outputs.items()
+        },
+        "metrics": _metrics(entry, outcome),
+        "report": context.report,
+        "started": started,
+        "seconds": round(seconds, 3),
+        "sessions": sessions,
+        "peak_memory": peak.bytes,
+    }
+    write_json(work / "stage.json", record)
+    _take_place(work, final)
+    finished = StageRecord.open(final)
+    assert finished is not None
+    return finished
+
+
+def interrupted(final: Path) -> str | None:
+    """Fingerprint of the work that was interrupted on its way to ``final``, or None."""
+    file = _work_folder(final) / "work.json"
+    return str(read_json(file)["fingerprint"]) if file.is_file() else None
+
+
+def finish_interrupted(final: Path) -> None:
+    """Give whole work its place, if the process died between writing it and doing so."""
+    work = _work_folder(final)
+    if (work / "stage.json").is_file():
+        _take_place(work, final)
+
+
+def _work_folder(final: Path) -> Path:
+    return final.with_name(f"{final.name}.work")
+
+
+def _prepare(work: Path, final: Path, stamp: str, afresh: bool) -> int:
+    """Make the work folder, or keep it if it is this work's; return the number of this session."""
+    old = interrupted(final)
+    if afresh:
+        for folder in (work, final):
+            shutil.rmtree(folder, ignore_errors=True)
+    elif work.exists() and old != stamp:
+        console.print(f"{work.name}: was begun with other settings or inputs; wiped", markup=False)
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "work.json"
+    sessions = read_json(file)["sessions"] + 1 if file.is_file() else 1
+    write_json(file, {"fingerprint": stamp, "sessions": sessions})
+    return int(sessions)
+
+
+def _take_place(work: Path, final: Path) -> None:
+    """Rename ``work`` to ``final``; an older ``final`` goes."""
+    (work / "work.json").unlink(missing_ok=True)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(work, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _describe_output(entry: StageEntry, name: str, path: Path, work: Path) -> dict[str, Any]:
+    declared: dict[str, Kind] = entry.stage.outputs
+    root = path.absolute()
+    if name not in declared:
+        raise ValueError(f"stage {entry.stage.name!r} wrote an output {name!r} that it does not declare")
+    if not root.is_relative_to(work.absolute()) or not root.exists():
+        raise ValueError(f"stage {entry.stage.name!r}: output {name!r} is not below its folder: {path}")
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    listed = {
+        "" if file == root else file.relative_to(root).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_of(file),
+        }
+        for file in files
+        if file.name != "work.json"
+    }
+    hashes = {relative: about["sha256"] for relative, about in listed.items()}
+    return {
+        "path": root.relative_to(work.absolute()).as_posix(),
+        "kind": declared[name],
+        "fingerprint": fingerprint(hashes),
+        "files": listed,
+    }
+
+
+def _metrics(entry: StageEntry, outcome: Outcome) -> dict[str, float | None]:
+    """Metrics as JSON has them: null for what is not finite, and a line that says so."""
+    values: dict[str, float | None] = {}
+    for name, value in outcome.metrics.items():
+        number = float(value)
+        values[name] = number if math.isfinite(number) else None
+        if values[name] is None:
+            console.print(f"{entry.id}: metric {name} is {number}", style="red", markup=False)
+    return values

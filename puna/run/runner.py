@@ -1,0 +1,315 @@
+"""Runs recipes: each stage in its folder, again only if something it depends on changed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from puna.core.errors import PunaError, unknown_name
+from puna.core.files import fingerprint, write_json, write_text
+from puna.core.progress import console
+from puna.run import fingerprints, machine, source
+from puna.run.execute import execute, finish_interrupted, interrupted
+from puna.run.recipe import Recipe, StageEntry, find, load
+from puna.run.record import Run, StageRecord, metrics_lines
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What will happen to a stage, and why. ``fingerprint`` is None while an input is not made yet."""
+
+    stage: str
+    use: str
+    action: Literal["run", "resume", "reuse"]
+    reason: str
+    fingerprint: str | None
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    scale: str | None = None,
+    out: str | Path | None = None,
+    *,
+    set: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    from_stage: str | None = None,
+) -> Run:
+    """Run a recipe, or what of it is not done yet, and return the run.
+
+    ``recipe`` is a file, a run folder, a system's name or a mapping; ``scale`` is "demo" (unless the
+    recipe was resolved for another) or "paper"; ``out`` is the run's folder, ``runs/<name>`` by
+    default. ``set`` overrides settings: ``set={"lora.learning_rate": 1e-3}``. ``from_stage`` makes
+    that stage and all after it run again.
+
+    >>> run = puna.run("chocollama", out="runs/dutch", set={"lora.steps": 50})
+    >>> run["evaluate"]["bpb.nl.lora"]
+    """
+    resolved = load(recipe, scale, set, seed=seed, device=device, dtype=dtype)
+    return Runner(resolved, default_folder(recipe, resolved, out), from_stage=from_stage).run()
+
+
+def default_folder(recipe: str | Path | Mapping[str, Any], resolved: Recipe, out: str | Path | None) -> Path:
+    """Where a run goes: ``out``, or the folder a resolved recipe lies in, or ``runs/<name>[-paper]``."""
+    if out is not None:
+        return Path(out)
+    if not isinstance(recipe, Mapping):
+        file = find(recipe)
+        if file.name == "run.yaml" and (file.parent / "run.json").is_file():
+            return file.parent
+    return Path("runs") / (resolved.name if resolved.scale == "demo" else f"{resolved.name}-{resolved.scale}")
+
+
+class Runner:
+    """Runs one resolved recipe in one folder.
+
+    ``from_stage`` makes that stage and those after it run again. ``only`` restricts the run to some
+    stages (and what they draw on); such a part of a run writes neither claims, cards nor a report.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        from_stage: str | None = None,
+        only: Iterable[str] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.whole = only is None
+        wanted = recipe.needed_for(recipe.stages if only is None else only)
+        self.entries = [entry for entry in recipe.stages.values() if entry.id in wanted]
+        ids = [entry.id for entry in self.entries]
+        if from_stage is not None and from_stage not in ids:
+            raise unknown_name("stage", from_stage, ids, where="--from")
+        self.forced = ids[ids.index(from_stage) :] if from_stage is not None else []
+        self.device = machine.choose_device(recipe.header.device)
+        self.records: dict[str, StageRecord] = {}
+        self.reused: dict[str, bool] = {}
+
+    def preview(self) -> list[Decision]:
+        """What :meth:`run` would do now, without doing it."""
+        self.records = {}
+        decisions = []
+        for entry in self.entries:
+            decision = self._decide(entry)
+            decisions.append(decision)
+            record = StageRecord.open(self.folder / entry.id)
+            if decision.action == "reuse" and record is not None:
+                self.records[entry.id] = record
+        return decisions
+
+    def run(self) -> Run:
+        """Run every stage that needs it, then judge the claims and write cards and report."""
+        started, clock = _now(), time.monotonic()
+        with _locked(self.folder):
+            self._write_about("running", started, 0.0)
+            write_text(self.folder / "run.yaml", source.dump(self._resolved()))
+            try:
+                for position, entry in enumerate(self.entries, start=1):
+                    self._stage(entry, f"[{position}/{len(self.entries)}] {entry.id}")
+                self._write_about("done", started, time.monotonic() - clock)
+                if self.whole:
+                    self._conclude()
+            except BaseException as error:
+                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                self._write_about(status, started, time.monotonic() - clock)
+                raise
+        self._say(f"{self.folder}: done in {time.monotonic() - clock:.1f} s")
+        return Run.open(self.folder)
+
+    def _stage(self, entry: StageEntry, label: str) -> None:
+        final = self.folder / entry.id
+        finish_interrupted(final)
+        decision = self._decide(entry)
+        if decision.action == "reuse":
+            self._say(f"{label}: reused, {decision.reason}")
+            record = StageRecord.open(final)
+        else:
+            self._say(f"{label}: {entry.stage.name}, {decision.reason}")
+            record = execute(
+                entry,
+                final,
+                self._inputs(entry),
+                decision.parts,
+                described=self._described_inputs(entry, decision.parts["inputs"]),
+                afresh=entry.id in self.forced,
+            )
+            self._say(
+                f"{label}: {record.seconds:.1f} s, peak {record.peak_memory / 1e9:.2f} GB{_headline(record)}"
+            )
+        assert record is not None
+        self.records[entry.id] = record
+        self.reused[entry.id] = decision.action == "reuse"
+        write_text(self.folder / "metrics.jsonl", metrics_lines(self.records, self.reused))
+        write_json(self.folder / "fingerprints.json", self._fingerprints())
+
+    def _decide(self, entry: StageEntry) -> Decision:
+        def decision(action: Literal["run", "resume", "reuse"], reason: str) -> Decision:
+            return Decision(entry.id, entry.stage.name, action, reason, print_, parts)
+
+        final = self.folder / entry.id
+        old = StageRecord.open(final)
+        inputs, waiting = self._input_fingerprints(entry)
+        print_: str | None = None
+        parts: dict[str, Any] = {}
+        if waiting:
+            never = "never ran" if old is None else "again if that gives something else"
+            return decision("run", f"waits for {', '.join(waiting)}; {never}")
+        header = self.recipe.header
+        parts = fingerprints.parts_of(entry, inputs, seed=header.seed, device=self.device, dtype=header.dtype)
+        print_ = fingerprint(parts)
+        if entry.id in self.forced:
+            return decision("run", "forced by --from")
+        if old is not None and old.fingerprint == print_:
+            damage = old.damage()
+            return decision("run", damage) if damage else decision("reuse", "unchanged")
+        if interrupted(final) == print_:
+            return decision("resume", "continues where it was interrupted")
+        return decision("run", "never ran" if old is None else fingerprints.difference(old.parts, parts))
+
+    def _input_fingerprints(self, entry: StageEntry) -> tuple[dict[str, str], list[str]]:
+        """Fingerprints of the inputs by name, and the stages that must run before they are known."""
+        found: dict[str, str] = {}
+        waiting: list[str] = []
+        for name, reference in entry.references():
+            if reference.stage is None:
+                found[name] = fingerprints.of_reference(reference)
+            elif reference.stage in self.records:
+                record = self.records[reference.stage]
+                assert reference.output is not None
+                record.output(reference.output)  # A declared output that was not written is an error here.
+                found[name] = record.outputs[reference.output]["fingerprint"]
+            elif reference.stage not in waiting:
+                waiting.append(reference.stage)
+        return found, waiting
+
+    def _inputs(self, entry: StageEntry) -> dict[str, Any]:
+        """The inputs as the stage gets them: paths of outputs and files, names of assets and hub ids."""
+        given: dict[str, Any] = {}
+        for name, reference in entry.references():
+            value: Path | str = reference.resolved()
+            if reference.origin == "stage":
+                assert reference.stage is not None and reference.output is not None
+                value = self.records[reference.stage].output(reference.output).absolute()
+            elif reference.origin == "path":
+                value = Path(value)
+            outer, _, inner = name.partition(".")
+            if inner:
+                given.setdefault(outer, {})[inner] = value
+            else:
+                given[outer] = value
+        return given
+
+    def _described_inputs(self, entry: StageEntry, prints: Mapping[str, str]) -> dict[str, Any]:
+        """The inputs as stage.json names them."""
+        described: dict[str, Any] = {}
+        for name, reference in entry.references():
+            about = {
+                "reference": reference.resolved(),
+                "origin": reference.origin,
+                "fingerprint": prints[name],
+            }
+            outer, _, inner = name.partition(".")
+            if inner:
+                described.setdefault(outer, {})[inner] = about
+            else:
+                described[outer] = about
+        return described
+
+    def _conclude(self) -> None:
+        """Claims, model cards and the report, out of what the stages left."""
+        from puna.run import claims
+        from puna.run.card import write_card
+        from puna.run.report import write_report
+
+        if self.recipe.claims and not (
+            all(self.reused.values()) and claims.are_judged(self.recipe, self.folder)
+        ):
+            found = {name: record.metrics for name, record in self.records.items()}
+            judged = claims.judge(self.recipe, {self.recipe.header.seed: found})
+            claims.write(judged, self.recipe, self.folder)
+        for record in self.records.values():
+            for name, output in record.outputs.items():
+                if output["kind"] == "model" and (record.output(name) / "config.json").is_file():
+                    write_card(self.folder, record.output(name))
+        report = write_report(self.folder)
+        self._say(f"report: {report}")
+
+    def _resolved(self) -> dict[str, Any]:
+        return {**self.recipe.resolved(), "device": self.device}
+
+    def _fingerprints(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, record in self.records.items():
+            outputs = {output: about["fingerprint"] for output, about in record.outputs.items()}
+            found[name] = {"fingerprint": record.fingerprint, **record.parts, "outputs": outputs}
+        return found
+
+    def _write_about(self, status: str, started: str, seconds: float) -> None:
+        header = self.recipe.header
+        if status == "running":
+            self._about = {
+                **header.model_dump(include={"name", "title", "system", "paper"}),
+                "scale": self.recipe.scale,
+                "recipe": self.recipe.origin,
+                "seed": header.seed,
+                "device": self.device,
+                "dtype": header.dtype,
+                "stages": [entry.id for entry in self.entries],
+                "command": sys.argv,
+                "versions": machine.versions(),
+                "machine": machine.describe(self.device),
+                "git": machine.commit(),
+            }
+        finished = None if status == "running" else _now()
+        times = {"status": status, "started": started, "finished": finished, "seconds": round(seconds, 3)}
+        write_json(self.folder / "run.json", {**self._about, **times})
+
+    @staticmethod
+    def _say(text: str) -> None:
+        console.print(text, markup=False)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second runner out of ``folder``. The system drops the lock with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            raise PunaError(
+                "another run works in this folder",
+                where=folder,
+                found=f"process {owner}" if owner else None,
+                fix="wait for it, or choose another --out",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _headline(record: StageRecord) -> str:
+    """The first metrics of a stage, for its line on the terminal."""
+    shown = [f"{name} {value:.4g}" for name, value in list(record.metrics.items())[:3]]
+    return f"; {', '.join(shown)}" + (" ..." if len(record.metrics) > 3 else "") if shown else ""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
