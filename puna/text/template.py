@@ -219,20 +219,27 @@ class Template:
         _altered(None)
 
 
-def template_for(tokenizer: Tokenizer) -> Template:
-    """The tokenizer's own chat template, or ChatML if it has none but has ChatML's tokens."""
+def find_template(tokenizer: Tokenizer) -> Template | None:
+    """The tokenizer's own chat template; ChatML if it has none but has ChatML's tokens; else None."""
     source = tokenizer.chat_template
     if source is None:
-        missing = [token for token in CHATML_TOKENS if token not in tokenizer.special_tokens]
-        if missing:
-            raise PunaError(
-                "this model has no chat template",
-                found=f"a tokenizer without {' and '.join(missing)}",
-                expected="chat_template.jinja beside the tokenizer, or ChatML's tokens in it",
-                fix="put the chat template the model is to be trained and used with beside its tokenizer",
-            )
+        if not set(CHATML_TOKENS) <= set(tokenizer.special_tokens):
+            return None
         source = ("{{ bos_token }}" if tokenizer.adds_bos else "") + CHATML
     return Template(source, tokenizer.template_strings)
+
+
+def template_for(tokenizer: Tokenizer) -> Template:
+    """:func:`find_template`, where a model without a chat template is an error."""
+    template = find_template(tokenizer)
+    if template is None:
+        raise PunaError(
+            "this model has no chat template",
+            found=f"a tokenizer without {' and '.join(CHATML_TOKENS)}",
+            expected="chat_template.jinja beside the tokenizer, or ChatML's tokens in it",
+            fix="put the chat template that the model is to be trained and used with beside its tokenizer",
+        )
+    return template
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from puna.core import files
 from puna.core.errors import PunaError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
 _KEPT_SETTINGS = ("model_max_length", "padding_side", "truncation_side", "add_bos_token", "add_eos_token")
 
 
@@ -106,7 +107,7 @@ class Tokenizer:
         stops = _stop_ids_of(folder)
         if (folder / "tokenizer.json").is_file():
             core = _read_core(folder / "tokenizer.json")
-        elif any((folder / name).is_file() for name in ("tokenizer.model", "spiece.model")):
+        elif any((folder / name).is_file() for name in TOKENIZER_FILES):
             core = _convert_sentencepiece(folder)
         else:
             raise PunaError("no tokenizer in this folder", where=folder, expected="tokenizer.json")

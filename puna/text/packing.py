@@ -1,0 +1,283 @@
+"""Rows of a fixed length out of encoded documents, with document ids and restarting positions.
+
+A row is a list of slices of documents; every slice is a segment of its own, sees nothing of its
+neighbours and counts its positions from 0. Nothing is lost silently: a :class:`PackReport` says how
+many rows and tokens came in, were packed, truncated and dropped, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, overload
+
+import numpy
+import torch
+
+from puna.core.errors import PunaError, unknown_name
+from puna.text.encode import Encoded
+
+Mode = Literal["wrap", "fit", "off"]
+MODES = ("wrap", "fit", "off")
+IGNORED = -100
+"""Label of a place where nothing is learnt."""
+
+NO_TARGET = "nothing to learn in it"
+TARGETS_CUT = "what is to be learnt lies beyond the length"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Tokens ``start`` to ``stop`` of one document."""
+
+    document: Encoded
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def targets(self) -> int:
+        """Targets inside: the first token of a slice has nothing to be predicted from."""
+        return sum(self.document.trained[self.start + 1 : self.stop])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Slices that share one row of a batch."""
+
+    slices: tuple[Slice, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.slices))
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens learnt in this row."""
+        return sum(piece.targets for piece in self.slices)
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What became of the documents. ``rows_in == used + sum(dropped.values())`` and
+    ``tokens_in == tokens + truncated + sum(dropped_tokens.values())``.
+
+    ``rows`` are packed rows of at most ``length`` tokens, ``tokens`` the tokens in them and
+    ``targets`` those that are learnt; ``truncated`` tokens were cut off the ends of
+    ``truncated_rows`` documents; ``cuts`` counts how often a document was continued in the next
+    row, which costs one target where a learnt token begins a row.
+    """
+
+    length: int
+    mode: str
+    rows_in: int
+    tokens_in: int
+    rows: int = 0
+    used: int = 0
+    tokens: int = 0
+    targets: int = 0
+    cuts: int = 0
+    truncated: int = 0
+    truncated_rows: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def filled(self) -> float:
+        """Share of the places in the packed rows that hold a token."""
+        return self.tokens / (self.rows * self.length) if self.rows else 0.0
+
+
+class Packed(Sequence[Row]):
+    """The packed rows, as a sequence, with the ``report`` of how they came about."""
+
+    def __init__(self, rows: Sequence[Row], report: PackReport) -> None:
+        self._rows = tuple(rows)
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
+        return self._rows[index]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+
+def pack(encoded: Sequence[Encoded], length: int, *, mode: Mode) -> Packed:
+    """Distribute documents over rows of at most ``length`` tokens.
+
+    ``wrap`` fills every row and continues a document in the next one as a segment of its own;
+    ``fit`` keeps documents whole (best fit, longest first; rows are ordered by their earliest
+    document); ``off`` gives each document a row. ``fit`` and ``off`` cut a longer document off at
+    ``length``. Documents without a target are dropped; if none is left that is an error.
+    """
+    if mode not in MODES:
+        raise unknown_name("packing mode", mode, MODES)
+    if length < 2:
+        raise PunaError("a row must have room for two tokens", found=length)
+    dropped: Counter[str] = Counter()
+    dropped_tokens: Counter[str] = Counter()
+    whole: list[Slice] = []
+    truncated = truncated_rows = 0
+    for document in encoded:
+        stop = len(document) if mode == "wrap" else min(len(document), length)
+        reason = _reason_to_drop(document, stop)
+        if reason:
+            dropped[reason] += 1
+            dropped_tokens[reason] += len(document)
+            continue
+        whole.append(Slice(document, 0, stop))
+        truncated += len(document) - stop
+        truncated_rows += stop < len(document)
+    if not whole:
+        raise PunaError(
+            "no row has anything to learn",
+            found=", ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
+            or "no rows at all",
+            expected="at least one row with a target",
+            fix="look at the rows with `puna inspect`; raise the length or check the roles that are trained on",
+        )
+    packer = {"wrap": _wrap, "fit": _fit, "off": _one_each}[mode]
+    rows = packer(whole, length)
+    report = PackReport(
+        length=length,
+        mode=mode,
+        rows_in=len(encoded),
+        tokens_in=sum(map(len, encoded)),
+        rows=len(rows),
+        used=len(whole),
+        tokens=sum(map(len, rows)),
+        targets=sum(row.targets for row in rows),
+        cuts=sum(len(row.slices) for row in rows) - len(whole),
+        truncated=truncated,
+        truncated_rows=truncated_rows,
+        dropped=dict(dropped),
+        dropped_tokens=dict(dropped_tokens),
+    )
+    return Packed(rows, report)
+
+
+def _reason_to_drop(document: Encoded, stop: int) -> str | None:
+    try:
+        first = document.trained.index(True, 1)
+    except ValueError:
+        return NO_TARGET
+    return TARGETS_CUT if first >= stop else None
+
+
+def _one_each(whole: Sequence[Slice], length: int) -> list[Row]:
+    return [Row((piece,)) for piece in whole]
+
+
+def _wrap(whole: Sequence[Slice], length: int) -> list[Row]:
+    rows: list[Row] = []
+    current: list[Slice] = []
+    room = length
+    for piece in whole:
+        start = piece.start
+        while start < piece.stop:
+            stop = min(piece.stop, start + room)
+            current.append(Slice(piece.document, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                rows.append(Row(tuple(current)))
+                current, room = [], length
+    return [*rows, Row(tuple(current))] if current else rows
+
+
+def _fit(whole: Sequence[Slice], length: int) -> list[Row]:
+    """Best fit decreasing: each document goes into the fullest row that has room for it.
+
+    ``open_rows[space]`` holds the rows with that much room left and bit ``space`` of ``spaces``
+    tells whether there are any, so the best row is found by one shift: O(documents * length / 64).
+    """
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(length + 1)]
+    spaces = 0
+    for number in sorted(range(len(whole)), key=lambda index: -len(whole[index])):
+        size = len(whole[number])
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                spaces &= ~(1 << space)
+            rows[row].append(number)
+        else:
+            space, row = length, len(rows)
+            rows.append([number])
+        if space > size:
+            open_rows[space - size].append(row)
+            spaces |= 1 << (space - size)
+    ordered = sorted(sorted(row) for row in rows)
+    return [Row(tuple(whole[number] for number in row)) for row in ordered]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors, all int64 [rows, time].
+
+    ``labels[b, t]`` is the id that place t has to predict (shifted inside its document already),
+    -100 where nothing is learnt. ``positions`` restart at 0 with each document; ``segments`` number
+    the documents of a row from 0 and are -1 on padding.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    segments: torch.Tensor
+
+    @functools.cached_property
+    def targets(self) -> int:
+        """Number of places where something is learnt: the divisor of a token mean."""
+        return int((self.labels != IGNORED).sum())
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        """Number of places that hold a token (not padding)."""
+        return int((self.segments >= 0).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(t.to(device) for t in (self.input_ids, self.labels, self.positions, self.segments)))
+
+
+def collate(rows: Iterable[Row], *, pad_id: int = 0, length: int | None = None) -> Batch:
+    """Tensors of some rows, padded on the right to ``length`` (without it: to the longest row).
+
+    Padding is told by its segment, never by its id, so ``pad_id`` may be the EOS.
+    """
+    rows = list(rows)
+    longest = max(map(len, rows), default=0)
+    time = longest if length is None else length
+    if not rows or longest > time:
+        raise PunaError(
+            "these rows do not fit", found=f"{len(rows)} rows of up to {longest} tokens", expected=time
+        )
+    shape = (len(rows), time)
+    input_ids = numpy.full(shape, pad_id, dtype=numpy.int64)
+    labels = numpy.full(shape, IGNORED, dtype=numpy.int64)
+    positions = numpy.zeros(shape, dtype=numpy.int64)
+    segments = numpy.full(shape, -1, dtype=numpy.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, piece in enumerate(row.slices):
+            stop = start + len(piece)
+            ids = numpy.array(piece.document.ids[piece.start : piece.stop], dtype=numpy.int64)
+            trained = numpy.array(piece.document.trained[piece.start : piece.stop], dtype=bool)
+            input_ids[number, start:stop] = ids
+            labels[number, start : stop - 1] = numpy.where(trained[1:], ids[1:], IGNORED)
+            positions[number, start:stop] = numpy.arange(len(piece))
+            segments[number, start:stop] = segment
+            start = stop
+    return Batch(*map(torch.from_numpy, (input_ids, labels, positions, segments)))

@@ -1,0 +1,190 @@
+"""Opening and saving whole models: weights, tokenizer, chat template and stop tokens together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from puna.core import assets
+from puna.core.errors import PunaError, nearest, unknown_name
+from puna.core.files import folder_aside, read_json
+from puna.model.adapter_files import ADAPTER_CONFIG, read_adapter, write_adapter
+from puna.model.checkpoint import check_vocabulary, detect, read_weights, write_gguf, write_hf
+from puna.model.gguf_writer import GgufKind
+from puna.model.llama import Llama
+from puna.text.gguf_vocabulary import gguf_metadata
+from puna.text.template import Template, find_template
+from puna.text.tokenizer import TOKENIZER_FILES, Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS = ("hf", "gguf", "adapter")
+Format = Literal["hf", "gguf", "adapter"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+def load(
+    source: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu", **overrides: Any
+) -> Llama:
+    """Open a model: an asset's name, a checkpoint folder, a ``.gguf`` file, an adapter folder or a hub id.
+
+    Sets ``tokenizer``, ``template`` and ``source`` of the model (the first two are None where the
+    checkpoint has none) and makes the spec's special ids those of the tokenizer, with every stop
+    token among ``eos_ids``. ``overrides`` change fields of the spec (not shapes). An adapter is
+    put on its base and not merged; a tokenizer or template beside it takes precedence.
+    """
+    kind = _dtype(dtype)
+    path = locate(source)
+    if detect(path).kind == "adapter":
+        model = _load_base(path, kind, device, overrides)
+        read_adapter(model, path)
+    else:
+        model = read_weights(path, dtype=kind, device=device, overrides=overrides)
+    tokenizer = read_tokenizer(path)
+    if tokenizer is not None:
+        model.tokenizer, model.template = tokenizer, find_template(tokenizer)
+    model.source = str(source) if not Path(source).exists() else str(path.resolve())
+    settle_tokens(model)
+    return model
+
+
+def save(model: Llama, out: str | Path, format: Format = "hf", *, kind: GgufKind = "f16") -> Path:
+    """Write a model with its tokenizer, chat template and generation config; returns what was written.
+
+    ``hf``: a folder that transformers opens. ``gguf``: a file for llama.cpp, ``out`` itself if it
+    ends in ``.gguf``, else ``model-<kind>.gguf`` in that folder. ``adapter``: the adapter alone in
+    PEFT's layout. A folder is written whole or not at all and replaces only a checkpoint.
+    """
+    target = Path(out)
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    settle_tokens(model)
+    if format == "gguf":
+        file = target if target.suffix == ".gguf" else target / f"model-{kind}.gguf"
+        if model.tokenizer is None:
+            raise PunaError("a GGUF file needs a tokenizer and the model has none", where=file)
+        metadata = gguf_metadata(model.tokenizer, model.template, rows=model.spec.vocab_size)
+        write_gguf(model, file, kind=kind, metadata=metadata)
+        return file
+    _check_replaceable(target)
+    with folder_aside(target) as aside:
+        if format == "hf":
+            write_hf(model, aside)
+        else:
+            write_adapter(model, aside, base_name=_base_name(model))
+        if model.tokenizer is not None:
+            model.tokenizer.save(
+                aside, template=model.template.source if model.template is not None else None
+            )
+    return target
+
+
+def locate(source: str | Path) -> Path:
+    """The path of a model: an asset is fetched, a hub id downloaded, everything else must exist."""
+    name = str(source)
+    if isinstance(source, str) and assets.is_asset(name):
+        return assets.fetch(name)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    tried = f"tried it as an asset and as a path ({path.absolute()})"
+    close = nearest(name, assets.names())
+    fix = f"did you mean {close!r}?" if close else "give an asset, a folder, a .gguf file or a hub id"
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors"):
+        raise PunaError(f"no model {name!r}", found=tried, fix=fix)
+    return _from_hub(name, tried, fix)
+
+
+def read_tokenizer(path: Path | str) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder or GGUF file; None if a folder holds none."""
+    path = Path(path)
+    if path.is_file():
+        return Tokenizer.from_gguf(path)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return Tokenizer.from_folder(path)
+
+
+def settle_tokens(model: Llama) -> None:
+    """Make tokenizer and spec agree on special ids: every stop token counts, the template's too.
+
+    Refuses a tokenizer that is larger than the embedding. Idempotent.
+    """
+    tokenizer: Tokenizer | None = model.tokenizer
+    if tokenizer is None:
+        return
+    check_vocabulary(model, tokenizer.vocab_size)
+    template: Template | None = model.template
+    ends = [template.end_of_turn] if template is not None and template.end_of_turn else []
+    model.tokenizer = tokenizer = tokenizer.with_stop_tokens(ends)
+    model.spec = model.spec.replace(
+        bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
+    )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    return DTYPES[dtype]
+
+
+def _load_base(folder: Path, dtype: torch.dtype, device: str, overrides: dict[str, Any]) -> Llama:
+    """The model that an adapter belongs to; a relative path may be meant from the adapter's folder."""
+    name = _stated_base(folder)
+    beside = folder / name
+    return load(beside if beside.exists() else name, dtype=dtype, device=device, **overrides)
+
+
+def _stated_base(folder: Path) -> str:
+    config = read_json(folder / ADAPTER_CONFIG)
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(name, str) or not name:
+        raise PunaError(
+            "the adapter does not say which model it belongs to",
+            where=folder / ADAPTER_CONFIG,
+            found=f"base_model_name_or_path {name!r}",
+            fix="write the name or path of its base model there",
+        )
+    return name
+
+
+def _base_name(model: Llama) -> str:
+    if model.source is None:
+        raise PunaError(
+            "an adapter must name its base model, and this model was not loaded from anywhere",
+            fix="save the model itself and load it, or set model.source to where its base can be found",
+        )
+    folder = Path(model.source)
+    return _stated_base(folder) if (folder / ADAPTER_CONFIG).is_file() else model.source
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace a folder that holds something else than a checkpoint."""
+    if target.is_file():
+        raise PunaError("there is a file of this name", where=target, expected="a folder, or none yet")
+    if target.is_dir() and any(target.iterdir()):
+        marks = ("config.json", "puna.json", ADAPTER_CONFIG)
+        if not any((target / mark).is_file() for mark in marks):
+            raise PunaError(
+                "this folder holds something else than a checkpoint and would be replaced",
+                where=target,
+                found=", ".join(sorted(file.name for file in target.iterdir())[:5]),
+                fix="choose another folder",
+            )
+
+
+def _from_hub(name: str, tried: str, fix: str) -> Path:
+    try:
+        import huggingface_hub
+
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's client raises its own, requests' and the system's errors
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        found = f"{tried} and on a model hub ({type(error).__name__}: {first})"
+        raise PunaError(f"no model {name!r}", found=found, fix=fix) from None
