@@ -140,11 +140,11 @@ def fetch_asset(asset: Asset) -> Path:
     if ready is not None:
         return ready
     folder = _folder(asset)
-    with _locked(folder):
+    with locked(folder):
         ready = local(asset)  # Another process may have fetched it while this one waited.
         if ready is not None:
             return ready
-        target = folder / _file_name(asset)
+        target = folder / file_name(asset)
         if target.exists():
             console.print(f"{asset.name}: the copy in the cache is not what was fetched; fetching it again")
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
@@ -160,7 +160,7 @@ def local(asset: Asset) -> Path | None:
 
     The hash is computed only if size or time of a file differ from what its sidecar noted.
     """
-    target = _folder(asset) / _file_name(asset)
+    target = _folder(asset) / file_name(asset)
     if not target.exists():
         return None
     stamp = _read_stamp(target)
@@ -177,13 +177,13 @@ def local(asset: Asset) -> Path | None:
 
 def recorded_sha256(asset: Asset) -> str | None:
     """SHA-256 noted at the fetch: of the file, or of the Debian package; None if not fetched."""
-    digest = _read_stamp(_folder(asset) / _file_name(asset)).get("sha256")
+    digest = _read_stamp(_folder(asset) / file_name(asset)).get("sha256")
     return digest if isinstance(digest, str) else None
 
 
 def recorded_version(asset: Asset) -> str:
     """The declared version, or for a Debian package in the cache the version that was served."""
-    served = _read_stamp(_folder(asset) / _file_name(asset)).get("version")
+    served = _read_stamp(_folder(asset) / file_name(asset)).get("version")
     return served if isinstance(served, str) else asset.version
 
 
@@ -238,7 +238,8 @@ def _folder(asset: Asset) -> Path:
     return cache_folder() / "assets" / asset.name
 
 
-def _file_name(asset: Asset) -> str:
+def file_name(asset: Asset) -> str:
+    """Name of the asset's file or folder in the cache."""
     source = asset.source
     if isinstance(source, Deb):
         return source.package
@@ -272,7 +273,7 @@ def _read_stamp(target: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Only one process at a time fetches into ``folder``; the others wait, and say so."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:

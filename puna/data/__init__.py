@@ -1,1 +1,1 @@
-"""Corpora and the sources they are built from."""
+"""Corpora of declared kinds: sources, detection, splitting, leak checks, and what they were made from."""

@@ -1,0 +1,97 @@
+"""Parameters of this room's stages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from puna.core.stage import Parameters
+from puna.data.kinds import Kind
+from puna.data.sources import AnySource
+from puna.data.split import HeldOut
+
+PLACEHOLDER = re.compile(r"\{(source|target)\}")
+
+
+class CorpusParameters(Parameters):
+    """Sources, how they are split, and what is left out."""
+
+    kind: Kind = "documents"
+    """Kind of the rows."""
+    sources: list[AnySource] = pydantic.Field(min_length=1)
+    """Where the rows come from, each a mapping with the settings of its format."""
+    language: str | None = None
+    """Language tag of sources that do not tell their own."""
+    held_out: HeldOut = HeldOut()
+    """What is held out of training, before anything else."""
+    deduplicate: bool = True
+    """Keep each text once; what is held out is not trained on."""
+    document_characters: pydantic.PositiveInt | None = 2000
+    """Join fragments (messages of a catalogue, paragraphs of a page) into documents of about this many
+    characters; null leaves each a document of its own."""
+    min_words: pydantic.NonNegativeInt = 0
+    """Leave out rows one of whose texts has fewer words. Applies to fragments before they are joined."""
+    max_characters: pydantic.PositiveInt | None = None
+    """Leave out rows with more characters. Applies to fragments before they are joined."""
+    leak: Literal["drop", "report", "error"] = "drop"
+    """What to do with training rows that share a run of words with held-out rows."""
+    leak_words: pydantic.PositiveInt = 13
+    """Length of that run in words."""
+
+    def files(self) -> list[Path]:
+        """Local files the corpus is made from: a change of one makes the corpus out of date."""
+        return [file for source in self.sources for file in source.files()]
+
+
+class Task(Parameters):
+    """A way to make a conversation out of a sentence pair: somebody asks, the assistant answers."""
+
+    ask: list[str] = pydantic.Field(min_length=1)
+    """Phrasings of the request, with {source} or {target} where the text goes; one is drawn for each pair."""
+    answer: str = "{target}"
+    """The assistant's answer, with {target} or {source}."""
+    system: str | None = None
+    """A system message before the request."""
+    weight: pydantic.PositiveFloat = 1.0
+    """How often the task is drawn, relative to the others."""
+
+    @pydantic.model_validator(mode="after")
+    def _both_sides(self) -> Task:
+        answered = set(PLACEHOLDER.findall(self.answer))
+        if not answered:
+            raise ValueError("the answer holds neither {source} nor {target}")
+        for ask in self.ask:
+            asked = set(PLACEHOLDER.findall(ask))
+            if not asked:
+                raise ValueError(f"this request holds neither {{source}} nor {{target}}: {ask!r}")
+            if asked & answered:
+                raise ValueError(f"this request already holds its answer: {ask!r}")
+        return self
+
+
+class InstructionsParameters(Parameters):
+    """How sentence pairs become conversations, and what is mixed in."""
+
+    tasks: dict[str, Task] = pydantic.Field(default_factory=dict)
+    """Tasks for sentence pairs by name, such as translation into a language and back."""
+    every_task: bool = False
+    """Make a conversation for each task of every pair, instead of one for a task that is drawn."""
+    language: str | None = None
+    """Language tag of the conversations; without it the language of the side they answer with."""
+    min_words: pydantic.NonNegativeInt = 1
+    """Leave out pairs with fewer words on either side."""
+    max_characters: pydantic.PositiveInt | None = 2000
+    """Leave out conversations with more characters."""
+    limit: pydantic.PositiveInt | None = None
+    """Keep no more than this many training conversations out of pairs, drawn by the seed."""
+    messages_share: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    """Most that conversations mixed in may make of the training rows; null takes them all."""
+    held_out_share: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+    """Without held-out corpora among the inputs: share of the rows to hold out."""
+    leak: Literal["drop", "report", "error"] = "drop"
+    """What to do with training rows that share a run of words with held-out rows."""
+    leak_words: pydantic.PositiveInt = 13
+    """Length of that run in words."""
