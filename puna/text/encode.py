@@ -7,11 +7,12 @@ from the character spans of the one rendered text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from puna.core.errors import PunaError, unknown_name
+from puna.core.progress import Track
 from puna.text.template import Message, Span, Template
 from puna.text.tokenizer import Piece, Tokenizer
 
@@ -76,9 +77,10 @@ def encode_messages(
 
     Ids equal those of transformers' ``apply_chat_template``, but for two things: the strings of
     special tokens in a content stay text, and no token reaches from the generation prompt into the
-    answer (white space at its beginning could), because when the model answers none can. A BOS that the tokenizer adds is put in front if the
-    template writes none. Refused: a trained message that the template leaves out, writes twice or
-    does not end with an end-of-turn token, and a template that writes the BOS twice.
+    answer (white space at its beginning could), because when the model answers none can. A BOS that the
+    tokenizer adds is put in front if the template writes none. Refused: a trained message that the
+    template leaves out, writes twice or does not end with an end-of-turn token, and a template that
+    writes the BOS twice.
     """
     text, spans = template.spans(messages)
     trained_spans = [span for span in spans if span.role in train_on]
@@ -106,12 +108,18 @@ def encode_rows(
     template: Template | None = None,
     *,
     train_on: Sequence[str] = ("assistant",),
+    total: int | None = None,
 ) -> list[Encoded]:
     """Encode the rows of a corpus of any kind.
 
     A preference pair becomes two rows (prompt + chosen, prompt + rejected), a sentence pair two
-    documents, so the result can be longer than ``rows``. Conversations need a ``template``.
+    documents, so the result can be longer than ``rows``. Conversations need a ``template``. With
+    the ``total`` number of rows a bar shows the progress.
     """
+    if total is not None:
+        with Track("tokenising", total, "rows") as track:
+            shown = _advancing(rows, track)
+            return encode_rows(shown, kind, tokenizer, template, train_on=train_on)
     if kind == "documents":
         return encode_documents(tokenizer, ((str(row["id"]), row["text"]) for row in rows))
     if kind == "sentence_pairs":
@@ -137,6 +145,13 @@ def encode_rows(
                     fix=error.fix,
                 ) from None
     return encoded
+
+
+def _advancing(rows: Iterable[Mapping[str, Any]], track: Track) -> Iterator[Mapping[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        yield row
+        if number % _BATCH == 0:
+            track.advance(_BATCH)
 
 
 def _conversations(row: Mapping[str, Any], kind: str) -> list[tuple[str, list[Message]]]:
@@ -174,7 +189,7 @@ def _check_trained(messages: Sequence[Message], spans: Sequence[Span], train_on:
         times[span.index] += 1
         if span.role == "assistant" and span.end == span.content_end:
             raise PunaError(
-                "the chat template ends the assistant's turn with no special token: the model would never stop",
+                "the chat template ends the assistant's turn with no special token, so no stop is learnt",
                 where=f"message {span.index}",
                 expected="the EOS or another special token after the assistant's text",
                 fix="end the assistant's messages with {{ eos_token }} in the chat template",
@@ -215,7 +230,7 @@ def _lies_in(span: Span, piece: Piece, text: str) -> bool:
     end = start + len(body)
     if start < span.start < end or start < span.end < end:
         raise PunaError(
-            "a token joins the chat template's markup to a message's text: it can neither be learnt nor left out",
+            "a token joins the chat template's markup to a message's text",
             where=f"message {span.index} ({span.role})",
             found=repr(shown),
             fix="put white space or a special token between them in the chat template",

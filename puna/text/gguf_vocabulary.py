@@ -256,10 +256,11 @@ def _more_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _name_of(described: Mapping[str, Any]) -> str:
     """The pre-tokenizer name under which llama.cpp splits and merges as this tokenizer does."""
     model = described["model"]
-    if model["type"] != "BPE" or _types_in(described["pre_tokenizer"])[-1:] != ["ByteLevel"]:
+    splits = _types_in(described["pre_tokenizer"])
+    if model["type"] != "BPE" or splits[-1:] != ["ByteLevel"]:
         raise PunaError(
             "only byte-level BPE tokenizers can be written into a GGUF file",
-            found=f"a {model['type']} model after {' + '.join(_types_in(described['pre_tokenizer'])) or 'no splitting'}",
+            found=f"a {model['type']} model after {' + '.join(splits) or 'no splitting'}",
             fix="save the model with format='hf'",
         )
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]

@@ -51,13 +51,21 @@ class Row:
 
     slices: tuple[Slice, ...]
 
-    def __len__(self) -> int:
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in this row."""
         return sum(map(len, self.slices))
 
     @property
     def targets(self) -> int:
         """Number of tokens learnt in this row."""
         return sum(piece.targets for piece in self.slices)
+
+    @property
+    def source(self) -> str:
+        """Ids of the first and the last document in this row, to find it again."""
+        first, last = self.slices[0].document.source, self.slices[-1].document.source
+        return first if first == last else f"{first} to {last}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def pack(encoded: Sequence[Encoded], length: int, *, mode: Mode) -> Packed:
             found=", ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
             or "no rows at all",
             expected="at least one row with a target",
-            fix="look at the rows with `puna inspect`; raise the length or check the roles that are trained on",
+            fix="look at the rows with `puna inspect`; raise the length, check the roles to train on",
         )
     packer = {"wrap": _wrap, "fit": _fit, "off": _one_each}[mode]
     rows = packer(whole, length)
@@ -155,7 +163,7 @@ def pack(encoded: Sequence[Encoded], length: int, *, mode: Mode) -> Packed:
         tokens_in=sum(map(len, encoded)),
         rows=len(rows),
         used=len(whole),
-        tokens=sum(map(len, rows)),
+        tokens=sum(row.tokens for row in rows),
         targets=sum(row.targets for row in rows),
         cuts=sum(len(row.slices) for row in rows) - len(whole),
         truncated=truncated,
@@ -258,7 +266,7 @@ def collate(rows: Iterable[Row], *, pad_id: int = 0, length: int | None = None) 
     Padding is told by its segment, never by its id, so ``pad_id`` may be the EOS.
     """
     rows = list(rows)
-    longest = max(map(len, rows), default=0)
+    longest = max((row.tokens for row in rows), default=0)
     time = longest if length is None else length
     if not rows or longest > time:
         raise PunaError(

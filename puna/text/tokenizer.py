@@ -61,7 +61,7 @@ class Tokenizer:
         self._add_missing_specials(config)
         ids = core.encode("", add_special_tokens=True).ids
         self._post_processor = core.post_processor
-        core.post_processor = None  # type: ignore[assignment]  # offsets stay untrimmed, nothing is added
+        core.post_processor = None  # so that offsets stay untrimmed and nothing is added
         core.encode_special_tokens = True
         adds = self.settings.get("add_bos_token")
         self.adds_bos = (
@@ -307,7 +307,7 @@ class Tokenizer:
     def _inner_cores(self) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer]:
         """The cores after a special token and after a cut; the core itself where it adds no prefix."""
         described = json.loads(self.core.to_str())
-        cores = []
+        cores: list[tokenizers.Tokenizer] = []
         for everywhere in (False, True):
             changed = [_drop_prefix(described[part], everywhere) for part in ("normalizer", "pre_tokenizer")]
             core = (
@@ -400,7 +400,7 @@ def _convert_sentencepiece(folder: Path) -> tokenizers.Tokenizer:
         core = converted.backend_tokenizer
     except Exception as error:  # transformers raises many kinds here, from ImportError to ValueError
         raise PunaError(
-            "this folder has a sentencepiece model and no tokenizer.json, and transformers could not convert it",
+            "transformers could not convert this folder's sentencepiece model to a tokenizer.json",
             where=folder,
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
             fix="install sentencepiece and protobuf, or save the tokenizer as tokenizer.json first",
