@@ -7,6 +7,8 @@ tokens in a cache, few queries meet many stored keys.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +16,7 @@ from torch.nn import functional
 from puna.core.errors import PunaError
 from puna.model.cache import KeyValueCache
 from puna.model.spec import BlockSpec
+from puna.model.tiles import Tile, make_tiles, tiled_attention
 
 PADDING = -1  # the segment id of padding
 _SMALLEST_BAND = 128  # queries handled together where attention has a window
@@ -28,9 +31,10 @@ def visible(
     causal: bool = True,
     window: int | None = None,
 ) -> Tensor:
-    """Which keys each query may see: [batch, queries, keys] bool, from documents [batch, queries] and [batch, keys].
+    """Which keys each query may see, [batch, queries, keys] bool.
 
-    Query i stands at key index ``first_query + i``. Padding sees nothing and is seen by nothing.
+    From the documents of the queries [batch, queries] and of the keys [batch, keys]. Query i stands
+    at key index ``first_query + i``. Padding sees nothing and is seen by nothing.
     """
     same = query_segments[:, :, None] == key_segments[:, None, :]
     same = same & (query_segments[:, :, None] != PADDING)
@@ -101,6 +105,7 @@ class Layout:
         elif segments is not None:
             self._lengths, self._real = _documents(segments)
         self._one_length = all(self._real) and len(set(self._lengths)) == 1
+        self._tiles: dict[tuple[bool, int | None], list[Tile]] = {}
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, block: BlockSpec) -> Tensor:
         """Attention among the tokens of this pass alone.
@@ -108,26 +113,37 @@ class Layout:
         ``queries`` [batch, time, heads, head_dim], ``keys`` and ``values`` [batch, time, kv_heads,
         head_dim]; returns the shape of ``queries``.
         """
+        if queries.dtype == torch.bfloat16 and queries.device.type == "cpu":
+            lines = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
+            return tiled_attention(*lines, self._tiles_for(block), block.scale).view(queries.shape)
         group = block.heads // block.kv_heads
         if group > 1:
             keys, values = (tensor.repeat_interleave(group, dim=2) for tensor in (keys, values))
         if self._one_length:
-            documents = (
-                tensor.reshape(-1, self._lengths[0], block.heads, block.head_dim)
-                for tensor in (queries, keys, values)
-            )
-            return _document_attention(*documents, block).reshape(queries.shape)
-        flat = (tensor.flatten(0, 1).split(self._lengths) for tensor in (queries, keys, values))
-        mixed = [
-            _document_attention(query[None], key[None], value[None], block)[0]
-            if real
-            else torch.zeros_like(query)
-            for real, query, key, value in zip(self._real, *flat, strict=True)
-        ]
+            shape = (-1, self._lengths[0], block.heads, block.head_dim)
+            alike = (queries.reshape(shape), keys.reshape(shape), values.reshape(shape))
+            return _document_attention(*alike, block).reshape(queries.shape)
+        pieces = (torch.split(tensor.flatten(0, 1), self._lengths) for tensor in (queries, keys, values))
+        mixed = []
+        for real, query, key, value in zip(self._real, *pieces, strict=True):
+            alone = (query[None], key[None], value[None])
+            mixed.append(_document_attention(*alone, block)[0] if real else torch.zeros_like(query))
         return torch.cat(mixed).view(queries.shape)
 
+    def _tiles_for(self, block: BlockSpec) -> list[Tile]:
+        kind = (block.causal, block.window)
+        if kind not in self._tiles:
+            ends = list(itertools.accumulate(self._lengths))
+            spans = zip(self._lengths, ends, self._real, strict=True)
+            documents = [(end - length, end) for length, end, real in spans if real]
+            self._tiles[kind] = make_tiles(documents, causal=block.causal, window=block.window)
+        return self._tiles[kind]
+
     def attend_stored(self, queries: Tensor, keys: Tensor, values: Tensor, block: BlockSpec) -> Tensor:
-        """Attention of ``queries`` [batch, time, heads, head_dim] on all stored keys [batch, kv_heads, keys, head_dim]."""
+        """Attention of ``queries`` [batch, time, heads, head_dim] on all stored tokens.
+
+        ``keys`` and ``values`` are [batch, kv_heads, stored, head_dim].
+        """
         if block.window not in self._masks:
             self._masks[block.window] = self._stored_mask(keys.shape[2], block.window, queries.device)
         mask = self._masks[block.window]

@@ -116,7 +116,10 @@ class KeyValueCache:
         self._padded = self._padded or segments is not None
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's [batch, time, kv_heads, head_dim]; returns all stored, [batch, kv_heads, length, head_dim]."""
+        """Store one layer's keys and values, [batch, time, kv_heads, head_dim] each.
+
+        Returns all that is stored for the layer, [batch, kv_heads, length, head_dim] each.
+        """
         pair = self._stores[layer]
         if pair is None:
             raise PunaError("this layer has no attention and stores nothing", where=f"layer {layer}")

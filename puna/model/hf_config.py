@@ -238,7 +238,7 @@ def _read_rope(values: Mapping[str, Any], where: object) -> RopeRule:
     stated = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(stated, Mapping):
         raise PunaError("rope parameters must be a mapping", where=where, found=stated)
-    kind = stated.get("rope_type") or stated.get("type") or "default"
+    kind: Any = stated.get("rope_type") or stated.get("type") or "default"
     fields = {key: name for name, key in _ROPE_KEYS.items()}
     for key in stated:
         if key not in fields and key not in _ROPE_IGNORED:
@@ -332,9 +332,10 @@ def _spec_from_own(config: Mapping[str, Any], where: object) -> LlamaSpec:
         for name in rule:
             if name not in rope_names:
                 raise unknown_name("field of a rope rule", str(name), rope_names, where=here)
-        rope = RopeRule(
-            **{name: tuple(item) if isinstance(item, list) else item for name, item in rule.items()}
-        )
+        fields: dict[str, Any] = {
+            name: tuple(item) if isinstance(item, list) else item for name, item in rule.items()
+        }
+        rope = RopeRule(**fields)
         blocks.append(BlockSpec(**{**entry, "rope": rope}))
     eos = config.get("eos_token_id")
     try:

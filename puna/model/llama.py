@@ -25,6 +25,29 @@ INITIAL_DEVIATION = 0.02
 _Rotations = dict[tuple[RopeRule, int], Rotation]
 
 
+class _RootMeanSquare(torch.autograd.Function):
+    """The norm keeps its input alone for the backward pass: no float32 copies of the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = hidden.float()
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(hidden, weight, inverse)
+        return weight * (wide * inverse).to(hidden.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, inverse = ctx.saved_tensors
+        normed = hidden * inverse  # float32
+        to_weight = None
+        if ctx.needs_input_grad[1]:
+            to_weight = (gradient * normed.to(gradient.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        scaled = (gradient * weight).float()
+        to_hidden = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * inverse
+        return to_hidden.to(hidden.dtype), to_weight, None
+
+
 class Norm(nn.Module):
     """Root-mean-square norm: computed in float32, scaled in the input's own type."""
 
@@ -34,10 +57,9 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., size] to the same shape and type."""
-        wide = hidden.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(hidden.dtype)
+        """[..., size] to the same shape."""
+        normed: Tensor = _RootMeanSquare.apply(hidden, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return normed
 
 
 class Attention(nn.Module):
@@ -169,7 +191,7 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         """The matrix that makes logits, [vocab, hidden]: the embedding's when tied."""
         source = self.model.embed_tokens if self.spec.tied else self.lm_head
-        return cast(Tensor, source.weight)
+        return source.weight
 
     @property
     def device(self) -> torch.device:

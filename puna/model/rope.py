@@ -25,9 +25,10 @@ def depends_on_length(rule: RopeRule) -> bool:
 def frequencies(
     rule: RopeRule, head_dim: int, length: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, float]:
-    """Angle per position of each pair of head dimensions, [head_dim / 2] float32, and a factor on cos and sin.
+    """Angle per position of each pair of head dimensions, and a factor on cosines and sines.
 
-    ``length`` is the largest position plus one; only rules that depend on the length look at it.
+    The angles are [head_dim / 2] in float32. ``length`` is the largest position plus one; only
+    rules that depend on the length look at it.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     if rule.kind == "dynamic":

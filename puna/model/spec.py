@@ -216,7 +216,7 @@ class BlockSpec:
 
     @property
     def plain(self) -> bool:
-        """Whether this is an ordinary Llama layer (perhaps with a window): both halves, causal, usual scale."""
+        """Whether this is an ordinary Llama layer: both halves, causal, the usual scale; a window may be."""
         ordinary_scale = self.logit_scale is None or math.isclose(self.logit_scale, self.head_dim**-0.5)
         return self.attention == "full" and self.feed_forward == "swiglu" and self.causal and ordinary_scale
 
@@ -325,8 +325,8 @@ class LlamaSpec:
             return None
         if self.attention_bias == "qkv":
             return None if self.mlp_bias else "qwen2"
-        # transformers refuses a Llama whose hidden size is no multiple of its heads; Mistral is the same decoder
-        # with a window, and has no such rule.
+        # transformers refuses a Llama whose hidden size is no multiple of its heads; Mistral is the same
+        # decoder with a window, and has no such rule.
         if first.window is not None or self.hidden_size % first.heads:
             return None if self.mlp_bias or self.attention_bias != "none" else "mistral"
         return "llama"
@@ -373,8 +373,8 @@ class LlamaSpec:
 
         total = self.parameter_count()
         table = Table(
-            title=f"{total / 1e6:,.1f}M parameters: vocabulary {self.vocab_size:,}, hidden {self.hidden_size}, "
-            f"{len(self.blocks)} blocks, {self.max_positions:,} positions",
+            title=f"{total / 1e6:,.1f}M parameters: vocabulary {self.vocab_size:,}, "
+            f"hidden {self.hidden_size}, {len(self.blocks)} blocks, {self.max_positions:,} positions",
             caption=f"head {'tied' if self.tied else 'of its own'}; attention bias {self.attention_bias}; "
             f"feed-forward bias {'yes' if self.mlp_bias else 'no'}; norm eps {self.norm_eps:g}; "
             f"bos {self.bos_id}, eos {', '.join(map(str, self.eos_ids)) or None}, pad {self.pad_id}",
