@@ -1,0 +1,163 @@
+"""The order in which packed rows are fed: a function of the seed and the position alone.
+
+An epoch is a permutation of the rows drawn from (seed, epoch). It is cut into steps of at most
+``batch_tokens`` tokens; a step never spans two epochs, and none is left out, so the last step of an
+epoch may be smaller. The rows of a step are dealt out to the processes and grouped into micro-batches
+of at most ``micro_batch_tokens`` positions, padding included.
+
+What a step learns from does not depend on the number of processes or the size of micro-batches. The
+longest rows of a step run first, and the step with the largest micro-batch is the first of the run
+(it changes places with the one that the permutation put there): if memory does not suffice, that
+shows at once. Rows of one length, as packing makes them, need no such exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+
+from puna.core.errors import PunaError
+from puna.core.seeds import numpy_generator
+from puna.text.packing import Batch, Row, collate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass: the batch, and the indices of the rows in it."""
+
+    batch: Batch
+    rows: NDArray[numpy.int64]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: its rows, over all processes, and how many tokens and targets they hold."""
+
+    rows: NDArray[numpy.int64]
+    tokens: int
+    targets: int
+
+
+class Feed:
+    """Feeds ``rows`` to the loop. See the module's docstring for the order.
+
+    ``rank`` and ``size`` are this process's place among all; ``pad_id`` fills up shorter rows (it is
+    never looked at). A step without any target is refused when its epoch is drawn.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        batch_tokens: int,
+        micro_batch_tokens: int,
+        seed: int,
+        rank: int = 0,
+        size: int = 1,
+        pad_id: int = 0,
+    ) -> None:
+        if not rows:
+            raise PunaError("no rows to train on", fix="look at what packing dropped and why")
+        self.rows = rows
+        self.pad_id = pad_id
+        self.batch_tokens = batch_tokens
+        self.micro_batch_tokens = micro_batch_tokens
+        self.seed = seed
+        self.rank = rank
+        self.size = size
+        self.lengths = numpy.array([row.tokens for row in rows], dtype=numpy.int64)  # in tokens
+        self.targets = numpy.array([row.targets for row in rows], dtype=numpy.int64)
+        self._epoch = -1
+        self._steps: list[Step] = []
+        longest = int(self.lengths.max())
+        for name, limit in (("batch_tokens", batch_tokens), ("micro_batch_tokens", micro_batch_tokens)):
+            if longest > limit:
+                raise PunaError(
+                    f"{name} is smaller than the longest row",
+                    where=name,
+                    found=limit,
+                    expected=f"at least {longest}",
+                    fix=f"raise {name} or lower max_length",
+                )
+
+    def steps(self, epoch: int) -> list[Step]:
+        """The steps of an epoch, in order."""
+        if epoch != self._epoch:
+            self._steps = self._draw(epoch)
+            self._epoch = epoch
+        return self._steps
+
+    def _draw(self, epoch: int) -> list[Step]:
+        order = numpy_generator(self.seed, "train", "order", epoch).permutation(len(self.rows))
+        ends = numpy.cumsum(self.lengths[order])
+        steps: list[Step] = []
+        start = 0
+        while start < len(order):
+            used = ends[start - 1] if start else 0
+            end = max(start + 1, int(numpy.searchsorted(ends, used + self.batch_tokens, side="right")))
+            chosen = order[start:end]
+            steps.append(Step(chosen, int(self.lengths[chosen].sum()), int(self.targets[chosen].sum())))
+            start = end
+        empty = next((step for step in steps if not step.targets), None)
+        if empty is not None:
+            raise PunaError(
+                "a batch without targets: nothing in it is trained on",
+                where=f"epoch {epoch}",
+                found=self.names(empty.rows),
+                fix="raise batch_tokens or max_length, or check train_on",
+            )
+        if epoch == 0 and self.lengths.min() != self.lengths.max():
+            heaviest = max(range(len(steps)), key=lambda index: self._weight(steps[index]))
+            steps[0], steps[heaviest] = steps[heaviest], steps[0]
+        return steps
+
+    def _weight(self, step: Step) -> int:
+        """Positions of the largest micro-batch of a step."""
+        return max(len(group) * int(self.lengths[group].max()) for group in self._groups(step.rows))
+
+    def _groups(self, rows: NDArray[numpy.int64]) -> list[NDArray[numpy.int64]]:
+        """Rows in micro-batches, the longest first."""
+        ordered = rows[numpy.argsort(-self.lengths[rows], kind="stable")]
+        groups: list[NDArray[numpy.int64]] = []
+        start = 0
+        while start < len(ordered):
+            many = max(1, self.micro_batch_tokens // int(self.lengths[ordered[start]]))
+            groups.append(ordered[start : start + many])
+            start += many
+        return groups
+
+    def micro_batches(self, step: Step) -> Iterator[MicroBatch]:
+        """This process's share of a step."""
+        ordered = step.rows[numpy.argsort(-self.lengths[step.rows], kind="stable")]
+        for group in self._groups(ordered[self.rank :: self.size]):
+            batch = collate([self.rows[int(row)] for row in group], pad_id=self.pad_id)
+            yield MicroBatch(batch, group)
+
+    def names(self, rows: NDArray[numpy.int64], most: int = 8) -> str:
+        """The corpus rows whose pieces are in these packed rows, for messages; the first few."""
+        pieces = (piece for row in rows for piece in self.rows[int(row)].slices)
+        names = list(dict.fromkeys(piece.document.source for piece in pieces))
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        return ", ".join(names[:most]) + more
+
+    def count(
+        self, *, epochs: int | None = None, max_steps: int | None = None, max_tokens: int | None = None
+    ) -> tuple[int, int]:
+        """(steps, tokens) of a run that ends at whichever of the limits is given."""
+        steps = tokens = epoch = 0
+        while epochs is None or epoch < epochs:
+            for step in self.steps(epoch):
+                if (max_steps is not None and steps >= max_steps) or (
+                    max_tokens is not None and tokens >= max_tokens
+                ):
+                    return steps, tokens
+                steps += 1
+                tokens += step.tokens
+            epoch += 1
+        return steps, tokens

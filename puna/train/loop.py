@@ -1,0 +1,265 @@
+"""The one training loop, for one process or many.
+
+A step sums the losses of its tokens over all micro-batches and processes and divides the summed
+gradients by the number of its targets: how a step is cut into micro-batches or shared out among
+processes changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from puna.core.errors import PunaError
+from puna.core.progress import Track
+from puna.core.seeds import derive
+from puna.train.checkpoint import Checkpoints, TrainState, Window
+from puna.train.distributed import World
+from puna.train.loader import Feed, MicroBatch, Step
+from puna.train.metrics import MetricsLog, peak_memory
+from puna.train.objectives import ObjectiveFunction
+from puna.train.optimizer import Optimizer
+from puna.train.schedule import Schedule, factor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from puna.model.llama import Llama
+
+Evaluation = Callable[["Llama"], Mapping[str, float]]
+"""Given from outside: measures the model and returns figures by name. Called on every process."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how often, under which schedule. Steps are optimiser steps.
+
+    Without ``eval_steps`` evaluations are at both ends only; without ``save_steps`` a checkpoint is
+    made whenever ``save_seconds`` have passed. When they are made changes nothing in the result.
+    """
+
+    total_steps: int
+    total_tokens: int
+    schedule: Schedule
+    seed: int = 0
+    logging_steps: int = 1
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_seconds: float = 300.0
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What one step gave: the sum of its token losses over all processes, and figures to log."""
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+
+
+class Loop:
+    """Trains ``model`` on ``feed`` in ``out``; :meth:`run` goes on from the newest checkpoint there.
+
+    ``recipe`` is all that must not change between the processes of one run. ``evaluate`` is called
+    before the first step, every ``eval_steps`` and after the last step; it changes nothing: dropout
+    is off, and all generators are put back.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        feed: Feed,
+        objective: ObjectiveFunction,
+        optimizer: Optimizer,
+        settings: LoopSettings,
+        *,
+        out: Path,
+        recipe: Mapping[str, Any],
+        world: World | None = None,
+        evaluate: Evaluation | None = None,
+    ) -> None:
+        self.model = model
+        self.feed = feed
+        self.objective = objective
+        self.optimizer = optimizer
+        self.settings = settings
+        self.out = out
+        self.world = world or World()
+        self.evaluate = evaluate
+        self.checkpoints = Checkpoints(out / "checkpoints", recipe, self.world)
+        self.state = TrainState()
+        self._log: MetricsLog | None = None
+        self._saved = time.monotonic()
+
+    def run(self) -> TrainState:
+        """Train to the last step; returns where the run stands then."""
+        with kept_generators(self.world.device):
+            torch.manual_seed(derive(self.settings.seed, "train", "dropout", self.world.rank))
+            was_training = self.model.training
+            self.model.train()
+            restored = self.checkpoints.restore(self.optimizer)
+            self.state = restored or TrainState()
+            board = self.out / "tensorboard" if self.settings.tensorboard else None
+            try:
+                if self.world.is_main:
+                    path = self.out / "metrics.jsonl"
+                    self._log = MetricsLog(path, after_step=self.state.step, tensorboard=board)
+                if restored is None:
+                    self._evaluate()
+                self._steps()
+            finally:
+                if self._log is not None:
+                    self._log.close()
+                self.model.train(was_training)
+        return self.state
+
+    def _steps(self) -> None:
+        settings, state = self.settings, self.state
+        with Track("training", settings.total_tokens, "tokens") as track:
+            track.advance(state.tokens)
+            while state.step < settings.total_steps:
+                step = self.feed.steps(state.epoch)[state.epoch_step]
+                done = self._step(step)
+                self._count(step, done)
+                track.note(f"step {state.step}/{settings.total_steps} loss {done.loss / step.targets:.4f}")
+                track.advance(step.tokens)
+                last = state.step == settings.total_steps
+                if last or (settings.eval_steps and state.step % settings.eval_steps == 0):
+                    self._evaluate()
+                if last or self._save_is_due():
+                    if self._log is not None:
+                        self._log.sync()
+                    self.checkpoints.save(state, self.optimizer)
+                    self._saved = time.monotonic()
+
+    def _save_is_due(self) -> bool:
+        """Whether it is time for a checkpoint; all processes agree, going by the first one's clock."""
+        if self.settings.save_steps is not None:
+            return self.state.step % self.settings.save_steps == 0
+        passed = self.world.is_main and time.monotonic() - self._saved >= self.settings.save_seconds
+        return bool(self.world.sum_(torch.tensor(float(passed), device=self.world.device)))
+
+    def _step(self, step: Step) -> _Done:
+        """One optimiser step: gradients of all its tokens, their mean, clipping, update."""
+        start = time.perf_counter()
+        loss = self._accumulate(step)
+        self.world.sum_(self.optimizer.gradient)
+        norm = self.optimizer.gradient_norm(step.targets)
+        if not math.isfinite(norm):
+            raise self._not_finite("the gradient", norm, [step.rows])
+        rate = self.optimizer.step(factor(self.state.step, self.settings.schedule), step.targets, norm)
+        return _Done(loss, rate, norm, time.perf_counter() - start)
+
+    def _accumulate(self, step: Step) -> float:
+        """Gradients of the summed token losses of this process's share; the sum over all processes."""
+        losses: list[Tensor] = []
+        rows: list[NDArray[numpy.int64]] = []
+        for micro in self.feed.micro_batches(step):
+            losses.append(self._backward(micro))
+            rows.append(micro.rows)
+        own = torch.stack(losses).double() if losses else torch.zeros(1, dtype=torch.float64)
+        total = float(self.world.sum_(own.sum().to(self.world.device)))
+        if not math.isfinite(total):
+            bad = own.isfinite().logical_not().tolist()
+            raise self._not_finite(
+                "the loss", total, [part for part, wrong in zip(rows, bad, strict=False) if wrong]
+            )
+        return total
+
+    def _backward(self, micro: MicroBatch) -> Tensor:
+        batch = micro.batch.to(self.world.device)
+        hidden = self.model.hidden(batch.input_ids, batch.positions, batch.segments)
+        loss = self.objective(hidden, self.model.head_weight, batch.labels)
+        if loss.targets:  # a row of a long prompt may hold none; the step as a whole does
+            loss.total.backward()  # type: ignore[no-untyped-call]
+        return loss.total.detach()
+
+    def _not_finite(self, what: str, value: float, rows: list[NDArray[numpy.int64]]) -> PunaError:
+        place = f"rows {self.feed.names(numpy.concatenate(rows))}" if rows else "rows of another process"
+        return PunaError(
+            f"{what} is not finite",
+            where=f"step {self.state.step + 1}",
+            found=f"{value} on {place}",
+            fix="lower learning_rate or raise warmup_steps; look at these rows",
+        )
+
+    def _count(self, step: Step, done: _Done) -> None:
+        """Move on by one step, and write a line of metrics where one is due."""
+        state, window = self.state, self.state.window
+        state.step += 1
+        state.epoch_step += 1
+        if state.epoch_step == len(self.feed.steps(state.epoch)):
+            state.epoch, state.epoch_step = state.epoch + 1, 0
+        state.tokens += step.tokens
+        state.targets += step.targets
+        state.seconds += done.seconds
+        window.loss += done.loss
+        window.tokens += step.tokens
+        window.targets += step.targets
+        window.seconds += done.seconds
+        last = state.step == self.settings.total_steps
+        if not last and state.step % self.settings.logging_steps:
+            return
+        self._write(
+            "train",
+            {
+                "tokens": state.tokens,
+                "targets": state.targets,
+                "loss": window.loss / window.targets,
+                "learning_rate": done.learning_rate,
+                "grad_norm": done.gradient_norm,
+                "tokens_per_second": window.tokens / window.seconds,
+                "targets_per_second": window.targets / window.seconds,
+                "seconds": state.seconds,
+                "peak_memory": peak_memory(self.world.device),
+            },
+        )
+        state.window = Window()
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        with measuring(self.model, self.world.device):
+            values = dict(self.evaluate(self.model))
+        self._write("eval", {"tokens": self.state.tokens, **values})
+
+    def _write(self, kind: str, values: dict[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(self.state.step, kind, values)
+
+
+@contextmanager
+def kept_generators(device: torch.device) -> Iterator[None]:
+    """Put back every global generator (torch's, numpy's, Python's) after the block."""
+    devices = [device] if device.type == "cuda" else []
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
+
+
+@contextmanager
+def measuring(model: Llama, device: torch.device) -> Iterator[None]:
+    """A block in which the model is only looked at: no gradients, no dropout, generators put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with kept_generators(device), torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,161 @@
+"""AdamW over float32 master weights and float32 gradients, whatever the model computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from puna.core.errors import PunaError
+
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (Loshchilov and Hutter 2019) with decay on matrices only.
+
+    ``embedding_factor`` multiplies the learning rate of input embeddings and head;
+    ``max_grad_norm`` 0 means no clipping.
+    """
+
+    learning_rate: float
+    embedding_factor: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+
+
+class Optimizer:
+    """Trains the given parameters; gradients gather in one flat float32 buffer.
+
+    A float32 parameter is its own master and its ``grad`` is a view of the buffer. Any other has a
+    float32 master, and a hook adds each of its gradients to the buffer as soon as autograd has made
+    it and frees it, so that sums over micro-batches lose nothing to bfloat16. After a step the
+    masters are rounded into the parameters.
+
+    Per trained parameter this takes 12 bytes (gradient and two moments), and 4 for a master.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Parameter]], settings: OptimizerSettings) -> None:
+        trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        if not trained:
+            raise PunaError("nothing to train", found="no parameter needs a gradient")
+        self.settings = settings
+        self.parameters = dict(trained)
+        device = trained[0][1].device
+        self.gradient = torch.zeros(sum(p.numel() for _, p in trained), dtype=torch.float32, device=device)
+        self.masters: dict[str, Parameter] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        start = 0
+        for name, parameter in trained:
+            view = self.gradient[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+            self.masters[name] = self._master(parameter, view)
+            self.masters[name].grad = view
+        self._adamw = torch.optim.AdamW(
+            self._groups(),
+            betas=settings.betas,
+            fused=True,
+        )
+
+    def _master(self, parameter: Parameter, view: Tensor) -> Parameter:
+        if parameter.dtype == torch.float32:
+            return parameter
+        hook = parameter.register_post_accumulate_grad_hook(_adder(view))  # type: ignore[no-untyped-call]
+        self._hooks.append(hook)
+        return Parameter(parameter.detach().float())
+
+    def _groups(self) -> list[dict[str, object]]:
+        """Parameters by (learning-rate factor, decay)."""
+        groups: dict[tuple[float, float], list[Parameter]] = {}
+        for name, master in self.masters.items():
+            embedding = any(part in name for part in EMBEDDING_NAMES)
+            factor = self.settings.embedding_factor if embedding else 1.0
+            decay = self.settings.weight_decay if master.ndim >= 2 else 0.0
+            groups.setdefault((factor, decay), []).append(master)
+        return [
+            {"params": masters, "weight_decay": decay, "factor": factor, "lr": 0.0}
+            for (factor, decay), masters in groups.items()
+        ]
+
+    @property
+    def count(self) -> int:
+        """Number of trained weights."""
+        return self.gradient.numel()
+
+    def gradient_norm(self, divisor: float) -> float:
+        """Global norm of the mean gradient: of the gathered sums divided by ``divisor``."""
+        return float(torch.linalg.vector_norm(self.gradient)) / divisor
+
+    @torch.no_grad()
+    def step(self, schedule_factor: float, divisor: float, norm: float) -> float:
+        """One update with the gathered gradients divided by ``divisor``, clipped to the global norm.
+
+        ``norm`` is what :meth:`gradient_norm` gave. Returns the learning rate that was used (of
+        parameters with factor 1), and leaves the gradient buffer zero.
+        """
+        limit = self.settings.max_grad_norm
+        clip = limit / norm if limit and norm > limit else 1.0
+        self.gradient.mul_(clip / divisor)
+        rate = self.settings.learning_rate * schedule_factor
+        for group in self._adamw.param_groups:
+            group["lr"] = rate * group["factor"]
+        self._adamw.step()
+        self.gradient.zero_()
+        self._round()
+        return rate
+
+    def _round(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter is not self.masters[name]:
+                parameter.copy_(self.masters[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 masters by parameter name."""
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's two moments as ``first/<name>`` and ``second/<name>``; empty before a step."""
+        found: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            state = self._adamw.state.get(master)
+            if state:
+                found[f"first/{name}"] = state["exp_avg"]
+                found[f"second/{name}"] = state["exp_avg_sq"]
+        return found
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
+        """Take over masters and moments after ``steps`` updates; the parameters follow."""
+        for name, master in self.masters.items():
+            master.copy_(weights[name])
+            if steps:
+                self._adamw.state[master] = {
+                    "step": torch.tensor(float(steps), dtype=torch.float32, device=master.device),
+                    "exp_avg": moments[f"first/{name}"].to(master.device, copy=True),
+                    "exp_avg_sq": moments[f"second/{name}"].to(master.device, copy=True),
+                }
+        self.gradient.zero_()
+        self._round()
+
+    def close(self) -> None:
+        """Remove hooks and gradients from the model."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+def _adder(view: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's new gradient to ``view`` and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        view.add_(parameter.grad.float())  # adding across dtypes in one operation is slower on a CPU
+        parameter.grad = None
+
+    return add

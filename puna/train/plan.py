@@ -1,0 +1,158 @@
+"""What a training run costs, from shapes alone: weights trained, operations, bytes. No torch here.
+
+Memory counts what the loop really holds. Activations are what autograd saves in our decoder for the
+backward pass, tensor by tensor (:func:`activation_bytes`); kernels' scratch space is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from puna.model.spec import BlockSpec, LlamaSpec
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_LOGITS_AT_ONCE = 1024  # puna.train.objectives.CHUNK, which cannot be imported without torch
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained: all weights (``r`` 0), or a LoRA of rank ``r`` on ``target`` and ``full`` modules."""
+
+    r: int = 0
+    dropout: float = 0.0
+    target: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> bool:
+        """Whether the matrix that makes logits is trained, supposing it is the embedding or ``lm_head``."""
+        return not self.r or "lm_head" in self.full
+
+    def trains_head(self, spec: LlamaSpec) -> bool:
+        """Whether the head's weight needs a gradient."""
+        return self.head or (spec.tied and "embed_tokens" in self.full)
+
+
+def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer by name, as (inputs, outputs)."""
+    hidden, found = spec.hidden_size, dict[str, tuple[int, int]]()
+    if block.attention != "none":
+        queries, keys = block.heads * block.head_dim, block.kv_heads * block.head_dim
+        found |= {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
+        found |= {"o_proj": (queries, hidden)}
+    if block.feed_forward != "none":
+        found |= {"gate_proj": (hidden, block.width), "up_proj": (hidden, block.width)}
+        found |= {"down_proj": (block.width, hidden)}
+    return found
+
+
+def _adapted(name: str, layer: int, method: Method) -> bool:
+    """Whether a projection has a LoRA; targets may name a projection of one layer only."""
+    group = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    whole = f".model.layers.{layer}.{group}.{name}"
+    return bool(method.r) and any(whole.endswith(f".{target}") for target in method.target)
+
+
+def lora_parameters(spec: LlamaSpec, method: Method) -> int:
+    """Weights of the adapter: r for each input and each output of an adapted projection."""
+    return sum(
+        method.r * sum(sizes)
+        for layer, block in enumerate(spec.blocks)
+        for name, sizes in projections(spec, block).items()
+        if _adapted(name, layer, method)
+    )
+
+
+def trained_parameters(spec: LlamaSpec, method: Method) -> int:
+    """Weights that get a gradient; a tied embedding and head count once."""
+    if not method.r:
+        return spec.parameter_count()
+    matrix = spec.vocab_size * spec.hidden_size
+    matrices = {name for name in method.full if name in ("embed_tokens", "lm_head")}
+    count = min(len(matrices), 1) if spec.tied else len(matrices)
+    return lora_parameters(spec, method) + count * matrix
+
+
+def operations_per_token(spec: LlamaSpec, method: Method, length: int) -> float:
+    """Floating-point operations of one trained token, forward and backward, in documents of ``length``.
+
+    With N weights in matrices: forward 2 N, backward 2 N for the activations and 2 for each trained
+    weight. Causal attention over half of ``length`` on average: 2 products forward, 4 backward.
+    The head works at positions with a label; here every position has one.
+    """
+    total = 0.0
+    for layer, block in enumerate(spec.blocks):
+        for name, (inputs, outputs) in projections(spec, block).items():
+            total += 4 * inputs * outputs
+            if not method.r:
+                total += 2 * inputs * outputs
+            elif _adapted(name, layer, method):
+                total += 6 * method.r * (inputs + outputs)
+        if block.attention != "none":
+            seen = min(length, block.window or length) / 2
+            total += 6 * 2 * seen * block.heads * block.head_dim
+    head = spec.vocab_size * spec.hidden_size
+    return total + (6 if method.trains_head(spec) else 4) * head
+
+
+def activation_bytes(spec: LlamaSpec, method: Method, dtype: str) -> float:
+    """Bytes that autograd saves per position of a micro-batch, over all layers.
+
+    Counted from the decoder: a norm keeps its float32 input (and, if its weight is trained, the
+    scaled one); attention keeps rotated queries, keys and values (repeated for their group), its
+    output and one float32 sum for each head; SwiGLU keeps gate, activated gate and up. A projection
+    keeps its input if it is trained, an adapted one what enters A (after dropout a tensor of its
+    own, and the mask) and what leaves it. A tensor that several keep counts once.
+    """
+    size = BYTES[dtype]
+    total = float(spec.hidden_size * (4 + 2 * size))  # final norm, its output, the loss's gradient
+    for layer, block in enumerate(spec.blocks):
+        total += _layer_bytes(spec, method, layer, block, size)
+    return total
+
+
+def _layer_bytes(spec: LlamaSpec, method: Method, layer: int, block: BlockSpec, size: int) -> float:
+    hidden, total = spec.hidden_size, 0.0
+    norms = (block.attention != "none") + (block.feed_forward != "none")
+    total += norms * hidden * (4 + (size if not method.r else 0))
+    if block.attention != "none":
+        queries = block.heads * block.head_dim
+        total += 4 * queries * size + 4 * block.heads
+    if block.feed_forward != "none":
+        total += 3 * block.width * size
+    shared: dict[str, int] = {}  # inputs that are kept once, however many projections want them
+    for name, (inputs, _) in projections(spec, block).items():
+        adapted = _adapted(name, layer, method)
+        if adapted:
+            total += method.r * size
+        if adapted and method.dropout:
+            total += 2 * inputs * size
+        elif adapted or not method.r:
+            shared[_source_of(name)] = inputs
+    return total + sum(width * size for width in shared.values())
+
+
+def _source_of(name: str) -> str:
+    """Which tensor enters a projection."""
+    if name in ("q_proj", "k_proj", "v_proj"):
+        return "attention norm"
+    return {"o_proj": "joined documents", "down_proj": "product"}.get(name, "feed-forward norm")
+
+
+def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int) -> float:
+    """Peak bytes of weights, optimiser, activations of ``positions`` and the loss.
+
+    Per trained weight: a float32 gradient and two moments, and a master where the model is not
+    float32. The peak is the end of the forward pass, when all activations, a chunk of logits and
+    the head's gradient (float32, its chunk's share twice) are there together.
+    """
+    size = BYTES[dtype]
+    trained = trained_parameters(spec, method)
+    weights = (spec.parameter_count() + (lora_parameters(spec, method))) * size
+    optimiser = trained * (12 + (4 if size != 4 else 0))
+    loss = min(positions, _LOGITS_AT_ONCE) * spec.vocab_size * size
+    if method.trains_head(spec):
+        loss += spec.vocab_size * spec.hidden_size * (4 + size + (4 if size != 4 else 0))
+    return weights + optimiser + activation_bytes(spec, method, dtype) * positions + loss

@@ -1,0 +1,173 @@
+"""The stage ``train``: continued pre-training and supervised fine-tuning, in full or with LoRA."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+
+from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.train.plan import Method, memory, operations_per_token, trained_parameters
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Lora(Parameters):
+    """A low-rank adapter; everything it does not name is frozen."""
+
+    r: int = pydantic.Field(8, ge=1)
+    """Rank."""
+    alpha: float = pydantic.Field(16.0, gt=0)
+    """The adapter's output is multiplied by alpha / r."""
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that are dropped in training."""
+    target: tuple[str, ...] = pydantic.Field(PROJECTIONS, min_length=1)
+    """Projections that are adapted, by the end of their name."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead."""
+    full: tuple[str, ...] = ()
+    """Modules trained in full beside it, such as [embed_tokens, lm_head]; tied ones are one matrix."""
+
+
+class Train(Parameters):
+    """Parameters of the stage ``train``."""
+
+    objective: Literal["clm", "sft"] = "clm"
+    """clm learns every token of documents; sft the turns of the roles ``train_on`` of conversations."""
+    epochs: int | None = pydantic.Field(None, ge=1)
+    """Passes over the corpus; one, if neither this nor another limit is given."""
+    max_steps: int | None = pydantic.Field(None, ge=1)
+    """Optimiser steps, over as many passes as that takes."""
+    max_tokens: int | None = pydantic.Field(None, ge=1)
+    """Stop with the step that reaches this many tokens."""
+    batch_tokens: int = pydantic.Field(8192, ge=2)
+    """Tokens of an optimiser step at most, over all processes."""
+    micro_batch_tokens: int = pydantic.Field(2048, ge=2)
+    """Positions of one forward pass at most, padding included; memory grows with it."""
+    max_length: int = pydantic.Field(1024, ge=2)
+    """Tokens of a row."""
+    packing: Literal["wrap", "fit", "off"] = "wrap"
+    """wrap fills rows and cuts documents, fit keeps documents whole, off gives each a row of its own."""
+    train_on: tuple[str, ...] = pydantic.Field(("assistant",), min_length=1)
+    """Roles whose turns are learnt (sft)."""
+    learning_rate: float = pydantic.Field(2e-4, gt=0)
+    """Peak learning rate."""
+    embedding_learning_rate_factor: float = pydantic.Field(1.0, gt=0)
+    """Times the learning rate for input embeddings and head."""
+    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"] = "cosine"
+    """How the learning rate moves after the warm-up."""
+    warmup_ratio: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    warmup_steps: int | None = pydantic.Field(None, ge=0)
+    """The same as a number of steps, instead of the ratio."""
+    min_learning_rate_ratio: float = pydantic.Field(0.0, ge=0, le=1)
+    """Where cosine, linear and wsd end, as a share of the peak."""
+    timescale: int = pydantic.Field(10_000, ge=1)
+    """inverse_sqrt: steps after the warm-up in which the rate falls to 0.71 of its peak."""
+    step_size: int = pydantic.Field(1000, ge=1)
+    """step: steps between two drops."""
+    gamma: float = pydantic.Field(0.5, gt=0, le=1)
+    """step: the factor of a drop."""
+    decay_ratio: float = pydantic.Field(0.1, gt=0, le=1)
+    """wsd: share of all steps in which the rate falls, at the end."""
+    weight_decay: float = pydantic.Field(0.0, ge=0)
+    """AdamW's decay, of matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's two averages."""
+    max_grad_norm: float = pydantic.Field(1.0, ge=0)
+    """Gradients are clipped to this global norm; 0 does not clip."""
+    lora: Lora | None = None
+    """A low-rank adapter; null trains all weights."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the model computes in; null takes the run's. Masters and sums are float32 in either case."""
+    seed: int | None = None
+    """null takes the run's seed."""
+    logging_steps: int = pydantic.Field(1, ge=1)
+    """Steps to a line of metrics.jsonl."""
+    eval_steps: int | None = pydantic.Field(None, ge=1)
+    """Steps between evaluations on ``held_out``; null evaluates before the first and after the last step."""
+    eval_tokens: int | None = pydantic.Field(20_000, ge=2)
+    """Tokens of each held-out corpus at most, from its beginning; null takes all."""
+    save_steps: int | None = pydantic.Field(None, ge=1)
+    """Steps between checkpoints; null makes one every five minutes. There is always one at the end."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """tensorboard writes its files beside metrics.jsonl."""
+    save_adapter: bool = True
+    """Write the adapter on its own too, when there is one."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the model is saved in; an adapter is merged in float32 first."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Train:
+        given = self.model_fields_set
+        limits = [name for name in ("epochs", "max_steps", "max_tokens") if getattr(self, name) is not None]
+        if len(limits) > 1:
+            raise ValueError(f"{' and '.join(limits)} are both given: a run has one limit")
+        if self.warmup_steps is not None and "warmup_ratio" in given:
+            raise ValueError("warmup_ratio and warmup_steps are both given: say one")
+        for name in ("batch_tokens", "micro_batch_tokens"):
+            if getattr(self, name) < self.max_length:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} has no room for a row of max_length {self.max_length}"
+                )
+        for name, schedules in _READ_BY_SCHEDULES.items():
+            if name in given and self.schedule not in schedules:
+                raise ValueError(
+                    f"{name} means nothing with schedule {self.schedule!r}, but with {', '.join(schedules)}"
+                )
+        if "train_on" in given and self.objective != "sft":
+            raise ValueError("train_on means nothing with objective 'clm', which learns every token")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least 0 and below 1")
+        return self
+
+
+_READ_BY_SCHEDULES = {
+    "min_learning_rate_ratio": ("cosine", "linear", "wsd"),
+    "timescale": ("inverse_sqrt",),
+    "step_size": ("step",),
+    "gamma": ("step",),
+    "decay_ratio": ("wsd",),
+}
+
+
+def method_of(parameters: Train) -> Method:
+    """What is trained, for the planner."""
+    lora = parameters.lora
+    return Method() if lora is None else Method(lora.r, lora.dropout, lora.target, lora.full)
+
+
+def plan_train(parameters: Train, shapes: Any) -> Cost:
+    """Tokens, weights trained, operations and peak memory from the shapes of model and corpus."""
+    if parameters.max_tokens is not None:
+        tokens = float(parameters.max_tokens)
+    elif parameters.max_steps is not None:
+        tokens = float(parameters.max_steps * parameters.batch_tokens)
+    else:
+        tokens = float(shapes.tokens * (parameters.epochs or 1))
+    method = method_of(parameters)
+    dtype = parameters.dtype or shapes.dtype
+    return Cost(
+        tokens=tokens,
+        trainable=trained_parameters(shapes.spec, method),
+        flops=tokens * operations_per_token(shapes.spec, method, parameters.max_length),
+        memory=memory(shapes.spec, method, dtype, parameters.micro_batch_tokens),
+    )
+
+
+@stage(
+    "train",
+    parameters=Train,
+    inputs={
+        "model": Input("model"),
+        "corpus": Input("corpus", many=True),
+        "held_out": Input("corpus", many=True, optional=True),
+    },
+    outputs={"model": "model", "adapter": "model"},
+    plan=plan_train,
+)
+def train(context: Context, parameters: Train) -> Outcome:
+    """Train a model on corpora, in full or with LoRA; the adapter is merged into the model it leaves."""
+    from puna.train.job import run
+
+    return run(context, parameters)

@@ -1,0 +1,109 @@
+"""What a training run tells: the table before it starts, and its part of metrics and report after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from puna.text.packing import PackReport
+from puna.train.checkpoint import TrainState
+from puna.train.loop import LoopSettings
+
+if TYPE_CHECKING:
+    from puna.model.llama import Llama
+
+
+def start_table(
+    model: Llama, trained: int, packed: PackReport, settings: LoopSettings, expected_memory: float
+) -> Table:
+    """What is about to happen, for the terminal."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lost = [f"{count:,} rows dropped: {reason}" for reason, count in packed.dropped.items()]
+    if packed.truncated:
+        lost.append(f"{packed.truncated:,} tokens cut off {packed.truncated_rows:,} rows")
+    rows = {
+        "model": f"{model.source}, {len(model.spec.blocks)} layers, vocabulary {model.spec.vocab_size:,}",
+        "trained": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
+        "computes in": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
+        "corpus": f"{packed.used:,} rows, {packed.tokens:,} tokens, {packed.targets:,} of them learnt",
+        "packed": f"{packed.rows:,} rows of {packed.length:,}, {packed.filled:.0%} full",
+        "left out": "; ".join(lost) or "nothing",
+        "run": f"{settings.total_steps:,} steps, {settings.total_tokens:,} tokens",
+        "expected memory": f"{expected_memory / 1e9:.2f} GB and the process itself",
+    }
+    table = Table(title="training", show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def metrics_of(lines: Sequence[dict[str, Any]], state: TrainState, trained: int) -> dict[str, float]:
+    """The stage's metrics: counts, first and last losses, speed, and held-out figures before and after."""
+    steps = [line for line in lines if line["kind"] == "train"]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    found: dict[str, float] = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "targets": state.targets,
+        "trainable": trained,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds,
+        "loss.first": steps[0]["loss"],
+        "loss.last": steps[-1]["loss"],
+        "peak_memory": max(line["peak_memory"] for line in steps),
+    }
+    if evaluations:
+        for name in _measured(evaluations):
+            found[f"before.{name}"] = evaluations[0][name]
+            found[f"after.{name}"] = evaluations[-1][name]
+    return found
+
+
+def fill_report(
+    report: dict[str, Any], lines: Sequence[dict[str, Any]], packed: PackReport, trained: int
+) -> None:
+    """Add loss and learning-rate curves and a table of the run to a stage's report."""
+    steps = [line for line in lines if line["kind"] == "train"]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    losses = [_series("training", steps, "loss")]
+    names = _measured(evaluations)
+    losses += [
+        _series(name.removesuffix(".loss"), evaluations, name) for name in names if name.endswith(".loss")
+    ]
+    bits = [
+        _series(name.removesuffix(".bits_per_byte"), evaluations, name)
+        for name in names
+        if name.endswith(".bits_per_byte")
+    ]
+    curves = [
+        {"title": "Loss", "x": "tokens", "y": "nats per token", "series": losses},
+        {"title": "Held-out text", "x": "tokens", "y": "bits per byte", "series": bits},
+        {"title": "Learning rate", "x": "tokens", "y": "", "series": [_series("", steps, "learning_rate")]},
+        {"title": "Gradient norm", "x": "tokens", "y": "", "series": [_series("", steps, "grad_norm")]},
+    ]
+    report.setdefault("curves", []).extend(curve for curve in curves if curve["series"])
+    last = steps[-1]
+    rows: list[list[Any]] = [
+        ["parameters trained", f"{trained:,}"],
+        ["rows of the corpus", f"{packed.used:,} of {packed.rows_in:,}"],
+        *(["rows dropped", f"{count:,}: {reason}"] for reason, count in packed.dropped.items()),
+        ["tokens cut off", f"{packed.truncated:,} of {packed.truncated_rows:,} rows"],
+        ["tokens trained on", f"{last['tokens']:,}, {last['targets']:,} of them learnt"],
+        ["steps", f"{last['step']:,}"],
+        ["tokens per second", f"{last['tokens'] / last['seconds']:,.0f}"],
+        ["peak memory", f"{max(line['peak_memory'] for line in steps) / 1e9:.2f} GB"],
+    ]
+    report.setdefault("tables", []).append({"title": "Training", "columns": ["", ""], "rows": rows})
+
+
+def _measured(evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of what the evaluations measured."""
+    return [
+        name for name in (evaluations[0] if evaluations else {}) if name not in ("step", "kind", "tokens")
+    ]
+
+
+def _series(name: str, lines: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    return {"name": name, "x": [line["tokens"] for line in lines], "y": [line[key] for line in lines]}
