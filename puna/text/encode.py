@@ -75,9 +75,11 @@ def encode_messages(
 ) -> Encoded:
     """A conversation as its template writes it; the messages of ``train_on`` are targets.
 
-    Ids equal those of transformers' ``apply_chat_template``, but for two things: the strings of
-    special tokens in a content stay text, and no token reaches from the generation prompt into the
-    answer (white space at its beginning could), because when the model answers none can. A BOS that the
+    Ids equal those of transformers' ``apply_chat_template``, but for two things. The strings of
+    special tokens in a content stay text. And no token reaches over the end of the generation
+    prompt, since none can when the model answers: where a whole text would be split differently
+    there (two newlines before a word, an answer that begins with white space), training follows
+    the ids that the model is given when it is used, :func:`encode_prompt`. A BOS that the
     tokenizer adds is put in front if the template writes none. Refused: a trained message that the
     template leaves out, writes twice or does not end with an end-of-turn token, and a template that
     writes the BOS twice.

@@ -165,7 +165,7 @@ def _visible(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     start = 0
 
     def added(count: int) -> str:
-        """The text of ``count`` tokens from ``start`` on, behind the token before them (or a space would go)."""
+        """The text of ``count`` tokens from ``start`` on, decoded behind another so that no space goes."""
         before = max(start - 1, 0)
         known = tokenizer.decode(ids[before:start], skip_special=False)
         return tokenizer.decode(ids[before : start + count], skip_special=False)[len(known) :]
