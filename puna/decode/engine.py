@@ -20,6 +20,7 @@ from puna.decode.pieces import TextPieces
 from puna.decode.sampling import Sampling, choose
 from puna.model.cache import KeyValueCache
 from puna.model.rope import depends_on_length
+from puna.text.encode import encode_prompt
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -65,7 +66,7 @@ class Engine:
         """Token ids of a prompt.
 
         A string gets the tokenizer's start token where the tokenizer adds one; messages are rendered
-        by the chat template, which brings its own; a list of ids is taken as it is.
+        by the chat template up to where the assistant answers; a list of ids is taken as it is.
         """
         if isinstance(prompt, str):
             start = [self.tokenizer.bos_id] if self.tokenizer.adds_bos else []
@@ -73,7 +74,7 @@ class Engine:
         elif prompt and isinstance(prompt[0], Mapping):
             ids = self._encode_messages(prompt)  # type: ignore[arg-type]
         else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type, call-overload]
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
             wrong = [token for token in ids if not 0 <= token < self.model.spec.vocab_size]
             if wrong:
                 raise PunaError(
@@ -82,7 +83,9 @@ class Engine:
                     expected=f"0 to {self.model.spec.vocab_size - 1}",
                 )
         if not ids:
-            raise PunaError("an empty prompt has no token to continue from", fix="give at least one character")
+            raise PunaError(
+                "an empty prompt has no token to continue from", fix="give at least one character"
+            )
         return ids
 
     def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
@@ -92,8 +95,7 @@ class Engine:
                 where=self.model.source,
                 fix="give a string, or a model with a chat template",
             )
-        rendered = self.model.template.render(messages, add_generation_prompt=True)
-        return list(self.tokenizer.encode(rendered, allow_special=True))
+        return encode_prompt(self.tokenizer, self.model.template, messages)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
         """Complete each prompt; the results are in the order of the prompts.
@@ -103,7 +105,9 @@ class Engine:
         """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping | int)):
             raise PunaError("generate takes a list of prompts", found="one prompt", fix="put it into a list")
-        requests = [self._request(index, prompt, sampling or Sampling()) for index, prompt in enumerate(prompts)]
+        requests = [
+            self._request(index, prompt, sampling or Sampling()) for index, prompt in enumerate(prompts)
+        ]
         groups = self._groups(requests)
         with Track("generating", len(requests), "prompts") as track:
             for group in groups:
@@ -136,7 +140,9 @@ class Engine:
         if any(depends_on_length(block.rope) for block in self.model.spec.blocks):
             return [[request] for request in requests]  # such rotations follow the longest row of a batch
         groups: list[list[_Request]] = []
-        for request in sorted(requests, key=lambda request: (-len(request.prompt), -request.limit, request.index)):
+        for request in sorted(
+            requests, key=lambda request: (-len(request.prompt), -request.limit, request.index)
+        ):
             group = [*groups[-1], request] if groups else []
             if group and len(group) * _extent(group) <= self.max_batch_tokens:
                 groups[-1] = group

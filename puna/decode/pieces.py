@@ -15,7 +15,7 @@ class TextPieces:
     ``decode`` is the tokenizer's. Each token decodes two short runs of ids, not the whole text.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._decode = decode
         self._stop = stop
@@ -36,7 +36,10 @@ class TextPieces:
         return self._pass(new)
 
     def finish(self) -> str:
-        """The text still held back when no more tokens come; bytes that never became a character show as U+FFFD."""
+        """The text still held back when no more tokens come.
+
+        Bytes that never became a character show as U+FFFD.
+        """
         if self.stopped:
             return ""
         certain = self._pass(self._new_text())
@@ -61,4 +64,6 @@ class TextPieces:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest proper beginning of ``stop`` with which ``text`` ends."""
-    return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)
+    return next(
+        (length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class Sampling:
     """Settings of one generation; the names are those of OpenAI's and vLLM's interfaces.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 switch the filters off. ``stop`` are
-    strings at which the text is cut; ``ignore_eos`` runs past the tokenizer's stop tokens to
+    strings (or one string) at which the text is cut; ``ignore_eos`` runs past the tokenizer's stop tokens to
     ``max_tokens``. With ``logprobs`` each produced token's natural-log probability under the
     unfiltered distribution at temperature 1 is kept.
     """
@@ -27,17 +28,20 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     logprobs: bool = False
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
+        _require(
+            0 <= self.temperature < math.inf,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or a positive number",
+        )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1 (1 keeps every token)")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (every token) or a positive number of tokens")
         _require(all(self.stop), "stop", self.stop, "strings of at least one character")

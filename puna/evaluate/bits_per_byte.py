@@ -21,18 +21,16 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
-from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.progress import Track
 from puna.evaluate.statistics import Floats
 from puna.model.rope import depends_on_length
+from puna.train.objectives import IGNORED, linear_cross_entropy
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
     from puna.text.tokenizer import Tokenizer
-
-_POSITIONS_AT_ONCE = 512  # rows of float32 logits that exist at a time: 100 MB at 49k tokens
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,15 @@ def measure(
     they are there already. ``label`` names the work in the progress.
     """
     window = min(window, model.spec.max_positions)
-    stride = window // 2 if stride is None else stride
-    _check(model, texts, window, stride, batch_tokens)
-    ids = [model.tokenizer.encode(text) for text in texts] if encoded is None else encoded
-    start = start_token(model.tokenizer)
-    windows = [piece for document, row in enumerate(ids) for piece in _windows(document, [start, *row], window, stride)]
+    stride = max(window // 2, 1) if stride is None else stride
+    tokenizer = _check(model, texts, window, stride, batch_tokens)
+    ids = [tokenizer.encode(text) for text in texts] if encoded is None else encoded
+    start = start_token(tokenizer)
+    windows = [
+        piece
+        for document, row in enumerate(ids)
+        for piece in _windows(document, [start, *row], window, stride)
+    ]
     nats = numpy.zeros(len(texts))
     was_training = model.training
     model.eval()
@@ -103,7 +105,7 @@ def measure(
     )
 
 
-def _check(model: Llama, texts: Sequence[str], window: int, stride: int, batch_tokens: int) -> None:
+def _check(model: Llama, texts: Sequence[str], window: int, stride: int, batch_tokens: int) -> Tokenizer:
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="open it with puna.load")
     if not all(block.causal for block in model.spec.blocks):
@@ -116,10 +118,12 @@ def _check(model: Llama, texts: Sequence[str], window: int, stride: int, batch_t
             found=f"window={window}, stride={stride}, batch_tokens={batch_tokens}",
             expected="1 <= stride <= window, and at least one token a batch",
         )
+    tokenizer: Tokenizer = model.tokenizer
+    return tokenizer
 
 
 def _windows(document: int, ids: list[int], window: int, stride: int) -> Iterator[_Window]:
-    """Cut ``ids`` (start token first) so that each later token is scored once; the last window is a full one."""
+    """Cut ``ids`` (start token first) so that each later token is scored once; the last window is full."""
     last = len(ids) - 1  # the last token is only ever predicted
     start = scored = 0
     while scored < last:
@@ -147,24 +151,14 @@ def _batches(model: Llama, windows: list[_Window], batch_tokens: int) -> Iterato
 @torch.inference_mode()
 def _score(model: Llama, batch: list[_Window], nats: Floats) -> None:
     """Add the negative log-likelihoods of a batch's targets to their documents' ``nats``."""
-    longest = len(batch[0].inputs)
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    scored = torch.zeros(len(batch), longest, dtype=torch.bool)
+    input_ids = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORED)
     for row, piece in enumerate(batch):
         # Padding stands on the right, where causal attention lets nobody look: no mask is needed.
-        input_ids[row, : len(piece.inputs)] = torch.tensor(piece.inputs)
-        scored[row, len(piece.inputs) - len(piece.targets) : len(piece.inputs)] = True
-    hidden = model.hidden(input_ids.to(model.device))[scored.to(model.device)]  # [targets, hidden]
-    targets = torch.tensor([token for piece in batch for token in piece.targets], device=model.device)
+        end = len(piece.inputs)
+        input_ids[row, :end] = torch.tensor(piece.inputs)
+        labels[row, end - len(piece.targets) : end] = torch.tensor(piece.targets)
+    hidden = model.hidden(input_ids.to(model.device))
+    losses = linear_cross_entropy(hidden, model.head_weight, labels.to(model.device)).tokens
     documents = numpy.repeat([piece.document for piece in batch], [len(piece.targets) for piece in batch])
-    losses = [_negative_log_likelihood(model, *part) for part in _parts(hidden, targets)]
-    numpy.add.at(nats, documents, torch.cat(losses).double().cpu().numpy())
-
-
-def _parts(hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(hidden.split(_POSITIONS_AT_ONCE), targets.split(_POSITIONS_AT_ONCE), strict=True)
-
-
-def _negative_log_likelihood(model: Llama, hidden: Tensor, targets: Tensor) -> Tensor:
-    logits = model.logits(hidden)  # [positions, vocab], float32
-    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+    numpy.add.at(nats, documents, losses.double().cpu().numpy())

@@ -56,7 +56,9 @@ def evaluate_models(
                 expected="a corpus of documents (bits per byte) or sentence_pairs (translation)",
             )
     asked = [(label, prompt) for label, prompts in settings.prompts.items() for prompt in prompts]
-    result.samples = [{"label": label, "prompt": samples.prompt_text(prompt), "outputs": {}} for label, prompt in asked]
+    result.samples = [
+        {"label": label, "prompt": samples.prompt_text(prompt), "outputs": {}} for label, prompt in asked
+    ]
     for name, source in models.items():
         model = pretrained.load(source, dtype=dtype, device=device)
         _measure(name, model, settings, [prompt for _, prompt in asked], result)
@@ -70,7 +72,10 @@ def _check_names(models: Mapping[str, str], corpora: Mapping[str, str], settings
         raise PunaError("there is no model to evaluate")
     if not corpora and not settings.prompts:
         raise PunaError("there is nothing to evaluate on", fix="give a corpus, or prompts for samples")
-    for name in [settings.baseline or next(iter(models)), *(name for pair in settings.compare for name in pair)]:
+    for name in [
+        settings.baseline or next(iter(models)),
+        *(name for pair in settings.compare for name in pair),
+    ]:
         if name not in models:
             raise unknown_name("model", name, models, where="evaluate")
     for name in settings.untouched:
@@ -93,7 +98,9 @@ def _measure(name: str, model: Llama, settings: Evaluate, asked: Sequence[Any], 
             label=f"{name}: bits per byte of {corpus}",
         )
     if asked:
-        for sample, text in zip(result.samples, samples.sample(model, asked, settings.sample_tokens), strict=True):
+        for sample, text in zip(
+            result.samples, samples.sample(model, asked, settings.sample_tokens), strict=True
+        ):
             sample["outputs"][name] = text
     for corpus, pairs in result.pairs.items():
         assert settings.translation is not None

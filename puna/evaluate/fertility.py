@@ -36,7 +36,9 @@ class Fertility:
         return self.tokens / self.words if self.words else float("nan")
 
 
-def measure(tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[Sequence[int]] | None = None) -> Fertility:
+def measure(
+    tokenizer: Tokenizer, texts: Sequence[str], encoded: Sequence[Sequence[int]] | None = None
+) -> Fertility:
     """Count tokens, bytes and words of ``texts``; ``encoded`` saves a second encoding."""
     ids = [tokenizer.encode(text) for text in texts] if encoded is None else encoded
     return Fertility(

@@ -80,7 +80,8 @@ class Result:
     def intervals(self) -> dict[tuple[str, str], Interval]:
         """Bits per byte by (corpus, model), each with its own interval."""
         return {
-            key: ratio(bits.bits, bits.bytes, draws=self.draws, seed=self.seed) for key, bits in self.bits.items()
+            key: ratio(bits.bits, bits.bytes, draws=self.draws, seed=self.seed)
+            for key, bits in self.bits.items()
         }
 
     @functools.cached_property
@@ -114,7 +115,8 @@ class Result:
 
         before = joined(self.baseline)
         return {
-            model: relative_change(joined(model), before, draws=self.draws, seed=self.seed) for model in self.others
+            model: relative_change(joined(model), before, draws=self.draws, seed=self.seed)
+            for model in self.others
         }
 
     @functools.cached_property

@@ -20,8 +20,12 @@ def sample(model: Llama, prompts: Sequence[Prompt], max_tokens: int) -> list[str
     Where the model has no chat template, the place of an answer says so.
     """
     texts = [NO_TEMPLATE] * len(prompts)
-    possible = [index for index, prompt in enumerate(prompts) if isinstance(prompt, str) or model.template is not None]
-    completions = Engine(model).generate([prompts[index] for index in possible], Sampling(max_tokens=max_tokens))
+    possible = [
+        index for index, prompt in enumerate(prompts) if isinstance(prompt, str) or model.template is not None
+    ]
+    completions = Engine(model).generate(
+        [prompts[index] for index in possible], Sampling(max_tokens=max_tokens)
+    )
     for index, completion in zip(possible, completions, strict=True):
         texts[index] = completion.text
     return texts
@@ -31,4 +35,4 @@ def prompt_text(prompt: Prompt) -> str:
     """A prompt as a person reads it: the string, or one ``role: content`` line a message."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)  # type: ignore[call-overload, index]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)  # type: ignore[index]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pydantic
 
-from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.core.stage import Context, Input, Outcome, Parameters, stage
 
 Prompts = list[str | list[dict[str, str]]]
 
@@ -39,12 +39,12 @@ class Evaluate(Parameters):
     max_bytes: int | None = pydantic.Field(100_000, ge=1)
     """Bytes of text of each corpus at most; null takes all."""
     window: int = pydantic.Field(2048, ge=1)
-    """Tokens a model sees at once, bounded by its context; longer documents are read in windows overlapping by half."""
+    """Tokens a model sees at once, bounded by its context; longer documents are read in half-overlapping windows."""
     batch_tokens: int = pydantic.Field(2048, ge=1)
     """Tokens of a forward pass."""
     draws: int = pydantic.Field(2000, ge=100)
     """Bootstrap draws behind each interval."""
-    prompts: dict[str, Prompts] = {}
+    prompts: dict[str, Prompts] = pydantic.Field(default_factory=dict)
     """Prompts for samples by language or topic: strings to continue or lists of messages to answer."""
     sample_tokens: int = pydantic.Field(64, ge=1)
     """Tokens of a sample at most."""
@@ -74,7 +74,7 @@ class Evaluate(Parameters):
     outputs={"scores": "file"},
 )
 def evaluate(context: Context, parameters: Evaluate) -> Outcome:
-    """Measure models side by side: bits per byte, forgetting, fertility, translation, samples, with intervals."""
+    """Measure models side by side, with intervals: bits per byte, forgetting, fertility, translation, samples."""
     from puna.core.files import write_json
     from puna.evaluate.compare import evaluate_models
     from puna.evaluate.tables import report

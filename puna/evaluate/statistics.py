@@ -72,13 +72,18 @@ def percentile_interval(value: float, drawn: Floats, level: float = 0.95) -> Int
     return Interval(value, float(low), float(high), level)
 
 
-def ratio(numerators: Floats, denominators: Floats, *, draws: int, seed: int, level: float = 0.95) -> Interval:
+def ratio(
+    numerators: Floats, denominators: Floats, *, draws: int, seed: int, level: float = 0.95
+) -> Interval:
     """Interval of ``sum(numerators) / sum(denominators)`` over items, both ``[items]``."""
     _check(draws, level, numerators, denominators)
     value = float(numerators.sum() / denominators.sum())
     if len(numerators) < 2:
         return Interval(value, math.nan, math.nan, level)
-    drawn = [(weights @ numerators) / (weights @ denominators) for weights in resamples(len(numerators), draws, seed)]
+    drawn = [
+        (weights @ numerators) / (weights @ denominators)
+        for weights in resamples(len(numerators), draws, seed)
+    ]
     return percentile_interval(value, numpy.concatenate(drawn), level)
 
 
@@ -109,7 +114,7 @@ def sign_test(differences: Floats) -> float:
     if total == 0:
         return 1.0
     tail = sum(math.comb(total, k) for k in range(min(positive, negative) + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(2 * tail / 2**total))
 
 
 def _check(draws: int, level: float, first: Floats, second: Floats) -> None:

@@ -39,7 +39,16 @@ def _bits(result: Result) -> dict[str, Any]:
         )
     order = {corpus: place for place, corpus in enumerate(result.documents)}
     rows.sort(key=lambda row: order[row[0]])  # models were measured one after another; the sort is stable
-    columns = ["corpus", "model", "bits/byte", "change", "95% interval", "fewer bits on", "tokens/byte", "tokens/word"]
+    columns = [
+        "corpus",
+        "model",
+        "bits/byte",
+        "change",
+        "95% interval",
+        "fewer bits on",
+        "tokens/byte",
+        "tokens/word",
+    ]
     return {"title": "Before and after", "columns": columns, "rows": rows, "note": _bits_note(result)}
 
 
@@ -47,17 +56,21 @@ def _bits_note(result: Result) -> str:
     sizes = []
     for corpus, documents in result.documents.items():
         size = sum(len(text.encode()) for text in documents.texts) / 1000
-        share = f"{len(documents.ids)} of {documents.of}" if len(documents.ids) < documents.of else f"{documents.of}"
+        share = (
+            f"{len(documents.ids)} of {documents.of}"
+            if len(documents.ids) < documents.of
+            else f"{documents.of}"
+        )
         sizes.append(f"{corpus}: {share} documents, {size:.1f} kB")
     lossy = sorted({(corpus, model) for (corpus, model), counts in result.fertility.items() if counts.lossy})
     warning = "".join(
-        f" The tokenizer of {model} does not give back {result.fertility[corpus, model].lossy} documents of {corpus}"
-        " as they were; its bits per byte are too low there."
+        f" The tokenizer of {model} does not give back {result.fertility[corpus, model].lossy} documents"
+        f" of {corpus} as they were; its bits per byte are too low there."
         for corpus, model in lossy
     )
     return (
-        f"Lower is better. Change against {result.baseline}. {'; '.join(sizes)}. Intervals: paired bootstrap over "
-        f"documents, {result.draws} draws; \"fewer bits on\" counts documents.{warning}"
+        f"Lower is better. Change against {result.baseline}. {'; '.join(sizes)}. Intervals: paired bootstrap "
+        f'over documents, {result.draws} draws; "fewer bits on" counts documents.{warning}'
     )
 
 
@@ -72,8 +85,11 @@ def _further(result: Result) -> dict[str, Any]:
 
 
 def _forgetting(result: Result) -> dict[str, Any]:
-    rows = [[model, percent(change.value), percent_ends(change)] for model, change in result.forgetting.items()]
-    note = f"Change in bits per byte of text that nothing was trained on ({', '.join(result.untouched)}); above zero is loss."
+    rows = [
+        [model, percent(change.value), percent_ends(change)] for model, change in result.forgetting.items()
+    ]
+    texts = ", ".join(result.untouched)
+    note = f"Change in bits per byte of text that nothing was trained on ({texts}); above zero is loss."
     return {"title": "Forgetting", "columns": ["model", "change", "95% interval"], "rows": rows, "note": note}
 
 
@@ -85,9 +101,17 @@ def _translation(result: Result) -> dict[str, Any]:
         gained_ends = f"{gain.low:+.1f} to {gain.high:+.1f}" if gain is not None and gain.known else ""
         rows.append([corpus, model, metric, f"{score.value:.1f}", ends, gained, gained_ends])
     columns = ["corpus", "model", "metric", "score", "95% interval", "gain", "95% interval of the gain"]
-    signatures = sorted({scored.signature(name) for scored in result.translations.values() for name in scored.metrics})
-    note = f"Higher is better. Sentences: {', '.join(f'{name} {len(pairs.rows)}' for name, pairs in result.pairs.items())}."
-    return {"title": "Translation", "columns": columns, "rows": rows, "note": f"{note} sacrebleu: {'; '.join(signatures)}"}
+    signatures = sorted(
+        {scored.signature(name) for scored in result.translations.values() for name in scored.metrics}
+    )
+    sentences = ", ".join(f"{name} {len(pairs.rows)}" for name, pairs in result.pairs.items())
+    note = f"Higher is better. Sentences: {sentences}. sacrebleu: {'; '.join(signatures)}"
+    return {
+        "title": "Translation",
+        "columns": columns,
+        "rows": rows,
+        "note": note,
+    }
 
 
 def _translated(result: Result) -> list[dict[str, Any]]:
@@ -97,7 +121,9 @@ def _translated(result: Result) -> list[dict[str, Any]]:
             "label": f"translation, {corpus}",
             "prompt": pairs.prompts[place],
             "reference": pairs.rows[place]["target_text"],
-            "outputs": {model: result.translations[corpus, model].hypotheses[place] for model in result.models},
+            "outputs": {
+                model: result.translations[corpus, model].hypotheses[place] for model in result.models
+            },
         }
         for corpus, pairs in result.pairs.items()
         for place in range(min(_TRANSLATIONS_SHOWN, len(pairs.rows)))
@@ -115,7 +141,9 @@ def _drawn(result: Result) -> dict[str, Any]:
 
 
 def _ends(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value} | ({"low": interval.low, "high": interval.high} if interval.known else {})
+    return {"value": interval.value} | (
+        {"low": interval.low, "high": interval.high} if interval.known else {}
+    )
 
 
 def percent(share: float) -> str:

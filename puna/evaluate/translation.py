@@ -22,7 +22,7 @@ PLACES = ("source_text", "source_language", "target_language")
 
 @dataclass(frozen=True)
 class Scored:
-    """Hypotheses with references and, per metric, sacrebleu's additive statistics ``[sentences, numbers]``."""
+    """Hypotheses, references and, per metric, sacrebleu's additive statistics ``[sentences, numbers]``."""
 
     hypotheses: list[str]
     references: list[str]
@@ -79,7 +79,9 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, target_langua
     metrics = {"chrf": CHRF(), "bleu": BLEU(tokenize="zh" if chinese else "13a", force=True)}
     # sacrebleu's own significance tests resample these statistics, too.
     statistics = {
-        name: numpy.array(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=numpy.float64)
+        name: numpy.array(
+            metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=numpy.float64
+        )
         for name, metric in metrics.items()
     }
     return Scored(list(hypotheses), list(references), statistics, metrics)
@@ -92,7 +94,9 @@ def check_format(text: str) -> str:
         if name not in PLACES:
             raise unknown_name("place in the prompt format", name, PLACES, where=repr(text))
     if "source_text" not in names:
-        raise PunaError("the prompt format has no place for the source", where=repr(text), expected="{source_text}")
+        raise PunaError(
+            "the prompt format has no place for the source", where=repr(text), expected="{source_text}"
+        )
     return text
 
 

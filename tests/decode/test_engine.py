@@ -44,7 +44,9 @@ def test_greedy_tokens_are_those_of_transformers(model: Any, oracle: Any, prompt
     assert len(set(found.ids)) > 5  # a text that only repeats itself would prove little
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_tokens=25), Sampling(max_tokens=25, temperature=0.8, top_p=0.9)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_tokens=25), Sampling(max_tokens=25, temperature=0.8, top_p=0.9)]
+)
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=some_prompts, max_batch_tokens=st.sampled_from([1, 120, 8192]))
 def test_grouping_does_not_change_the_texts(

@@ -62,7 +62,10 @@ def test_text_is_cut_before_the_first_stop_string(tiny_tokenizer: Any, text: str
 
 
 def test_what_may_begin_a_stop_string_waits(tiny_tokenizer: Any) -> None:
-    assert run(tiny_tokenizer, tiny_tokenizer.encode("x#y##z"), ("##",)) == (["x", "", "#y", "", "", ""], True)
+    assert run(tiny_tokenizer, tiny_tokenizer.encode("x#y##z"), ("##",)) == (
+        ["x", "", "#y", "", "", ""],
+        True,
+    )
     assert run(tiny_tokenizer, tiny_tokenizer.encode("x#"), ("##",)) == (["x", "", "#"], False)
 
 

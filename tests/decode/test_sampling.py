@@ -71,7 +71,10 @@ def test_draws_follow_the_distribution_at_the_temperature() -> None:
     logits = torch.tensor([0.1, 0.4, 0.5]).log()
     sampling = Sampling(temperature=0.5, seed=3)
     generator = sampling.generator(0)
-    drawn = torch.bincount(torch.tensor([choose(logits, sampling, generator) for _ in range(4000)]), minlength=3) / 4000
+    drawn = (
+        torch.bincount(torch.tensor([choose(logits, sampling, generator) for _ in range(4000)]), minlength=3)
+        / 4000
+    )
     expected = torch.tensor([0.01, 0.16, 0.25]) / 0.42
     assert (drawn - expected).abs().max() < 0.03
 

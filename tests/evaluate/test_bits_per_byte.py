@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from puna.core.errors import PunaError
 from puna.evaluate import bits_per_byte
 
-TEXTS = ["the cat sat on the mat", "à", "", "in the end it went on and on and on, that other cat", "ca", "Ж the 𝄞!"]
+TEXTS = [
+    "the cat sat on the mat",
+    "à",
+    "",
+    "in the end it went on and on and on, that other cat",
+    "ca",
+    "Ж the 𝄞!",
+]
 
 
 @pytest.fixture
@@ -35,7 +42,9 @@ def naive(model: Any, text: str) -> float:
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     with torch.no_grad():
         logits = oracle(torch.tensor([ids])).logits[0].double()
-    return sum(-float(logits[place].log_softmax(-1)[ids[place + 1]]) for place in range(len(ids) - 1)) / math.log(2)
+    return sum(
+        -float(logits[place].log_softmax(-1)[ids[place + 1]]) for place in range(len(ids) - 1)
+    ) / math.log(2)
 
 
 def test_bits_equal_those_of_transformers_document_by_document(model: Any) -> None:
@@ -43,7 +52,9 @@ def test_bits_equal_those_of_transformers_document_by_document(model: Any) -> No
     expected = [naive(model, text) for text in TEXTS]
     assert found.bits == pytest.approx(expected, rel=1e-5)
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
-    assert found.bits_per_byte == pytest.approx(sum(expected) / sum(len(text.encode()) for text in TEXTS), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(
+        sum(expected) / sum(len(text.encode()) for text in TEXTS), rel=1e-5
+    )
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token(model: Any) -> None:
@@ -55,8 +66,12 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token(model: Any)
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text("the cat on é𝄞", max_size=60), min_size=1, max_size=8), st.sampled_from([1, 7, 64, 999]))
-def test_grouping_into_batches_does_not_change_the_bits(model: Any, texts: list[str], batch_tokens: int) -> None:
+@given(
+    st.lists(st.text("the cat on é𝄞", max_size=60), min_size=1, max_size=8), st.sampled_from([1, 7, 64, 999])
+)
+def test_grouping_into_batches_does_not_change_the_bits(
+    model: Any, texts: list[str], batch_tokens: int
+) -> None:
     texts = ["a cat", *texts]
     together = bits_per_byte.measure(model, texts, batch_tokens=batch_tokens).bits
     alone = [bits_per_byte.measure(model, [text, "."]).bits[0] for text in texts]
@@ -65,7 +80,9 @@ def test_grouping_into_batches_does_not_change_the_bits(model: Any, texts: list[
 
 @settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 40), st.data())
-def test_windows_score_every_token_once_with_enough_context(length: int, window: int, data: st.DataObject) -> None:
+def test_windows_score_every_token_once_with_enough_context(
+    length: int, window: int, data: st.DataObject
+) -> None:
     stride = data.draw(st.integers(1, window))
     ids = list(range(length))
     pieces = list(bits_per_byte._windows(0, ids, window, stride))
@@ -85,7 +102,9 @@ def test_a_document_longer_than_the_context_is_read_in_windows(model: Any) -> No
     strided = bits_per_byte.measure(model, [text], stride=16, window=64).bits_per_byte
     assert strided == pytest.approx(whole, rel=0.05)
     short = "the cat sat on the mat"
-    assert bits_per_byte.measure(model, [short], window=9999).bits == pytest.approx([naive(model, short)], rel=1e-5)
+    assert bits_per_byte.measure(model, [short], window=9999).bits == pytest.approx(
+        [naive(model, short)], rel=1e-5
+    )
 
 
 def test_rotations_that_follow_the_batch_length_do_not_mix_documents(
@@ -95,10 +114,14 @@ def test_rotations_that_follow_the_batch_length_do_not_mix_documents(
     model = tiny_llama(tie_word_embeddings=False, rope_scaling=scaling)
     model.tokenizer = tiny_tokenizer
     together = bits_per_byte.measure(model, [TEXTS[0], TEXTS[3]]).bits
-    assert together == pytest.approx([bits_per_byte.measure(model, [text]).bits[0] for text in (TEXTS[0], TEXTS[3])])
+    assert together == pytest.approx(
+        [bits_per_byte.measure(model, [text]).bits[0] for text in (TEXTS[0], TEXTS[3])]
+    )
 
 
-def test_the_start_token_is_the_eos_where_there_is_no_bos(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_token_is_the_eos_where_there_is_no_bos(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert bits_per_byte.start_token(model.tokenizer) == model.tokenizer.bos_id
     monkeypatch.delitem(model.tokenizer.strings, "bos_token")
     assert bits_per_byte.start_token(model.tokenizer) == model.tokenizer.eos_id
@@ -131,4 +154,6 @@ def test_a_model_that_sees_the_future_is_refused(model: Any) -> None:
 @pytest.mark.smollm
 def test_smollm_bits_equal_those_of_transformers(smollm: Any) -> None:
     texts = ["De kat zat op de mat.", "The cat sat on the mat, as cats do."]
-    assert bits_per_byte.measure(smollm, texts).bits == pytest.approx([naive(smollm, text) for text in texts], rel=1e-4)
+    assert bits_per_byte.measure(smollm, texts).bits == pytest.approx(
+        [naive(smollm, text) for text in texts], rel=1e-4
+    )
