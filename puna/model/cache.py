@@ -77,8 +77,10 @@ class KeyValueCache:
         self.length = length
         self._padded = bool(self._segments[:, :length].any())
 
-    def check_room(self, batch: int, time: int) -> None:
-        """Raise if ``time`` more tokens of ``batch`` rows do not fit."""
+    def check_room(self, batch: int, time: int, dtype: torch.dtype) -> None:
+        """Raise if ``time`` more tokens of ``batch`` rows, as keys and values of ``dtype``, do not fit."""
+        if dtype != self.dtype:
+            raise PunaError("the model's type is not the cache's", found=dtype, expected=self.dtype)
         if batch != self.batch:
             raise PunaError(
                 "the batch does not match the cache", found=f"{batch} rows", expected=f"{self.batch} rows"

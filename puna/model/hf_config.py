@@ -68,9 +68,23 @@ _ROPE_IGNORED = {"type", "finetuned", "partial_rotary_factor"}
 
 def spec_from_config(config: Mapping[str, Any], *, where: object = "config.json") -> LlamaSpec:
     """Read a config; an architecture or option that puna does not compute is one clear error."""
+    try:
+        return (
+            _spec_from_own(config, where)
+            if config.get("model_type") == "puna"
+            else _spec_from_hf(config, where)
+        )
+    except PunaError as error:
+        if str(error.where).startswith(str(where)):
+            raise
+        message = f"{error.where}: {error.message}"
+        raise PunaError(
+            message, where=where, found=error.found, expected=error.expected, fix=error.fix
+        ) from None
+
+
+def _spec_from_hf(config: Mapping[str, Any], where: object) -> LlamaSpec:
     kind = config.get("model_type")
-    if kind == "puna":
-        return _spec_from_own(config, where)
     if kind not in _DEFAULTS:
         raise PunaError(
             "this architecture is not of the Llama family that puna computes",
@@ -83,40 +97,28 @@ def spec_from_config(config: Mapping[str, Any], *, where: object = "config.json"
     layers = _number(values, "num_hidden_layers", where)
     heads = _number(values, "num_attention_heads", where)
     hidden_size = _number(values, "hidden_size", where)
-    eos = values["eos_token_id"]
-    try:
-        block = BlockSpec(
-            heads=heads,
-            kv_heads=heads if values["num_key_value_heads"] is None else values["num_key_value_heads"],
-            head_dim=hidden_size // heads if values.get("head_dim") is None else values["head_dim"],
-            rope=_read_rope(values, where),
-            width=_number(values, "intermediate_size", where),
-        )
-        windows = _windows(kind, values, layers, where)
-        return LlamaSpec(
-            vocab_size=_number(values, "vocab_size", where),
-            hidden_size=hidden_size,
-            blocks=tuple(dataclasses.replace(block, window=window) for window in windows),
-            norm_eps=values["rms_norm_eps"],
-            tied=values["tie_word_embeddings"],
-            attention_bias=_attention_bias(kind, values),
-            mlp_bias=kind == "llama" and bool(values.get("mlp_bias", False)),
-            max_positions=values["max_position_embeddings"],
-            bos_id=_token(values["bos_token_id"]),
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-            # -1 stands for "no padding" in early Llama checkpoints.
-            pad_id=_token(values["pad_token_id"]),
-        )
-    except PunaError as error:
-        if error.where == where:
-            raise
-        raise PunaError(
-            f"{error.where}: {error.message}",
-            where=where,
-            found=error.found,
-            expected=error.expected,
-            fix=error.fix,
-        ) from None
+    block = BlockSpec(
+        heads=heads,
+        kv_heads=heads if values["num_key_value_heads"] is None else values["num_key_value_heads"],
+        head_dim=hidden_size // heads if values.get("head_dim") is None else values["head_dim"],
+        rope=_read_rope(values, where),
+        width=_number(values, "intermediate_size", where),
+    )
+    windows = _windows(kind, values, layers, where)
+    return LlamaSpec(
+        vocab_size=_number(values, "vocab_size", where),
+        hidden_size=hidden_size,
+        blocks=tuple(dataclasses.replace(block, window=window) for window in windows),
+        norm_eps=values["rms_norm_eps"],
+        tied=values["tie_word_embeddings"],
+        attention_bias=_attention_bias(kind, values),
+        mlp_bias=kind == "llama" and bool(values.get("mlp_bias", False)),
+        max_positions=values["max_position_embeddings"],
+        bos_id=values["bos_token_id"],
+        eos_ids=_end_ids(values["eos_token_id"]),
+        # -1 stands for "no padding" in early Llama checkpoints.
+        pad_id=None if values["pad_token_id"] == -1 else values["pad_token_id"],
+    )
 
 
 def config_from_spec(spec: LlamaSpec) -> dict[str, Any]:
@@ -192,8 +194,10 @@ def _number(values: Mapping[str, Any], key: str, where: object) -> int:
     return value
 
 
-def _token(value: Any) -> Any:
-    return None if value == -1 else value
+def _end_ids(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _attention_bias(kind: str, values: Mapping[str, Any]) -> Any:
@@ -337,7 +341,6 @@ def _spec_from_own(config: Mapping[str, Any], where: object) -> LlamaSpec:
         }
         rope = RopeRule(**fields)
         blocks.append(BlockSpec(**{**entry, "rope": rope}))
-    eos = config.get("eos_token_id")
     try:
         return LlamaSpec(
             vocab_size=config["vocab_size"],
@@ -349,7 +352,7 @@ def _spec_from_own(config: Mapping[str, Any], where: object) -> LlamaSpec:
             mlp_bias=config["mlp_bias"],
             max_positions=config["max_position_embeddings"],
             bos_id=config["bos_token_id"],
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_ids=_end_ids(config["eos_token_id"]),
             pad_id=config["pad_token_id"],
         )
     except KeyError as error:

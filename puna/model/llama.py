@@ -230,10 +230,10 @@ class Llama(nn.Module):
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise PunaError("input_ids must be [batch, time]", found=tuple(input_ids.shape))
         batch, time = input_ids.shape
-        if cache is not None:
-            cache.check_room(batch, time)
-        layout = lay_out(batch, time, input_ids.device, positions, segments, cache)
         hidden = cast(Tensor, self.model.embed_tokens(input_ids))
+        if cache is not None:
+            cache.check_room(batch, time, hidden.dtype)
+        layout = lay_out(batch, time, input_ids.device, positions, segments, cache)
         rotations = self._rotations(layout.positions, hidden.dtype)
         for block in self.model.layers:
             hidden = block(hidden, rotations, layout, cache)
