@@ -129,7 +129,7 @@ def assert_cached_is_uncached(model: Llama, parts: Sequence[int], padding: Seque
 
 
 def assert_batched_is_alone(model: Llama, lengths: Sequence[int], side: str) -> None:
-    """Rows of unequal length, padded on one side, give the logits each gives alone, and finite ones at padding."""
+    """Rows of unequal length, padded on one side, give the logits each gives alone; all are finite."""
     time = max(lengths)
     ids, segments = random_ids(len(lengths), time), torch.full((len(lengths), time), -1)
     places = [slice(time - length, time) if side == "left" else slice(0, length) for length in lengths]
