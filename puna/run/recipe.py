@@ -295,12 +295,9 @@ def _apply(written: Source, key: str, value: Any, origin: str) -> None:
     identifier = _either_spelling(parts[0], stages)
     if identifier not in stages:
         raise unknown_name("stage", parts[0], stages, where=origin)
-    verb = stages[identifier].get("use")
     path: KeyPath = tuple(parts[1:])
-    if parts[1] not in ("use", "in") and isinstance(verb, str):
-        path = spell_keys(
-            get_stage(verb, where=written.where(("stages", identifier, "use"))).parameters, parts[1:]
-        )
+    if parts[1] not in ("use", "in"):
+        path = spell_keys(_stage_of(written, identifier).parameters, parts[1:])
     written.put(("stages", identifier, *path), value, origin)
 
 
@@ -323,11 +320,19 @@ def spell_keys(model: type[pydantic.BaseModel], parts: list[str]) -> tuple[str, 
     return tuple(spelt)
 
 
+def _stage_of(written: Source, identifier: str) -> Stage:
+    """The registered stage that the stage ``identifier`` of a recipe uses."""
+    where = f"{written.where(('stages', identifier, 'use'))}, stage {identifier}"
+    verb = written.value["stages"][identifier].get("use")
+    if not isinstance(verb, str):
+        raise PunaError("key 'use' is missing: it says which stage this is", where=where, found=verb)
+    return get_stage(verb, where=where)
+
+
 def _build_stage(
     written: Source, identifier: str, bodies: Mapping[str, dict[str, Any]], earlier: Mapping[str, StageEntry]
 ) -> StageEntry:
     path: KeyPath = ("stages", identifier)
-    place = f"{written.where(path)}, stage {identifier}"
     if (
         not _STAGE_ID.fullmatch(identifier)
         or keyword.iskeyword(identifier)
@@ -338,11 +343,8 @@ def _build_stage(
             where=written.where(path),
             expected="small letters, digits and underscores, a letter first, and not a word claims use",
         )
-    body = dict(bodies[identifier])
-    verb = body.pop("use", None)
-    if not isinstance(verb, str):
-        raise PunaError("key 'use' is missing: it says which stage this is", where=place, found=verb)
-    stage = get_stage(verb, where=f"{written.where((*path, 'use'))}, stage {identifier}")
+    stage = _stage_of(written, identifier)
+    body = {key: value for key, value in bodies[identifier].items() if key != "use"}
     given = body.pop("in", None) or {}
     if not isinstance(given, Mapping):
         raise PunaError(

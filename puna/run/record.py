@@ -86,11 +86,16 @@ class StageRecord:
                 "not the record of a stage", where=file, found=error, fix="remove its folder"
             ) from None
 
-    def output(self, name: str) -> Path:
-        """Path of an output."""
+    def about_output(self, name: str | None) -> dict[str, Any]:
+        """What stage.json says of an output; one that the stage did not write is an error."""
         if name not in self.outputs:
-            raise unknown_name(f"output that stage {self.id!r} wrote", name, self.outputs)
-        return self.folder / str(self.outputs[name]["path"])
+            raise unknown_name(f"output that stage {self.id!r} wrote", str(name), self.outputs)
+        about: dict[str, Any] = self.outputs[name]
+        return about
+
+    def output(self, name: str | None) -> Path:
+        """Path of an output."""
+        return self.folder / str(self.about_output(name)["path"])
 
     def damage(self) -> str | None:
         """What of the outputs is gone or has another size than when it was written, or None."""

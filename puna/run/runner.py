@@ -16,7 +16,7 @@ from typing import Any, Literal
 from puna.core.errors import PunaError, unknown_name
 from puna.core.files import fingerprint, write_json, write_text
 from puna.core.progress import console
-from puna.run import fingerprints, machine, source
+from puna.run import fingerprints, inputs, machine, source
 from puna.run.execute import execute, finish_interrupted, interrupted
 from puna.run.recipe import Recipe, StageEntry, find, load
 from puna.run.record import Run, StageRecord, metrics_lines
@@ -141,9 +141,9 @@ class Runner:
             record = execute(
                 entry,
                 final,
-                self._inputs(entry),
+                inputs.given_to(entry, self.records),
                 decision.parts,
-                described=self._described_inputs(entry, decision.parts["inputs"]),
+                described=inputs.written_down(entry, decision.parts["inputs"]),
                 afresh=entry.id in self.forced,
             )
             self._say(
@@ -161,14 +161,14 @@ class Runner:
 
         final = self.folder / entry.id
         old = StageRecord.open(final)
-        inputs, waiting = self._input_fingerprints(entry)
+        prints, waiting = inputs.fingerprints_of(entry, self.records)
         print_: str | None = None
         parts: dict[str, Any] = {}
         if waiting:
             never = "never ran" if old is None else "again if that gives something else"
             return decision("run", f"waits for {', '.join(waiting)}; {never}")
         header = self.recipe.header
-        parts = fingerprints.parts_of(entry, inputs, seed=header.seed, device=self.device, dtype=header.dtype)
+        parts = fingerprints.parts_of(entry, prints, seed=header.seed, device=self.device, dtype=header.dtype)
         print_ = fingerprint(parts)
         if entry.id in self.forced:
             return decision("run", "forced by --from")
@@ -178,55 +178,6 @@ class Runner:
         if interrupted(final) == print_:
             return decision("resume", "continues where it was interrupted")
         return decision("run", "never ran" if old is None else fingerprints.difference(old.parts, parts))
-
-    def _input_fingerprints(self, entry: StageEntry) -> tuple[dict[str, str], list[str]]:
-        """Fingerprints of the inputs by name, and the stages that must run before they are known."""
-        found: dict[str, str] = {}
-        waiting: list[str] = []
-        for name, reference in entry.references():
-            if reference.stage is None:
-                found[name] = fingerprints.of_reference(reference)
-            elif reference.stage in self.records:
-                record = self.records[reference.stage]
-                assert reference.output is not None
-                record.output(reference.output)  # A declared output that was not written is an error here.
-                found[name] = record.outputs[reference.output]["fingerprint"]
-            elif reference.stage not in waiting:
-                waiting.append(reference.stage)
-        return found, waiting
-
-    def _inputs(self, entry: StageEntry) -> dict[str, Any]:
-        """The inputs as the stage gets them: paths of outputs and files, names of assets and hub ids."""
-        given: dict[str, Any] = {}
-        for name, reference in entry.references():
-            value: Path | str = reference.resolved()
-            if reference.origin == "stage":
-                assert reference.stage is not None and reference.output is not None
-                value = self.records[reference.stage].output(reference.output).absolute()
-            elif reference.origin == "path":
-                value = Path(value)
-            outer, _, inner = name.partition(".")
-            if inner:
-                given.setdefault(outer, {})[inner] = value
-            else:
-                given[outer] = value
-        return given
-
-    def _described_inputs(self, entry: StageEntry, prints: Mapping[str, str]) -> dict[str, Any]:
-        """The inputs as stage.json names them."""
-        described: dict[str, Any] = {}
-        for name, reference in entry.references():
-            about = {
-                "reference": reference.resolved(),
-                "origin": reference.origin,
-                "fingerprint": prints[name],
-            }
-            outer, _, inner = name.partition(".")
-            if inner:
-                described.setdefault(outer, {})[inner] = about
-            else:
-                described[outer] = about
-        return described
 
     def _conclude(self) -> None:
         """Claims, model cards and the report, out of what the stages left."""

@@ -115,7 +115,8 @@ def parse(text: str, name: str) -> Source:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}, line {mark.line + 1}" if mark else name
-        raise PunaError(f"not valid YAML: {error.problem or error.context}", where=place) from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise PunaError(f"not valid YAML: {problem}", where=place) from None
     except yaml.YAMLError as error:
         raise PunaError("not valid YAML", where=name, found=error) from None
     except RecursionError:
@@ -145,6 +146,15 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         """Write shared values out each time."""
         return True
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Outside of double quotes PyYAML folds these line breaks of Unicode into spaces.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_PREFIX + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump(value: Any) -> str:

@@ -47,7 +47,7 @@ claims:
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def quick_garbage() -> Iterator[None]:
     """The runner collects garbage before each stage; what the test session imported need not be looked at."""
     gc.freeze()
@@ -55,10 +55,10 @@ def quick_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True)
-def little(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+@pytest.fixture
+def little(quick_garbage: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Only the little stages, bare endings, an empty current folder."""
-    stages, loaded = dict(registry._STAGES), registry._loaded
+    stages = registry.all_stages()  # All of them, lest a room registers its own among the little ones later.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PUNA_CACHE", str(tmp_path / "cache"))
     little_stages.install()
@@ -66,7 +66,6 @@ def little(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     yield
     registry._STAGES.clear()
     registry._STAGES.update(stages)
-    registry._loaded = loaded
 
 
 @pytest.fixture

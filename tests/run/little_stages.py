@@ -52,7 +52,7 @@ class Learn(Parameters):
     """Step size."""
     lora: Lora | None = None
     """Low-rank settings."""
-    weights: dict[str, float] = {}
+    weights: dict[str, float] = pydantic.Field(default_factory=dict)
     """Weights by a name of the user's."""
     objective: Literal["clm", "sft"] = "clm"
     """What to learn."""
@@ -102,7 +102,9 @@ def learn(context: Context, parameters: Learn) -> Outcome:
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")
     noise = derive(context.seed, context.name) % 1000 / 1e6
-    (model / "weights").write_text(f"{parameters.learning_rate} {parameters.lora} {parameters.weights} {noise}")
+    (model / "weights").write_text(
+        f"{parameters.learning_rate} {parameters.lora} {parameters.weights} {noise}"
+    )
     context.report["tables"] = [{"title": "steps", "columns": ["steps"], "rows": [[parameters.steps]]}]
     loss = 1.0 / (1 + parameters.steps) + noise
     return Outcome({"model": model}, {"loss": loss, "begun_at": float(begun_at)})
@@ -123,7 +125,9 @@ def measure(context: Context, parameters: Measure) -> Outcome:
 
 def plan_letters(parameters: Letters, shapes: Any) -> Cost:
     """Letters are tokens here."""
-    return Cost(tokens=parameters.count, corpora={"train": parameters.count, "held_out": parameters.count / 10})
+    return Cost(
+        tokens=parameters.count, corpora={"train": parameters.count, "held_out": parameters.count / 10}
+    )
 
 
 def plan_learn(parameters: Learn, shapes: Any) -> Cost:

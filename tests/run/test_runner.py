@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import little_stages
 import pytest
 
 import puna
@@ -18,6 +17,7 @@ from puna.run.recipe import load
 from puna.run.record import Run
 from puna.run.runner import Runner
 
+pytestmark = pytest.mark.usefixtures("little")
 ALL = ["dutch", "english", "lora", "scores"]
 Recipe = Callable[..., Path]
 Executed = Callable[..., list[str]]
@@ -67,7 +67,9 @@ def test_a_second_run_reuses_everything(recipe: Recipe, executed: Executed) -> N
     assert all(json.loads(line)["reused"] for line in lines)
 
 
-def test_a_changed_parameter_runs_its_stage_and_what_follows_from_it(recipe: Recipe, executed: Executed) -> None:
+def test_a_changed_parameter_runs_its_stage_and_what_follows_from_it(
+    recipe: Recipe, executed: Executed
+) -> None:
     puna.run(recipe())
     executed()
     puna.run(recipe(), set={"lora.learning_rate": 0.5})
@@ -76,7 +78,9 @@ def test_a_changed_parameter_runs_its_stage_and_what_follows_from_it(recipe: Rec
     assert executed() == ["english", "scores"]
 
 
-def test_a_stage_whose_inputs_came_out_the_same_does_not_run_again(recipe: Recipe, executed: Executed) -> None:
+def test_a_stage_whose_inputs_came_out_the_same_does_not_run_again(
+    recipe: Recipe, executed: Executed
+) -> None:
     puna.run(recipe())
     executed()
     puna.run(recipe(), set={"lora.objective": "sft"})  # The little stage writes the same weights for it.
@@ -163,7 +167,6 @@ def test_a_failed_stage_keeps_its_work_and_the_next_run_continues_it(recipe: Rec
         puna.run(recipe(), set={"lora.fail_at": 1})
     assert json.loads(Path("runs/little/run.json").read_text())["status"] == "failed"
     assert Path("runs/little/lora.work/steps.txt").read_text() == "0\n"
-    little_stages.Learn.model_fields  # noqa: B018
     with pytest.raises(PunaError, match="it fails here"):
         puna.run(recipe(), set={"lora.fail_at": 1})
     assert json.loads(Path("runs/little/lora.work/work.json").read_text())["sessions"] == 2
@@ -244,7 +247,9 @@ def test_an_output_a_stage_did_not_write_is_missed_by_name(recipe: Recipe) -> No
         puna.run(recipe(("{tuned: lora}", "{tuned: lora.adapter}")))
 
 
-def test_a_metric_that_is_no_number_is_kept_as_null(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_metric_that_is_no_number_is_kept_as_null(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = puna.run(recipe(), set={"scores.factor": float("nan")})
     assert run["scores"]["size.nl.tuned"] != run["scores"]["size.nl.tuned"]
     assert json.loads((run.folder / "scores/stage.json").read_text())["metrics"]["size.nl.tuned"] is None
