@@ -9,6 +9,7 @@ than guessed, because a wrong split changes the ids silently.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -163,8 +164,7 @@ def _sentencepiece_core(
     vocabulary = {token: index for index, token in enumerate(tokens)}
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     core = tokenizers.Tokenizer(model)
-    spaces = [normalizers.Replace(" ", "▁")]
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *spaces] if prefix else spaces)
+    core.normalizer = _spaces(prefix)
     core.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
@@ -174,6 +174,12 @@ def _sentencepiece_core(
         ]
     )
     return core
+
+
+def _spaces(prefix: bool) -> normalizers.Normalizer:
+    """Spaces become "▁", and one stands before every run of text if ``prefix``."""
+    replaced = normalizers.Replace(" ", "▁")
+    return normalizers.Sequence([normalizers.Prepend("▁"), replaced] if prefix else [replaced])
 
 
 def _merges_from_scores(
@@ -205,6 +211,10 @@ def _add_tokens(core: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequen
 
 # ---- writing ----------------------------------------------------------------------------------
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+# Whether llama.cpp is to prefix a space, by what a tokenizer does with spaces.
+_SPACES = {json.dumps([json.loads(_spaces(prefix).__getstate__()), None]): prefix for prefix in (True, False)}
+
 
 def gguf_metadata(
     tokenizer: Tokenizer, template: Template | None = None, *, rows: int | None = None
@@ -212,27 +222,26 @@ def gguf_metadata(
     """The ``tokenizer.*`` keys with which llama.cpp tokenises as ``tokenizer`` does.
 
     ``rows`` is the number of rows of the embedding; ids beyond the vocabulary become unused
-    tokens. Only byte-level BPE whose pre-tokenizer llama.cpp knows by a name can be written; the
-    NFC normalisation of Qwen's tokenizers is accepted although llama.cpp leaves it out (it differs
-    on text that is not in NFC).
+    tokens. Written are byte-level BPE whose pre-tokenizer llama.cpp knows by a name, and
+    sentencepiece BPE with byte fallback; everything else is refused. The NFC normalisation of
+    Qwen's tokenizers is accepted although llama.cpp leaves it out (it differs on text that is not
+    in NFC).
     """
     described = json.loads(tokenizer.core.to_str())
-    name = _name_of(described)
     spelled = {index: token for token, index in tokenizer.vocabulary().items()}
-    added = {index: token.special for index, token in tokenizer.core.get_added_tokens_decoder().items()}
     count = max(tokenizer.vocab_size, rows or 0)
     tokens = [spelled.get(index, f"[PAD{index}]") for index in range(count)]
     types = [NORMAL if index in spelled else UNUSED for index in range(count)]
-    for index, special in added.items():
-        types[index] = CONTROL if special else USER_DEFINED
-    metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": name,
+    for index, added in tokenizer.core.get_added_tokens_decoder().items():
+        types[index] = CONTROL if added.special else USER_DEFINED
+    if described["model"].get("byte_fallback"):
+        metadata = _sentencepiece_keys(described, tokens, types)
+    else:
+        metadata = _byte_level_keys(described)
+    metadata |= {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [" ".join(_pair(merge, None)) for merge in described["model"]["merges"]],
         "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
-        "tokenizer.ggml.add_space_prefix": False,
     }
     for role, key in _ROLES.items():
         if role in tokenizer.strings:
@@ -241,6 +250,57 @@ def gguf_metadata(
     if template is not None:
         metadata["tokenizer.chat_template"] = template.source
     return metadata
+
+
+def _byte_level_keys(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _name_of(described),
+        "tokenizer.ggml.merges": [" ".join(_pair(merge, None)) for merge in described["model"]["merges"]],
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+def _sentencepiece_keys(
+    described: Mapping[str, Any], tokens: Sequence[str], types: list[int]
+) -> dict[str, Any]:
+    """Scores that order the merges, and the types of the byte and unknown tokens (set in ``types``).
+
+    llama.cpp joins whatever makes a token, so the merges must be all the ways to make each token.
+    """
+    model = described["model"]
+    unknown = model.get("unk_token")
+    for index, token in enumerate(tokens):
+        if token == unknown:
+            types[index] = UNKNOWN
+        elif _BYTE_TOKEN.fullmatch(token):
+            types[index] = BYTE
+    merges = [_pair(merge, None) for merge in model["merges"]]
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys(left + right for left, right in merges))}
+    scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
+    implied = _merges_from_scores(tokens, types, scores)
+    in_order = [ranks[left + right] for left, right in merges]
+    prefix = _SPACES.get(json.dumps([described["normalizer"], described["pre_tokenizer"]]))
+    if (
+        model["type"] != "BPE"
+        or set(implied) != set(merges)
+        or in_order != sorted(in_order)
+        or prefix is None
+    ):
+        raise PunaError(
+            "llama.cpp would tokenise otherwise than this sentencepiece-like tokenizer",
+            found=f"a {model['type']} model with {len(merges):,} merges, "
+            f"normalizer {(described['normalizer'] or {}).get('type')}, "
+            f"pre-tokenizer {' + '.join(_types_in(described['pre_tokenizer'])) or None}",
+            expected=f"{len(implied):,} merges in the order of their scores, spaces replaced by a normalizer",
+            fix="save the model with format='hf'",
+        )
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
 
 
 def _more_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -259,7 +319,7 @@ def _name_of(described: Mapping[str, Any]) -> str:
     splits = _types_in(described["pre_tokenizer"])
     if model["type"] != "BPE" or splits[-1:] != ["ByteLevel"]:
         raise PunaError(
-            "only byte-level BPE tokenizers can be written into a GGUF file",
+            "only BPE tokenizers that spell all bytes can be written into a GGUF file",
             found=f"a {model['type']} model after {' + '.join(splits) or 'no splitting'}",
             fix="save the model with format='hf'",
         )
@@ -299,7 +359,7 @@ def _comparable(pre_tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _pair(merge: Any, where: object) -> tuple[str, str]:
     parts = merge.split(" ") if isinstance(merge, str) else list(merge)
-    if len(parts) != 2:
+    if len(parts) != 2 or " " in parts[0] + parts[1]:
         raise PunaError("a merge is not two tokens", where=where, found=repr(merge))
     return parts[0], parts[1]
 
