@@ -188,10 +188,12 @@ def _settle_tied(model: Llama, full: dict[str, Tensor]) -> dict[str, Tensor]:
     """Embedding and head of an adapter for a tied model: one tensor if they agree, else both."""
     if not model.spec.tied or not {EMBEDDING, HEAD} & full.keys():
         return full
-    embedding = full.get(EMBEDDING, model.model.embed_tokens.weight.detach())
-    head = full.get(HEAD, model.model.embed_tokens.weight.detach())
+    base = (
+        model.model.embed_tokens.weight.detach().clone()
+    )  # a copy: the embedding is written before the head
+    embedding, head = full.get(EMBEDDING, base), full.get(HEAD, base)
     others = {name: tensor for name, tensor in full.items() if name not in (EMBEDDING, HEAD)}
-    same = embedding.shape == head.shape and torch.equal(embedding.cpu(), head.to("cpu", embedding.dtype))
+    same = embedding.shape == head.shape and torch.equal(embedding.cpu().float(), head.cpu().float())
     return {EMBEDDING: embedding, **others} if same else {EMBEDDING: embedding, HEAD: head, **others}
 
 
@@ -232,7 +234,7 @@ def _inject_checked(
         for name, target in targets.items():
             target.copy_(file.get(adapter[name]))
             check_finite(name, target, file.path)
-    except (PunaError, ValueError) as error:
+    except (PunaError, ValueError, TypeError) as error:
         remove(model)
         if was_tied and not model.spec.tied:
             del model.lm_head

@@ -64,7 +64,7 @@ class SafetensorsFile:
 
 def refuse_pickle(path: Path) -> None:
     """Raise for a file, or a folder with nothing better than files, whose weights are pickled."""
-    if path.is_file():
+    if not path.is_dir():
         pickles = [path.name] if path.suffix in _PICKLES else []
     else:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
@@ -154,15 +154,17 @@ def _files(folder: Path) -> Iterator[SafetensorsFile]:
         raise PunaError(
             "not an index of shards", where=folder / INDEX, expected="a weight_map of tensor to file name"
         )
-    for shard in dict.fromkeys(places.values()):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            refuse_pickle(folder)
-            raise PunaError(
-                "the index names a file that is no shard of this folder",
-                where=folder / INDEX,
-                found=shard,
-                expected="the plain name of a safetensors file",
-            )
+    shards = dict.fromkeys(places.values())
+    strange = [shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")]
+    if strange:
+        refuse_pickle(folder / strange[0])
+        raise PunaError(
+            "the index names a file that is no shard of this folder",
+            where=folder / INDEX,
+            found=strange[0],
+            expected="the plain name of a safetensors file",
+        )
+    for shard in shards:
         file = SafetensorsFile(folder / shard)
         misplaced = sorted(file.shapes.keys() ^ {name for name, place in places.items() if place == shard})
         if misplaced:
