@@ -67,7 +67,11 @@ def run(context: Context, parameters: Train) -> Outcome:
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
         if here.is_main:
             expected = plan.memory(
-                model.spec, method_of(parameters), _dtype(context, parameters), parameters.micro_batch_tokens
+                model.spec,
+                method_of(parameters),
+                _dtype(context, parameters),
+                parameters.micro_batch_tokens,
+                device=here.device.type,
             )
             console.print(start_table(model, optimizer.count, packed.report, settings, expected))
         loop = Loop(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from puna.model.spec import BlockSpec, LlamaSpec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_LOGITS_AT_ONCE = 1024  # puna.train.objectives.CHUNK, which cannot be imported without torch
+LOGITS_AT_ONCE = 1024  # puna.train.objectives.CHUNK, which cannot be imported without torch
 
 
 @dataclass(frozen=True)
@@ -75,51 +75,65 @@ def trained_parameters(spec: LlamaSpec, method: Method) -> int:
     return lora_parameters(spec, method) + count * matrix
 
 
-def operations_per_token(spec: LlamaSpec, method: Method, length: int) -> float:
-    """Floating-point operations of one trained token, forward and backward, in documents of ``length``.
+def forward_operations(spec: LlamaSpec, length: int) -> float:
+    """Floating-point operations of the forward pass for one token in a document of ``length``.
 
-    With N weights in matrices: forward 2 N, backward 2 N for the activations and 2 for each trained
-    weight. Causal attention over half of ``length`` on average: 2 products forward, 4 backward.
-    The head works at positions with a label; here every position has one.
+    Two for each weight of a matrix, the head's included, and two products of causal attention over
+    half of ``length`` on average.
     """
-    total = 0.0
-    for layer, block in enumerate(spec.blocks):
-        for name, (inputs, outputs) in projections(spec, block).items():
-            total += 4 * inputs * outputs
-            if not method.r:
-                total += 2 * inputs * outputs
-            elif _adapted(name, layer, method):
-                total += 6 * method.r * (inputs + outputs)
-        if block.attention != "none":
-            seen = min(length, block.window or length) / 2
-            total += 6 * 2 * seen * block.heads * block.head_dim
-    head = spec.vocab_size * spec.hidden_size
-    return total + (6 if method.trains_head(spec) else 4) * head
-
-
-def activation_bytes(spec: LlamaSpec, method: Method, dtype: str) -> float:
-    """Bytes that autograd saves per position of a micro-batch, over all layers.
-
-    Counted from the decoder: a norm keeps its float32 input (and, if its weight is trained, the
-    scaled one); attention keeps rotated queries, keys and values (repeated for their group), its
-    output and one float32 sum for each head; SwiGLU keeps gate, activated gate and up. A projection
-    keeps its input if it is trained, an adapted one what enters A (after dropout a tensor of its
-    own, and the mask) and what leaves it. A tensor that several keep counts once.
-    """
-    size = BYTES[dtype]
-    total = float(spec.hidden_size * (4 + 2 * size))  # final norm, its output, the loss's gradient
-    for layer, block in enumerate(spec.blocks):
-        total += _layer_bytes(spec, method, layer, block, size)
+    total = 2.0 * spec.vocab_size * spec.hidden_size
+    for block in spec.blocks:
+        total += 2 * sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
+        total += 2 * _attention_product(block, length)
     return total
 
 
-def _layer_bytes(spec: LlamaSpec, method: Method, layer: int, block: BlockSpec, size: int) -> float:
-    hidden, total = spec.hidden_size, 0.0
+def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
+    """Operations for one trained token, forward and backward; every position has a label.
+
+    With N weights in matrices: forward 2 N (:func:`forward_operations`), backward 2 N for the
+    activations' gradients and two more for each trained weight; four products of attention; an
+    adapter's weights count six times.
+    """
+    head = spec.vocab_size * spec.hidden_size
+    total = forward_operations(spec, length) + (4 if method.trains_head(spec) else 2) * head
+    for block in spec.blocks:
+        weights = sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
+        total += (2 if method.r else 4) * weights + 4 * _attention_product(block, length)
+    return total + 6 * lora_parameters(spec, method)
+
+
+def _attention_product(block: BlockSpec, length: int) -> float:
+    """Operations of one product of queries and keys (or weights and values) for one token."""
+    seen = min(length, block.window or length) / 2
+    return 2 * seen * block.heads * block.head_dim if block.attention != "none" else 0.0
+
+
+def activation_bytes(spec: LlamaSpec, method: Method, dtype: str, *, tiled: bool) -> float:
+    """Bytes that autograd saves per position of a micro-batch, over all layers.
+
+    Counted from the decoder: a norm keeps its input and one float32 figure. Attention in tiles
+    (``tiled``: bfloat16 on a CPU) keeps rotated queries, keys and values; any other keeps keys and
+    values repeated for their group, its output and a float32 sum for each head. SwiGLU keeps gate,
+    activated gate and up. A projection keeps its input if it is trained, an adapted one what enters
+    A (after dropout a tensor of its own, and the mask) and what leaves it. A tensor that several
+    keep counts once.
+    """
+    size = BYTES[dtype]
+    total = float(3 * spec.hidden_size * size + 4)  # final norm, its output, the loss's gradient
+    for layer, block in enumerate(spec.blocks):
+        total += _layer_bytes(spec, method, layer, block, size, tiled)
+    return total
+
+
+def _layer_bytes(
+    spec: LlamaSpec, method: Method, layer: int, block: BlockSpec, size: int, tiled: bool
+) -> float:
     norms = (block.attention != "none") + (block.feed_forward != "none")
-    total += norms * hidden * (4 + (size if not method.r else 0))
+    total = float(norms * (spec.hidden_size * size + 4))
     if block.attention != "none":
-        queries = block.heads * block.head_dim
-        total += 4 * queries * size + 4 * block.heads
+        queries, keys = block.heads * block.head_dim, block.kv_heads * block.head_dim
+        total += (queries + 2 * keys) * size if tiled else 4 * queries * size + 4 * block.heads
     if block.feed_forward != "none":
         total += 3 * block.width * size
     shared: dict[str, int] = {}  # inputs that are kept once, however many projections want them
@@ -141,7 +155,7 @@ def _source_of(name: str) -> str:
     return {"o_proj": "joined documents", "down_proj": "product"}.get(name, "feed-forward norm")
 
 
-def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int) -> float:
+def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int, *, device: str = "cpu") -> float:
     """Peak bytes of weights, optimiser, activations of ``positions`` and the loss.
 
     Per trained weight: a float32 gradient and two moments, and a master where the model is not
@@ -152,7 +166,8 @@ def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int) -> float
     trained = trained_parameters(spec, method)
     weights = (spec.parameter_count() + (lora_parameters(spec, method))) * size
     optimiser = trained * (12 + (4 if size != 4 else 0))
-    loss = min(positions, _LOGITS_AT_ONCE) * spec.vocab_size * size
+    loss = min(positions, LOGITS_AT_ONCE) * spec.vocab_size * size
     if method.trains_head(spec):
         loss += spec.vocab_size * spec.hidden_size * (4 + size + (4 if size != 4 else 0))
-    return weights + optimiser + activation_bytes(spec, method, dtype) * positions + loss
+    tiled = dtype == "bfloat16" and device == "cpu"
+    return weights + optimiser + activation_bytes(spec, method, dtype, tiled=tiled) * positions + loss

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
-from puna.train.plan import Method, memory, operations_per_token, trained_parameters
+from puna.train.plan import (
+    Method,
+    forward_operations,
+    memory,
+    trained_parameters,
+    training_operations,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -99,7 +106,8 @@ class Train(Parameters):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Train:
-        given = self.model_fields_set
+        # A default that is written out, as a resolved recipe does, says nothing.
+        given = {name for name, field in Train.model_fields.items() if getattr(self, name) != field.default}
         limits = [name for name in ("epochs", "max_steps", "max_tokens") if getattr(self, name) is not None]
         if len(limits) > 1:
             raise ValueError(f"{' and '.join(limits)} are both given: a run has one limit")
@@ -138,21 +146,39 @@ def method_of(parameters: Train) -> Method:
 
 
 def plan_train(parameters: Train, shapes: Any) -> Cost:
-    """Tokens, weights trained, operations and peak memory from the shapes of model and corpus."""
-    if parameters.max_tokens is not None:
-        tokens = float(parameters.max_tokens)
-    elif parameters.max_steps is not None:
-        tokens = float(parameters.max_steps * parameters.batch_tokens)
-    else:
-        tokens = float(shapes.tokens * (parameters.epochs or 1))
-    method = method_of(parameters)
+    """Tokens, weights trained, operations, peak memory and time from the shapes of model and corpus."""
+    steps, tokens = _length(parameters, shapes.tokens_of("corpus"))
+    spec, method = shapes.spec, method_of(parameters)
+    if spec is None:
+        return Cost(tokens=tokens)
     dtype = parameters.dtype or shapes.dtype
+    evaluations = 2 + (steps - 1) // parameters.eval_steps if parameters.eval_steps else 2
+    names = [name for name in shapes.corpora if name.startswith("held_out")]
+    limit = math.inf if parameters.eval_tokens is None else parameters.eval_tokens
+    looked_at = evaluations * sum(min(shapes.corpora[name], limit) for name in names)
+    flops = tokens * training_operations(spec, method, parameters.max_length)
+    flops += looked_at * forward_operations(spec, parameters.max_length)
     return Cost(
         tokens=tokens,
-        trainable=trained_parameters(shapes.spec, method),
-        flops=tokens * operations_per_token(shapes.spec, method, parameters.max_length),
-        memory=memory(shapes.spec, method, dtype, parameters.micro_batch_tokens),
+        trainable=trained_parameters(spec, method),
+        flops=flops,
+        memory=memory(spec, method, dtype, parameters.micro_batch_tokens, device=_kind_of(shapes.device)),
+        seconds=shapes.device.seconds(flops, dtype),
     )
+
+
+def _kind_of(profile: Any) -> str:
+    """Whether a device profile is that of a GPU; one measured here is called "this"."""
+    name = str(profile.name)
+    return "cuda" if name.startswith("cuda") else "cpu"
+
+
+def _length(parameters: Train, corpus: float) -> tuple[int, float]:
+    """Steps and tokens of a run over a corpus of so many tokens."""
+    if parameters.max_steps is not None:
+        return parameters.max_steps, float(parameters.max_steps * parameters.batch_tokens)
+    tokens = corpus * (parameters.epochs or 1) if parameters.max_tokens is None else parameters.max_tokens
+    return math.ceil(tokens / parameters.batch_tokens), float(tokens)
 
 
 @stage(

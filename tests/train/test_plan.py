@@ -1,0 +1,123 @@
+"""The plan against what really happens: weights trained, operations counted, bytes autograd keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from puna.core.seeds import torch_generator
+from puna.model.adapters import LoraSettings, add_lora
+from puna.train import plan
+from puna.train.objectives import CHUNK, clm
+from puna.train.optimizer import Optimizer, OptimizerSettings
+
+FULL = plan.Method()
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+METHODS = {
+    "full": FULL,
+    "lora": plan.Method(4, 0.0, ALL),
+    "lora with dropout": plan.Method(4, 0.1, ALL),
+    "lora on two": plan.Method(2, 0.0, ("q_proj", "layers.1.mlp.up_proj")),
+    "lora and embeddings": plan.Method(4, 0.1, ALL, ("embed_tokens", "lm_head")),
+}
+
+
+def prepared(tiny_llama: Callable[..., Any], method: plan.Method, **changes: Any) -> Any:
+    model = tiny_llama(**changes)
+    if method.r:
+        add_lora(
+            model, LoraSettings(method.r, 8.0, method.dropout, method.target, False, method.full), seed=0
+        )
+    return model.train()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_parameters_are_counted(tiny_llama: Callable[..., Any], name: str, tied: bool) -> None:
+    model = prepared(tiny_llama, METHODS[name], tie_word_embeddings=tied)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.trained_parameters(model.spec, METHODS[name]) == trained
+    assert Optimizer(model.named_parameters(), OptimizerSettings(1e-3)).count == trained
+
+
+def ids(batch: int, time: int) -> torch.Tensor:
+    return torch.randint(320, (batch, time), generator=torch_generator(0, "ids"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_operations_are_those_torch_counts(tiny_llama: Callable[..., Any], name: str, tied: bool) -> None:
+    """Attention is counted dense by torch, so it is compared on documents as short as they come.
+
+    Where nothing before it is trained, the first layer passes no gradient on: one of twelve is little.
+    """
+    length = 2
+    model = prepared(tiny_llama, METHODS[name], tie_word_embeddings=tied, num_hidden_layers=12)
+    tokens = ids(40, length)
+    with FlopCounterMode(display=False) as counter:
+        loss = clm(model.hidden(tokens), model.head_weight, tokens)
+        forward = counter.get_total_flops()
+        loss.total.backward()
+    total = counter.get_total_flops()
+    method = METHODS[name]
+    assert total / tokens.numel() == pytest.approx(
+        plan.training_operations(model.spec, method, length), rel=0.03
+    )
+    head = 2 * model.spec.vocab_size * model.spec.hidden_size
+    made_in_forward = head * (2 if method.trains_head(model.spec) else 1) + 2 * plan.lora_parameters(
+        model.spec, method
+    )
+    expected = plan.forward_operations(model.spec, length) + made_in_forward
+    assert forward / tokens.numel() == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(tiny_llama: Callable[..., Any], name: str, dtype: str) -> None:
+    """Every tensor saved for the backward pass, each storage once, weights left out."""
+    model = prepared(tiny_llama, METHODS[name], num_hidden_layers=12).to(getattr(torch, dtype))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = ids(4, 64)
+    segments = torch.bucketize(torch.arange(64), torch.tensor([10, 40])).expand(4, 64).contiguous()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.hidden(tokens, None, segments)
+        loss = clm(hidden, model.head_weight, tokens)
+    kept[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
+    measured = sum(storage.nbytes() for storage in kept.values())
+    method = METHODS[name]
+    if method.trains_head(model.spec):
+        measured -= (
+            4 * model.spec.vocab_size * model.spec.hidden_size
+        )  # the head's gradient, counted with the loss
+    assert loss.targets == tokens.numel()
+    expected = plan.activation_bytes(model.spec, method, dtype, tiled=dtype == "bfloat16") * tokens.numel()
+    assert measured == pytest.approx(expected, rel=0.05)
+
+
+def test_memory_grows_with_what_it_is_made_of(tiny_llama: Callable[..., Any]) -> None:
+    spec = tiny_llama().spec
+    lora = METHODS["lora"]
+    small = plan.memory(spec, lora, "bfloat16", 256)
+    assert plan.memory(spec, lora, "bfloat16", 512) - small == pytest.approx(
+        256 * (plan.activation_bytes(spec, lora, "bfloat16", tiled=True) + 2 * spec.vocab_size)
+    )
+    assert plan.memory(spec, lora, "float32", 256) > small
+    assert plan.memory(spec, lora, "bfloat16", 256, device="cuda") > small
+    assert plan.memory(spec, FULL, "bfloat16", 256) > plan.memory(spec, lora, "bfloat16", 256)
+    assert plan.memory(spec, FULL, "bfloat16", 2) > spec.parameter_count() * (2 + 16)
+
+
+def test_the_planner_knows_the_chunk_of_the_loss() -> None:
+    assert plan.LOGITS_AT_ONCE == CHUNK
