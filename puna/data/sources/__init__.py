@@ -9,10 +9,8 @@ from typing import Annotated, Any
 import pydantic
 
 from puna.core import assets
-from puna.core.errors import PunaError, unknown_name
-from puna.core.stage import validate
 from puna.data.sources.chatterbot import ChatterbotSettings
-from puna.data.sources.common import SOURCES, Item, Reading, Source, SourceSettings
+from puna.data.sources.common import SOURCES, Item, Reading, Source, SourceSettings, known_asset
 from puna.data.sources.debian_descriptions import DebianDescriptionsSettings
 from puna.data.sources.files import CsvSettings, JsonlSettings, ParquetSettings, TextSettings
 from puna.data.sources.gettext import GettextSettings
@@ -33,34 +31,20 @@ _BY_SUFFIX = {
 }
 
 
-def _parse(value: Any) -> Any:
-    """Settings from a mapping: of the ``format`` it names, or the one that its file's name tells."""
-    if not isinstance(value, Mapping):
+def _with_format(value: Any) -> Any:
+    """A source's mapping with its ``format``, which the name of its file may tell."""
+    if not isinstance(value, Mapping) or "format" in value:
         return value
-    by_format = {found.format: found.settings for found in SOURCES.values()}
-    where = f"source {dict(value)}"
-    asset = value.get("asset")
-    if asset is not None and not assets.is_asset(str(asset)):
-        raise unknown_name("asset", str(asset), assets.names(), where=where)
-    format_ = value.get("format") or _format_by_name(value)
-    if format_ not in by_format:
-        raise unknown_name("format of a source", str(format_), by_format, where=where)
-    return validate(by_format[format_], {**value, "format": format_}, where=where)
-
-
-def _format_by_name(value: Mapping[str, Any]) -> str:
     if "installed" in value:
-        return "gettext"
-    asset = str(value.get("asset"))
-    file = assets.file_name(assets.describe(asset)) if assets.is_asset(asset) else str(value.get("path", ""))
+        return {**value, "format": "gettext"}
+    file = str(value.get("path", ""))
+    if "asset" in value:
+        file = assets.file_name(assets.describe(known_asset(str(value["asset"]))))
     for suffix in reversed(Path(file).suffixes):
         if suffix in _BY_SUFFIX:
-            return _BY_SUFFIX[suffix]
-    raise PunaError(
-        "the format of a source cannot be told from its file's name",
-        where=f"source {dict(value)}",
-        expected=f"format: one of {', '.join(sorted(found.format for found in SOURCES.values()))}",
-    )
+            return {**value, "format": _BY_SUFFIX[suffix]}
+    formats = ", ".join(sorted(found.format for found in SOURCES.values()))
+    raise ValueError(f"its format cannot be told from a file's name; add format: one of {formats}")
 
 
 AnySource = Annotated[
@@ -74,7 +58,7 @@ AnySource = Annotated[
     | HuggingfaceSettings
     | ChatterbotSettings,
     pydantic.Field(discriminator="format"),
-    pydantic.BeforeValidator(_parse),
+    pydantic.BeforeValidator(_with_format),
 ]
 """Settings of any source, for the parameters of stages; ``format`` may be left out where a name tells it."""
 

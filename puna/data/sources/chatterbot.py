@@ -12,7 +12,15 @@ import yaml
 from puna.core import archives
 from puna.core.errors import PunaError
 from puna.data.kinds import BadRowError, check_messages
-from puna.data.sources.common import Item, Reading, SourceSettings, asset_or_path, exactly_one, source
+from puna.data.sources.common import (
+    AssetName,
+    Item,
+    Reading,
+    SourceSettings,
+    asset_or_path,
+    exactly_one,
+    source,
+)
 
 _LARGEST_FILE = 16 << 20  # bytes
 
@@ -21,7 +29,7 @@ class ChatterbotSettings(SourceSettings):
     """Conversations of one language out of a wheel or folder."""
 
     format: Literal["chatterbot"] = "chatterbot"
-    asset: str | None = None
+    asset: AssetName | None = None
     """Name of an asset that is a wheel."""
     path: str | None = None
     """A wheel, a folder, or one YAML file."""

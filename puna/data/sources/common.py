@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 
 from puna.core import assets
-from puna.core.errors import PunaError
+from puna.core.errors import PunaError, nearest
 from puna.core.progress import console
 from puna.core.stage import Parameters
 from puna.data.kinds import UNDETERMINED, BadRowError, Kind
@@ -36,7 +36,7 @@ class SourceSettings(Parameters):
         raise NotImplementedError
 
     def files(self) -> list[Path]:
-        """Local files the source reads that are not assets: the corpus depends on their content."""
+        """Local files the source reads, assets apart: the corpus depends on their content."""
         return []
 
     @property
@@ -109,6 +109,18 @@ class Reading:
     def bad_row(self, error: BadRowError, *, where: str) -> None:
         """:meth:`bad` for a row that is not one of its kind."""
         self.bad(str(error), where=where, row_field=error.field, found=error.found)
+
+
+def known_asset(name: str) -> str:
+    """``name`` if it is that of an asset, else a ``ValueError`` with the nearest one."""
+    if not assets.is_asset(name):
+        close = nearest(name, assets.names())
+        raise ValueError(f"unknown asset; did you mean {close!r}?" if close else "unknown asset")
+    return name
+
+
+AssetName = Annotated[str, pydantic.AfterValidator(known_asset)]
+"""Name of a declared asset."""
 
 
 Settings = TypeVar("Settings", bound=SourceSettings)

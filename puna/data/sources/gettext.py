@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gettext
 import re
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -17,7 +19,15 @@ from puna.core import archives
 from puna.core.errors import PunaError
 from puna.core.progress import Track, console
 from puna.data.kinds import UNDETERMINED
-from puna.data.sources.common import Item, Reading, SourceSettings, asset_or_path, exactly_one, source
+from puna.data.sources.common import (
+    AssetName,
+    Item,
+    Reading,
+    SourceSettings,
+    asset_or_path,
+    exactly_one,
+    source,
+)
 
 _LARGEST_CATALOGUE = 64 << 20  # bytes
 # Zope's catalogues name messages by symbols and keep the English in a comment.
@@ -29,7 +39,7 @@ class GettextSettings(SourceSettings):
     """Catalogues of one language. The English (original) side is the msgid, the other the msgstr."""
 
     format: Literal["gettext"] = "gettext"
-    asset: str | None = None
+    asset: AssetName | None = None
     """Name of an asset that is a wheel."""
     path: str | None = None
     """A wheel, a folder with catalogues below it, or one .po or .mo file."""
@@ -54,7 +64,9 @@ class GettextSettings(SourceSettings):
         return self.asset or self.installed or re.split(r"[-.]", Path(self.path or "").name)[0]
 
     def files(self) -> list[Path]:
-        """The wheel, file, or all files of the folder."""
+        """The wheel or file, or all catalogues of the folder or installed package."""
+        if self.installed is not None:
+            return [file for _, file in _installed_files(self.installed)]
         if self.path is None:
             return []
         path = Path(self.path)
@@ -192,16 +204,10 @@ def _parse(catalogue: _Catalogue) -> tuple[list[Any], dict[str, str]]:
         file.flush()
         try:
             parsed = polib.mofile(file.name) if suffix == ".mo" else polib.pofile(file.name)
-        except (OSError, ValueError, IndexError, LookupError, TypeError, _struct_error()) as error:
+        except (OSError, ValueError, IndexError, LookupError, TypeError, struct.error) as error:
             told = str(error).replace(file.name, catalogue.name)
             raise PunaError("the catalogue cannot be read", where=catalogue.name, found=told) from None
     return list(parsed), dict(parsed.metadata)
-
-
-def _struct_error() -> type[Exception]:
-    import struct
-
-    return struct.error
 
 
 @contextmanager
@@ -228,21 +234,29 @@ def _catalogues(settings: GettextSettings, reading: Reading) -> Iterator[list[_C
             ]
 
 
-def _installed(package: str, reading: Reading) -> list[_Catalogue]:
-    from importlib import metadata
-
+def _distribution(package: str) -> metadata.Distribution:
     try:
-        distribution = metadata.distribution(package)
+        return metadata.distribution(package)
     except metadata.PackageNotFoundError:
         raise PunaError(
             "the package is not installed here", where=package, fix=f"pip install {package}"
         ) from None
+
+
+def _installed_files(package: str) -> list[tuple[str, Path]]:
+    """Name and place of each catalogue of an installed package."""
+    distribution = _distribution(package)
+    names = sorted(file.as_posix() for file in distribution.files or [] if file.suffix in (".po", ".mo"))
+    return [(name, Path(str(distribution.locate_file(name)))) for name in names]
+
+
+def _installed(package: str, reading: Reading) -> list[_Catalogue]:
+    distribution = _distribution(package)
     about = distribution.metadata
     told = (about.get_all("License-Expression") or []) + (about.get_all("License") or [])
     licence = told[0] if told else "unknown"
     reading.facts |= {"package": package, "version": distribution.version, "licence": licence}
-    files = sorted(file for file in distribution.files or [] if file.suffix in (".po", ".mo"))
-    return [_on_disk(Path(str(distribution.locate_file(file))), file.as_posix()) for file in files]
+    return [_on_disk(file, name) for name, file in _installed_files(package)]
 
 
 def _on_disk(file: Path, name: str) -> _Catalogue:

@@ -12,7 +12,15 @@ import pydantic
 
 from puna.core.errors import PunaError
 from puna.core.progress import Track
-from puna.data.sources.common import Item, Reading, SourceSettings, asset_or_path, exactly_one, source
+from puna.data.sources.common import (
+    AssetName,
+    Item,
+    Reading,
+    SourceSettings,
+    asset_or_path,
+    exactly_one,
+    source,
+)
 
 _BLOCK = re.compile(
     r'<(?P<tag>p|h[1-6])\b[^>]*\bid="(?P<id>(?:par|hd)_id\w+)"[^>]*>(?P<inside>.*?)</(?P=tag)\s*>', re.DOTALL
@@ -27,11 +35,11 @@ class LibreofficeHelpSettings(SourceSettings):
     """The help of one language, and for pairs also of the original one."""
 
     format: Literal["libreoffice_help"] = "libreoffice_help"
-    asset: str | None = None
+    asset: AssetName | None = None
     """Name of an asset that is the folder of one language."""
     path: str | None = None
     """The folder of one language."""
-    original_asset: str | None = None
+    original_asset: AssetName | None = None
     """The asset in the original language: needed for pairs; for documents it shows what is untranslated."""
     original_path: str | None = None
     """The folder in the original language, in place of an asset."""
