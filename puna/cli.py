@@ -80,7 +80,7 @@ def prove(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Run at demo scale and judge every claim; exit code 1 if one fails."""
+    """Run at demo scale and judge the claims; 1 if one fails."""
     from puna.run.look import closing
     from puna.run.prove import prove as judge
     from puna.run.recipe import system_names
@@ -115,7 +115,10 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0, help="Price of an hour on the device.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again.")] = False,
 ) -> None:
-    """Predict tokens, operations, memory and time before anything runs; nothing is downloaded."""
+    """Predict tokens, operations, memory and time; no download.
+
+    Nothing runs and nothing is fetched: shapes are enough.
+    """
     from puna.run.planner import plan as predict
     from puna.run.planner import size
 
@@ -134,7 +137,7 @@ def plan(
 def systems(
     name: Annotated[str | None, typer.Argument(help="One system in detail.")] = None,
 ) -> None:
-    """List the published systems that come as recipes, or show one."""
+    """List the published systems that come as recipes."""
     from puna.run.look import system_details, systems_table
     from puna.run.systems import all_systems, describe
 
@@ -159,7 +162,10 @@ def stage(
     dtype: Dtype = None,
     force: Annotated[bool, typer.Option("--force", help="Run even if nothing changed.")] = False,
 ) -> None:
-    """Run one stage alone; `puna stage VERB` without --out tells what it takes."""
+    """Run one stage alone.
+
+    Without --out: tell what the stage takes and leaves.
+    """
     from puna.run.alone import parse_inputs, run_stage
 
     if out is None:
@@ -188,7 +194,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure models side by side on corpora: bits per byte, fertility, samples, with intervals."""
+    """Measure models side by side on corpora, with intervals."""
     from puna.run.alone import run_stage
 
     given: dict[str, Any] = {"models": models, **({"corpora": on} if on else {})}
@@ -204,7 +210,7 @@ def inspect(
     samples: Annotated[int, typer.Option(min=0, help="Rows of tokens to show.")] = 2,
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a row.")] = None,
 ) -> None:
-    """Show a model's layers, a corpus, what a recipe trains on, or what a run did."""
+    """Show a model, a corpus, what a recipe learns, or a run."""
     from puna.run.look import look_at
 
     for part in look_at(target, scale=scale, model=model, samples=samples, length=length):
@@ -282,7 +288,7 @@ def convert(
     kind: Annotated[str, typer.Option(help="Weights of a GGUF file: f16 or q8_0.")] = "f16",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """Write a model in another format, with its tokenizer and chat template."""
+    """Write a model in another format, tokenizer included."""
     from puna.run.convert import convert as write
 
     written, _ = write(source, out, to, kind=kind, dtype=dtype)
@@ -354,7 +360,12 @@ def _table(*headings: str) -> Table:
 
 
 def _print(*parts: Any) -> None:
-    """Print texts as they are and tables as tables; without a terminal tables are wide enough to grep."""
+    """Print texts as they are and tables as tables; without a terminal tables are wide enough to grep.
+
+    Of the processes that torchrun started the first one prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     from rich.console import Console
 
     console = Console(markup=False, highlight=False)

@@ -23,7 +23,7 @@ def convert(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> tuple[Path, Llama]:
-    """Write the model ``source`` at ``out``, with tokenizer and chat template; returns the path and the model.
+    """Write the model ``source`` at ``out``, tokenizer and chat template included; returns path and model.
 
     ``format`` is "hf", "gguf" or "adapter"; None takes gguf for a name that ends so, else hf. A model
     with an adapter is merged first, in ``dtype``, unless the adapter alone is wanted.

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,25 +27,22 @@ def execute(
     *,
     described: Mapping[str, Any],
     afresh: bool = False,
+    ready: Callable[[], None] | None = None,
 ) -> StageRecord:
     """Run ``entry`` on ``inputs`` and leave its folder at ``final``.
 
     ``parts`` make up its fingerprint (:func:`puna.run.fingerprints.parts_of`); ``described`` is how
     stage.json names the inputs. A work folder that a kill left behind is continued if its fingerprint
     is this one's, and wiped otherwise; ``afresh`` wipes it, and the finished one, in any case.
+    ``ready`` is called when the work folder stands, before the stage begins.
     """
     work = _work_folder(final)
     stamp = fingerprint(parts)
     sessions = _prepare(work, final, stamp, afresh)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    context = Context(
-        name=entry.id,
-        out=work.absolute(),
-        inputs=inputs,
-        seed=parts["seed"],
-        device=parts["device"],
-        dtype=parts["dtype"],
-    )
+    context = _context(entry, work, inputs, parts["seed"], parts["device"], parts["dtype"])
+    if ready is not None:
+        ready()
     clock = time.monotonic()
     try:
         with PeakMemory(parts["device"]) as peak:
@@ -80,6 +77,19 @@ def execute(
     finished = StageRecord.open(final)
     assert finished is not None
     return finished
+
+
+def join(
+    entry: StageEntry, final: Path, inputs: Mapping[str, Any], seed: int, device: str, dtype: str
+) -> None:
+    """Run this process's part of a distributed stage that the first process executes; leaves no record."""
+    entry.stage.function(_context(entry, _work_folder(final), inputs, seed, device, dtype), entry.parameters)
+
+
+def _context(
+    entry: StageEntry, work: Path, inputs: Mapping[str, Any], seed: int, device: str, dtype: str
+) -> Context:
+    return Context(entry.id, work.absolute(), inputs, seed=seed, device=device, dtype=dtype)
 
 
 def interrupted(final: Path) -> str | None:

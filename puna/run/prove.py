@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from puna.run import claims
+from puna.run import claims, processes
 from puna.run.claims import Judgement
 from puna.run.recipe import Recipe, load
 from puna.run.record import Metrics
@@ -35,10 +35,11 @@ def prove(
         again = load(recipe, None, set, seed=seed, device=device, dtype=dtype)
         runs[seed] = Runner(again, folder.with_name(f"{folder.name}-seed{seed}"), only=needed).run().metrics
     judgements = claims.judge(first, runs, seeds)
-    claims.write(judgements, first, folder)
-    from puna.run.report import write_report
+    if processes.is_first():
+        from puna.run.report import write_report
 
-    write_report(folder)
+        claims.write(judgements, first, folder)
+        write_report(folder)
     return judgements, folder
 
 

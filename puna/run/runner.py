@@ -10,14 +10,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.files import fingerprint, write_json, write_text
 from puna.core.progress import console
-from puna.run import fingerprints, inputs, machine, source
-from puna.run.execute import execute, finish_interrupted, interrupted
+from puna.run import fingerprints, inputs, machine, processes, source
+from puna.run.execute import execute, finish_interrupted, interrupted, join
 from puna.run.recipe import Recipe, StageEntry, find, load
 from puna.run.record import Run, StageRecord, metrics_lines
 
@@ -111,23 +112,48 @@ class Runner:
         return decisions
 
     def run(self) -> Run:
-        """Run every stage that needs it, then judge the claims and write cards and report."""
-        started, clock = _now(), time.monotonic()
-        with _locked(self.folder):
-            self._write_about("running", started, 0.0)
-            write_text(self.folder / "run.yaml", source.dump(self._resolved()))
-            try:
-                for position, entry in enumerate(self.entries, start=1):
-                    self._stage(entry, f"[{position}/{len(self.entries)}] {entry.id}")
-                self._write_about("done", started, time.monotonic() - clock)
-                if self.whole:
-                    self._conclude()
-            except BaseException as error:
-                status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-                self._write_about(status, started, time.monotonic() - clock)
-                raise
-        self._say(f"{self.folder}: done in {time.monotonic() - clock:.1f} s")
+        """Run every stage that needs it, then judge the claims and write cards and report.
+
+        Under ``torchrun`` the first process does so; the others join in the stages that are distributed.
+        """
+        with processes.joined(self.device) as self._others:
+            if processes.is_first():
+                with _locked(self.folder):
+                    self._lead()
+                self._others.tell("", "done")
+            else:
+                self._follow()
         return Run.open(self.folder)
+
+    def _lead(self) -> None:
+        started, clock = _now(), time.monotonic()
+        self._write_about("running", started, 0.0)
+        write_text(self.folder / "run.yaml", source.dump(self._resolved()))
+        try:
+            for position, entry in enumerate(self.entries, start=1):
+                self._stage(entry, f"[{position}/{len(self.entries)}] {entry.id}")
+                self._others.tell(entry.id, "done")
+            self._write_about("done", started, time.monotonic() - clock)
+            if self.whole:
+                self._conclude()
+        except BaseException as error:
+            status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            self._write_about(status, started, time.monotonic() - clock)
+            raise
+        self._say(f"{self.folder}: done in {time.monotonic() - clock:.1f} s")
+
+    def _follow(self) -> None:
+        """What a process other than the first does: its part of distributed stages, and nothing on disk."""
+        for entry in self.entries:
+            if self._others.hear(entry.id) == "join":
+                header = self.recipe.header
+                given = inputs.given_to(entry, self.records)
+                join(entry, self.folder / entry.id, given, header.seed, self.device, header.dtype)
+            self._others.wait(entry.id)
+            record = StageRecord.open(self.folder / entry.id)
+            assert record is not None
+            self.records[entry.id] = record
+        self._others.wait("")
 
     def _stage(self, entry: StageEntry, label: str) -> None:
         final = self.folder / entry.id
@@ -145,6 +171,7 @@ class Runner:
                 decision.parts,
                 described=inputs.written_down(entry, decision.parts["inputs"]),
                 afresh=entry.id in self.forced,
+                ready=partial(self._others.tell, entry.id, "join") if entry.stage.distributed else None,
             )
             self._say(
                 f"{label}: {record.seconds:.1f} s, peak {record.peak_memory / 1e9:.2f} GB{_headline(record)}"

@@ -191,6 +191,7 @@ def _length(parameters: Train, corpus: float) -> tuple[int, float]:
     },
     outputs={"model": "model", "adapter": "model"},
     plan=plan_train,
+    distributed=True,
 )
 def train(context: Context, parameters: Train) -> Outcome:
     """Train a model on corpora, in full or with LoRA; the adapter is merged into the model it leaves."""

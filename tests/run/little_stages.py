@@ -123,6 +123,20 @@ def measure(context: Context, parameters: Measure) -> Outcome:
     return Outcome({"scores": file}, scores)
 
 
+def together(context: Context, parameters: Measure) -> Outcome:
+    """Add up the ranks of all processes that run it."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor([dist.get_rank() + 1.0])
+    dist.all_reduce(total)
+    if dist.get_rank() == 0:
+        _note(context)
+        (context.out / "total").write_text(str(total.item()))
+    dist.barrier()
+    return Outcome({"scores": context.out / "total"}, {"total": total.item()})
+
+
 def plan_letters(parameters: Letters, shapes: Any) -> Cost:
     """Letters are tokens here."""
     return Cost(
@@ -171,6 +185,17 @@ def install() -> None:
         inputs={"models": Input("model", many=True), "corpora": Input("corpus", many=True)},
         outputs={"scores": "file"},
     )(measure)
+
+
+def install_together() -> None:
+    """Add the distributed stage, which needs torch."""
+    stage(
+        "together",
+        parameters=Measure,
+        inputs={"corpora": Input("corpus", many=True)},
+        outputs={"scores": "file"},
+        distributed=True,
+    )(together)
 
 
 def install_endings(put: Any = None) -> None:

@@ -283,3 +283,38 @@ def test_a_device_that_is_not_there_is_refused(recipe: Recipe) -> None:
 )
 def test_the_run_room_is_also_the_verb_in_any_order_of_imports(order: str) -> None:
     subprocess.run([sys.executable, "-c", order], check=True)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_join_in_distributed_stages_and_the_first_keeps_the_books(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: many\ntitle: t\ndevice: cpu\nstages:\n"
+        "  a: {use: letters}\n"
+        "  b: {use: together, in: {corpora: a}}\n"
+        "  c: {use: letters, count: 2}\n"
+        "  d: {use: together, in: {corpora: c}}\n"
+    )
+    (tmp_path / "script.py").write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import little_stages\n"
+        "little_stages.install(); little_stages.install_together(); little_stages.install_endings()\n"
+        "import puna\n"
+        "first = puna.run('recipe.yaml')\n"
+        "again = puna.run('recipe.yaml', from_stage='d')\n"  # Reuses three stages, joins in one.
+        "print(first['b']['total'], again['d']['total'])\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "script.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.split() == ["3.0"] * 4
+    assert (tmp_path / "runs/many/executed.log").read_text().split() == ["a", "b", "c", "d", "d"]
+    assert done.stderr.count("[1/4] a: letters, never ran") == 1
