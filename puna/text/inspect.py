@@ -25,7 +25,11 @@ from puna.text.tokenizer import Tokenizer
 LEARNT = "black on green3"
 NOT_LEARNT = "grey62"
 SPECIAL = "bold magenta"
-_SHOWN_SPACE = {" ": "·", "\n": "⏎\n", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+# Control characters as their pictures (a corpus must not steer the terminal), white space as signs.
+_SHOWN = {code: chr(0x2400 + code) for code in range(32)} | {
+    code: f"\\x{code:02x}" for code in range(127, 160)
+}
+_SHOWN |= {ord(" "): "·", ord("\n"): "⏎\n", ord("\t"): "⇥", 0xA0: "⍽"}
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,6 @@ def _visible(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
                 break
             count += 1
         piece = added(count)
-        shown += ["".join(_SHOWN_SPACE.get(c, c) for c in piece) or "‥", *["‥"] * (count - 1)]
+        shown += [piece.translate(_SHOWN) or "‥", *["‥"] * (count - 1)]
         start += count
     return shown

@@ -78,7 +78,7 @@ def smollm_in_transformers(smollm_path: Path) -> Any:
 
 @pytest.mark.smollm
 class TestSmolLM:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(text=mixed_text | tricky_text)
     def test_ids_equal_transformers(
         self, smollm_tokenizer: Tokenizer, smollm_in_transformers: Any, text: str
@@ -87,7 +87,7 @@ class TestSmolLM:
             text, add_special_tokens=False
         )
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=150, derandomize=True)
     @given(text=mixed_text | old_text)
     def test_ids_equal_llama_cpp(
         self, smollm_tokenizer: Tokenizer, smollm_in_llama_cpp: Any, text: str
@@ -97,7 +97,7 @@ class TestSmolLM:
             smollm_in_llama_cpp, text, special=True
         )
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(
         text=st.text(
             st.characters(codec="utf-8", max_codepoint=0x3FFFF, exclude_characters=SMOLLM_CANNOT_SPELL)

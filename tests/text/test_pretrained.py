@@ -1,0 +1,243 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from text_samples import CONFIG, TEMPLATES, train_core
+
+import puna
+from puna.core.errors import PunaError
+from puna.model.adapters import LoraSettings, add_lora
+from puna.text import pretrained
+from puna.text.encode import encode_messages
+from puna.text.template import CHATML, Template
+from puna.text.tokenizer import Tokenizer
+
+MESSAGES = [{"role": "user", "content": "Hoi, 12?"}, {"role": "assistant", "content": "Dag, €5."}]
+
+
+@pytest.fixture
+def model(tiny_llama: Callable[..., Any]) -> Any:
+    """A tiny chat model whose template ends turns with another token than the EOS."""
+    made = tiny_llama(vocab_size=384)
+    made.tokenizer = Tokenizer(train_core(), {**CONFIG, "eos_token": "<|endoftext|>"})
+    made.template = Template(TEMPLATES["default system prompt"], made.tokenizer.template_strings)
+    return made.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.tensor([[1, 5, 9, 200, 30]]))
+    return result
+
+
+def same(loaded: Any, model: Any) -> None:
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.tokenizer.fingerprint == model.tokenizer.fingerprint
+    assert loaded.template.fingerprint == model.template.fingerprint
+
+
+def test_a_saved_folder_opens_as_the_same_model(model: Any, tmp_path: Path) -> None:
+    assert puna.save(model, tmp_path / "out") == tmp_path / "out"
+    loaded = puna.load(tmp_path / "out")
+    same(loaded, model)
+    assert loaded.source == str(tmp_path / "out")
+    assert (loaded.spec.bos_id, loaded.spec.eos_ids, loaded.spec.pad_id) == (0, (0, 2), 0)
+    assert loaded.tokenizer.stop_ids == (0, 2)
+
+
+def test_transformers_opens_the_folder_with_the_same_ids_chat_and_logits(model: Any, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    puna.save(model, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
+    fast = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(torch.tensor([[1, 5, 9, 200, 30]])).logits, logits(model), atol=1e-5, rtol=0
+        )
+    assert fast.apply_chat_template(MESSAGES, tokenize=False) == model.template.render(MESSAGES)
+    ours = encode_messages(model.tokenizer, model.template, MESSAGES).ids
+    assert fast.apply_chat_template(MESSAGES)["input_ids"] == ours
+    assert theirs.generation_config.eos_token_id == [0, 2]
+    assert (theirs.generation_config.bos_token_id, theirs.generation_config.pad_token_id) == (0, 0)
+
+
+def test_a_gguf_opens_with_the_same_tokenizer_and_template(model: Any, tmp_path: Path) -> None:
+    file = puna.save(model, tmp_path / "out", "gguf", kind="f16")
+    assert file == tmp_path / "out" / "model-f16.gguf"
+    assert puna.save(model, tmp_path / "named.gguf", "gguf") == tmp_path / "named.gguf"
+    loaded = puna.load(file)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-3, rtol=0)
+    text = "Zoë's café: €12,50\n\n  <|im_end|>"
+    assert loaded.tokenizer.encode(text) == model.tokenizer.encode(text)
+    assert loaded.tokenizer.strings == model.tokenizer.strings
+    assert loaded.template.source == model.template.source
+    assert loaded.spec.eos_ids == (0, 2)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_adapter_opens_on_its_base(model: Any, tmp_path: Path, relative: bool) -> None:
+    puna.save(model, tmp_path / "base")
+    tuned = puna.load(tmp_path / "base")
+    add_lora(tuned, LoraSettings(r=2, alpha=4, dropout=0.0), seed=1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(5))
+    puna.save(tuned, tmp_path / "adapter", "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    if relative:
+        config["base_model_name_or_path"] = "../base"
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    loaded = puna.load(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(tuned), atol=1e-6, rtol=0)
+    assert not torch.equal(logits(loaded), logits(model))
+    assert loaded.source == str(tmp_path / "adapter")
+    assert loaded.template.fingerprint == model.template.fingerprint
+    again = puna.save(loaded, tmp_path / "again", "adapter")
+    assert json.loads((again / "adapter_config.json").read_text()) == config
+
+
+def test_a_template_beside_an_adapter_takes_precedence(model: Any, tmp_path: Path) -> None:
+    puna.save(model, tmp_path / "base")
+    tuned = puna.load(tmp_path / "base")
+    add_lora(tuned, LoraSettings(r=2, alpha=4, dropout=0.0), seed=1)
+    tuned.template = Template(CHATML, tuned.tokenizer.template_strings)
+    puna.save(tuned, tmp_path / "adapter", "adapter")
+    assert puna.load(tmp_path / "adapter").template.source == CHATML
+
+
+def test_a_folder_without_a_tokenizer_gives_a_model_without_one(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    bare = tiny_llama()
+    puna.save(bare, tmp_path / "bare")
+    loaded = puna.load(str(tmp_path / "bare"))
+    assert loaded.tokenizer is None
+    assert loaded.template is None
+    assert loaded.spec == bare.spec
+    with pytest.raises(PunaError, match="needs a tokenizer"):
+        puna.save(loaded, tmp_path / "x.gguf", "gguf")
+
+
+def test_a_template_is_not_invented_without_its_tokens(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    plain = tiny_llama(vocab_size=384)
+    plain.tokenizer = Tokenizer(train_core(specials=["</s>"]), {"eos_token": "</s>"})
+    puna.save(plain, tmp_path / "plain")
+    loaded = puna.load(tmp_path / "plain")
+    assert loaded.template is None
+    assert loaded.spec.eos_ids == (0,)
+    assert loaded.spec.bos_id is None
+
+
+def test_dtype_and_spec_can_be_chosen(model: Any, tmp_path: Path) -> None:
+    puna.save(model, tmp_path / "out")
+    assert puna.load(tmp_path / "out", dtype="bfloat16").dtype == torch.bfloat16
+    assert puna.load(tmp_path / "out", dtype=torch.float16).dtype == torch.float16
+    assert puna.load(tmp_path / "out", max_positions=64).spec.max_positions == 64
+
+
+def test_saving_again_replaces_the_checkpoint_whole(model: Any, tmp_path: Path) -> None:
+    puna.save(model, tmp_path / "out")
+    (tmp_path / "out" / "left over.txt").write_text("old")
+    puna.save(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "left over.txt").exists()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    }
+
+
+@pytest.mark.smollm
+def test_the_asset_opens_with_everything_set(smollm: Any) -> None:
+    assert smollm.source == "smollm2-135m-instruct"
+    assert smollm.tokenizer.vocab_size == smollm.spec.vocab_size == 49152
+    assert smollm.template.end_of_turn == "<|im_end|>"
+    assert (smollm.spec.bos_id, smollm.spec.eos_ids, smollm.spec.pad_id) == (1, (2,), 2)
+
+
+class TestHub:
+    """The hub's client is stood in for; what is tested is what is asked of it and made of its answer."""
+
+    def test_a_hub_id_is_downloaded(
+        self, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        huggingface_hub = pytest.importorskip("huggingface_hub")
+        puna.save(model, tmp_path / "snapshot")
+        asked: list[tuple[str, list[str]]] = []
+
+        def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+            asked.append((name, allow_patterns))
+            return str(tmp_path / "snapshot")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        loaded = puna.load("someone/some-model")
+        same(loaded, model)
+        assert loaded.source == "someone/some-model"
+        assert asked[0][0] == "someone/some-model"
+        assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked[0][1])
+
+    def test_without_an_answer_the_error_says_what_was_tried(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        huggingface_hub = pytest.importorskip("huggingface_hub")
+
+        def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+            raise ConnectionError("no route to the hub")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        with pytest.raises(
+            PunaError, match=r"as an asset and as a path .* on a model hub \(ConnectionError: no route"
+        ):
+            puna.load("someone/some-model")
+        with pytest.raises(PunaError, match="did you mean 'smollm2-135m-instruct'"):
+            puna.load("smollm2-135m-instuct")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("source", [Path("nowhere"), "nowhere.gguf", "a/b/c", "./nowhere"])
+    def test_a_source_that_is_nowhere(self, source: Any) -> None:
+        with pytest.raises(PunaError, match=r"no model '(\./)?(nowhere|a/b/c)"):
+            puna.load(source)
+
+    def test_a_tokenizer_larger_than_the_embedding(self, model: Any, tmp_path: Path) -> None:
+        puna.save(model, tmp_path / "out")
+        Tokenizer(train_core(specials=[f"<{n}>" for n in range(300)], size=600), {"eos_token": "<0>"}).save(
+            tmp_path / "out"
+        )
+        with pytest.raises(PunaError, match="tokenizer is larger than the embedding"):
+            puna.load(tmp_path / "out")
+
+    def test_an_unknown_dtype_or_format(self, model: Any, tmp_path: Path) -> None:
+        puna.save(model, tmp_path / "out")
+        with pytest.raises(PunaError, match="did you mean 'float32'"):
+            puna.load(tmp_path / "out", dtype="flot32")
+        with pytest.raises(PunaError, match="unknown format"):
+            puna.save(model, tmp_path / "out", "onnx")  # type: ignore[arg-type]
+
+    def test_a_folder_that_holds_something_else_is_not_replaced(self, model: Any, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("mine")
+        with pytest.raises(PunaError, match="would be replaced"):
+            puna.save(model, tmp_path)
+        with pytest.raises(PunaError, match="a file of this name"):
+            puna.save(model, tmp_path / "thesis.tex")
+        assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+    def test_an_adapter_of_a_model_from_nowhere(self, model: Any, tmp_path: Path) -> None:
+        add_lora(model, LoraSettings(r=2, alpha=4, dropout=0.0), seed=1)
+        with pytest.raises(PunaError, match="must name its base"):
+            puna.save(model, tmp_path / "adapter", "adapter")
+
+    def test_an_adapter_that_names_no_base(self, model: Any, tmp_path: Path) -> None:
+        folder = tmp_path / "adapter"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        with pytest.raises(PunaError, match="does not say which model"):
+            pretrained.load(folder)
