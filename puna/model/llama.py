@@ -96,6 +96,22 @@ class Attention(nn.Module):
         return cast(Tensor, self.o_proj(mixed.flatten(2)))
 
 
+class _GatedUnit(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs for the backward pass and not the silu between them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        to_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return to_gate, functional.silu(gate).mul_(gradient)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -107,7 +123,8 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, time, hidden] to the same."""
-        return cast(Tensor, self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)))
+        gated = _GatedUnit.apply(self.gate_proj(hidden), self.up_proj(hidden))  # type: ignore[no-untyped-call]
+        return cast(Tensor, self.down_proj(gated))
 
 
 class Block(nn.Module):

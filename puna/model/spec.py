@@ -126,7 +126,7 @@ class RopeRule:
 
     def describe(self) -> str:
         """The rule in a few words, for tables."""
-        words = [self.kind, f"theta {self.theta:g}"]
+        words = [self.kind, f"{self.theta:g}"]
         if self.factor is not None:
             words.append(f"x{self.factor:g}")
         if self.original_max_positions is not None:
@@ -369,6 +369,7 @@ class LlamaSpec:
 
     def table(self) -> Table:
         """One readable table: the decoder in the title, one row for each run of equal blocks."""
+        from rich import box
         from rich.table import Table
 
         total = self.parameter_count()
@@ -378,47 +379,33 @@ class LlamaSpec:
             caption=f"head {'tied' if self.tied else 'of its own'}; attention bias {self.attention_bias}; "
             f"feed-forward bias {'yes' if self.mlp_bias else 'no'}; norm eps {self.norm_eps:g}; "
             f"bos {self.bos_id}, eos {', '.join(map(str, self.eos_ids)) or None}, pad {self.pad_id}",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
         )
-        for heading in (
-            "blocks",
-            "attention",
-            "heads",
-            "kv",
-            "dim",
-            "rope",
-            "scale",
-            "feed-forward",
-            "width",
-            "params",
-        ):
+        for heading in ("blocks", "attention", "heads", "kv", "dim", "rope", "feed-forward", "params"):
             table.add_column(
-                heading, justify="left" if heading in ("attention", "rope", "feed-forward") else "right"
+                heading, justify="right" if heading in ("heads", "kv", "dim", "params") else "left"
             )
         for first, last, block in self.ranges():
-            count = block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias) * (
-                last - first + 1
-            )
+            count = block.parameter_count(self.hidden_size, self.attention_bias, self.mlp_bias)
             table.add_row(
                 str(first) if first == last else f"{first}-{last}",
                 *_attention_cells(block),
-                block.feed_forward,
-                str(block.width) if block.width else "-",
-                f"{count / 1e6:,.2f}M",
+                f"{block.feed_forward} {block.width}" if block.width else block.feed_forward,
+                f"{count * (last - first + 1) / 1e6:,.2f}M",
             )
         return table
 
 
-def _attention_cells(block: BlockSpec) -> tuple[str, ...]:
+def _attention_cells(block: BlockSpec) -> tuple[str, str, str, str, str]:
+    """What the attention is, its query heads, key-value heads, their size, its rope."""
     if block.attention == "none":
-        return ("none", "-", "-", "-", "-", "-")
-    words = [block.attention, "causal" if block.causal else "both ways"]
+        return "none", "-", "-", "-", "-"
+    words = ["causal" if block.causal else "both ways"]
     if block.window is not None:
         words.append(f"window {block.window}")
-    return (
-        ", ".join(words),
-        str(block.heads),
-        str(block.kv_heads),
-        str(block.head_dim),
-        block.rope.describe(),
-        f"{block.scale:.4g}",
-    )
+    if block.logit_scale is not None:
+        words.append(f"scale {block.logit_scale:.4g}")
+    sizes = (str(block.heads), str(block.kv_heads), str(block.head_dim))
+    return ", ".join(words), *sizes, block.rope.describe()

@@ -131,6 +131,21 @@ def test_the_norms_gradient_is_the_one_of_its_formula() -> None:
             torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance)
 
 
+def test_the_feed_forwards_gradient_is_the_one_of_its_formula() -> None:
+    layer = Llama(SPEC).model.layers[0].mlp
+
+    def formula(hidden: torch.Tensor) -> torch.Tensor:
+        return layer.down_proj(functional.silu(layer.gate_proj(hidden)) * layer.up_proj(hidden))
+
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    inputs = (hidden, *layer.parameters())
+    got, expected = layer(hidden), formula(hidden)
+    assert torch.equal(got, expected)
+    theirs = torch.autograd.grad(expected.square().sum(), inputs)
+    for ours, other in zip(torch.autograd.grad(got.square().sum(), inputs), theirs, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
 def test_both_types_learn(tiny_llama: Callable[..., Any]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_llama().to(dtype)
