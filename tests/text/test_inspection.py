@@ -63,7 +63,7 @@ def test_every_character_is_shown_once(chat_tokenizer: Tokenizer, text: str) -> 
 
 def test_a_corpus_cannot_steer_the_terminal(chat_tokenizer: Tokenizer) -> None:
     ids = chat_tokenizer.encode("\x1b[2J \x9b")
-    assert show_tokens(chat_tokenizer, ids, [True] * len(ids)).plain == "␛[2J·\\x9b"
+    assert show_tokens(chat_tokenizer, ids, [True] * len(ids)).plain == "␛[2J·\\x9b‥"
 
 
 def test_the_spaces_of_a_sentencepiece_vocabulary_are_shown() -> None:
