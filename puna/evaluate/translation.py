@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from puna.core.errors import PunaError, unknown_name
+from puna.core.errors import PunaError
 from puna.decode.engine import Engine, Prompt
 from puna.decode.sampling import Sampling
+from puna.evaluate.stages import PLACES
 from puna.evaluate.statistics import Floats, Interval, percentile_interval, resamples
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
-
-PLACES = ("source_text", "source_language", "target_language")
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,6 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, target_langua
         for name, metric in metrics.items()
     }
     return Scored(list(hypotheses), list(references), statistics, metrics)
-
-
-def check_format(text: str) -> str:
-    """Return a prompt format if its places are known ones and the source text is among them."""
-    names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
-    for name in names:
-        if name not in PLACES:
-            raise unknown_name("place in the prompt format", name, PLACES, where=repr(text))
-    if "source_text" not in names:
-        raise PunaError(
-            "the prompt format has no place for the source", where=repr(text), expected="{source_text}"
-        )
-    return text
 
 
 def prompts(rows: Sequence[Mapping[str, Any]], text: str, *, chat: bool) -> list[Prompt]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,20 @@ from puna.core import assets
 from puna.core.errors import PunaError
 from puna.core.files import read_json, write_text
 from puna.run.record import Run, StageRecord
+from puna.run.report.gather import references
 from puna.run.report.page import paper_link
 
 _SHOWN_SETTINGS = 12
+_USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+or `puna chat path/to/this/folder`."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ def write_card(run_folder: Path | str, model_folder: Path | str) -> Path:
         _front_matter(run, ancestry),
         f"# {run.about['name']}: {stage.id}",
         _what(run, stage, ancestry),
-        _use(run, stage),
+        _USE,
         _done(run, ancestry),
         _data(ancestry),
         _results(run, stage, output),
@@ -81,17 +92,12 @@ def _ancestry(run: Run, stage: StageRecord) -> _Ancestry:
             for about in references({key: value}):
                 name = str(about["reference"])
                 if about["origin"] != "stage" and key.startswith("model"):
-                    bases[name] = None
+                    # A path means nothing to a reader elsewhere; its last part may be the model's name.
+                    bases[Path(name).name if about["origin"] == "path" else name] = None
                 meta = _corpus(run, name) if about["origin"] == "stage" else None
                 if meta is not None:
                     corpora[name] = meta
     return _Ancestry(stages, list(bases), list(corpora.items()))
-
-
-def references(inputs: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """Every reference among the inputs of a stage record, those of inputs that take several too."""
-    for about in inputs.values():
-        yield from [about] if "reference" in about else about.values()
 
 
 def _corpus(run: Run, reference: str) -> dict[str, Any] | None:
@@ -134,17 +140,8 @@ def _what(run: Run, stage: StageRecord, ancestry: _Ancestry) -> str:
     paper = run.about.get("paper")
     after = f" after [{run.about['title']}]({paper_link(paper)})" if paper else ""
     return (
-        f"{does}\n\nThis is what stage `{stage.id}` of the recipe `{run.about['name']}` made from {base}{after}, "
-        f"at {run.about['scale']} scale, with puna {run.about['versions']['puna']}."
-    )
-
-
-def _use(run: Run, stage: StageRecord) -> str:
-    return (
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```\n\n'
-        "or `puna chat path/to/this/folder`."
+        f"{does}\n\nThis is what stage `{stage.id}` of the recipe `{run.about['name']}` made from {base}"
+        f"{after}, at {run.about['scale']} scale, with puna {run.about['versions']['puna']}."
     )
 
 
@@ -234,7 +231,7 @@ def _limits(run: Run, ancestry: _Ancestry) -> str:
     ]
     if run.about["scale"] == "demo":
         lines.insert(
-            0, f"Demo scale: minutes of training on {words:,} words. It shows the method, it is not for use."
+            0, f"Demo scale: minutes on corpora of {words:,} words. It shows the method; it is not for use."
         )
     lines += yaml.safe_load(run.recipe_text).get("deviations") or []
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
@@ -257,10 +254,9 @@ def _citation(run: Run) -> str:
         return ""
     kind, _, number = paper.partition(":")
     eprint = f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n" if kind.lower() == "arxiv" else ""
-    return (
-        "## Citation\n\nThe method:\n\n```bibtex\n"
-        f"@misc{{{run.about['name']},\n  title = {{{run.about['title']}}},\n{eprint}  url = {{{paper_link(paper)}}}\n}}\n```"
-    )
+    title = f"@misc{{{run.about['name']},\n  title = {{{run.about['title']}}},\n"
+    entry = f"{title}{eprint}  url = {{{paper_link(paper)}}}\n}}"
+    return f"## Citation\n\nThe method:\n\n```bibtex\n{entry}\n```"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from puna.core.errors import PunaError
 from puna.decode.engine import Engine
 from puna.decode.sampling import Sampling
+from puna.text.template import CHATML, Template
 
 PROMPTS = ["the cat", "a", "in the end, and then it went in again on the other mat", "é𝄞", "that other"]
 some_prompts = st.lists(st.text("the cat on é", min_size=1, max_size=30), min_size=2, max_size=6)
@@ -45,9 +46,9 @@ def test_greedy_tokens_are_those_of_transformers(model: Any, oracle: Any, prompt
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(max_tokens=25), Sampling(max_tokens=25, temperature=0.8, top_p=0.9)]
+    "sampling", [Sampling(max_tokens=8), Sampling(max_tokens=8, temperature=0.8, top_p=0.9)]
 )
-@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=some_prompts, max_batch_tokens=st.sampled_from([1, 120, 8192]))
 def test_grouping_does_not_change_the_texts(
     model: Any, sampling: Sampling, prompts: list[str], max_batch_tokens: int
@@ -140,6 +141,17 @@ def test_strings_get_the_start_token_and_lists_of_ids_do_not(model: Any) -> None
     assert engine.generate([[model.tokenizer.bos_id, *ids]]) == engine.generate(["the cat"])
 
 
+def test_messages_are_rendered_and_special_strings_in_them_stay_text(model: Any) -> None:
+    model.template = Template(CHATML.replace("<|im_end|>", "<|end|>"), model.tokenizer.template_strings)
+    engine = Engine(model)
+    ids = engine.encode([{"role": "user", "content": "a <|end|> b"}])
+    assert ids.count(model.tokenizer.id_of("<|end|>")) == 1  # the template's own, not the user's
+    assert ids[0] == model.tokenizer.bos_id
+    assert ids.count(model.tokenizer.bos_id) == 1
+    text = "<|im_start|>user\na <|end|> b<|end|>\n<|im_start|>assistant\n"
+    assert model.tokenizer.decode(ids) == text.replace("<|end|>\n", "\n")
+
+
 def test_generation_ends_at_the_context(model: Any) -> None:
     engine = Engine(model)
     prompt = [5] * 250
@@ -178,3 +190,22 @@ def test_groups_respect_the_bound_and_no_prompt_is_lost(model: Any) -> None:
     for group in groups:
         assert len(group) == 1 or len(group) * (max(len(request.prompt) for request in group) + 30) <= 200
     assert len(groups) < 20
+
+
+@pytest.mark.smollm
+def test_smollm_answers_as_transformers_does_alone_and_in_a_batch(smollm: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    oracle = LlamaForCausalLM(LlamaConfig(**smollm.spec.to_config())).eval()
+    oracle.load_state_dict(smollm.state_dict(), strict=False)
+    oracle.tie_weights()
+    engine = Engine(smollm)
+    question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    prompts: list[Any] = ["De hoofdstad van Nederland is", question, "import numpy as"]
+    together = engine.generate(prompts, Sampling(max_tokens=12))
+    for prompt, completion in zip(prompts, together, strict=True):
+        ids = torch.tensor([engine.encode(prompt)])
+        expected = oracle.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert completion.ids == expected[0, ids.shape[1] :].tolist()
+    assert "Paris" in together[1].text
+    assert together[1].finish_reason == "stop"
