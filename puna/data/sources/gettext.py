@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gettext
+import importlib.util
 import re
 import struct
 import tempfile
@@ -18,7 +19,7 @@ import pydantic
 from puna.core import archives
 from puna.core.errors import PunaError
 from puna.core.progress import Track, console
-from puna.data.kinds import UNDETERMINED
+from puna.data.kinds import UNDETERMINED, BadRowError
 from puna.data.sources.common import (
     AssetName,
     Item,
@@ -92,7 +93,9 @@ def read_gettext(settings: GettextSettings, reading: Reading) -> Iterator[Item]:
         raise PunaError(
             "which language's catalogues are to be read?", where=settings.title, fix="set language"
         )
-    with _catalogues(settings, reading) as found:
+    if importlib.util.find_spec("polib") is None:
+        raise PunaError("gettext catalogues need polib", fix="pip install puna[data]")
+    with _catalogues(settings, reading, language) as found:
         chosen = _of_language(found, language, where=settings.title)
         reading.facts["files"] = len(chosen)
         with Track(f"reading {settings.title}", len(chosen), unit="catalogues") as track:
@@ -107,8 +110,8 @@ def _messages(
 ) -> Iterator[Item]:
     try:
         entries, headers = _parse(catalogue)
-    except PunaError as error:
-        reading.bad(error.message, where=catalogue.name, found=error.found)
+    except BadRowError as error:
+        reading.bad_row(error, where=catalogue.name)
         return
     singular = _plural_rule(headers, catalogue.name)
     index = 0
@@ -194,10 +197,8 @@ def _plural_rule(headers: dict[str, str], where: str) -> int:
 
 def _parse(catalogue: _Catalogue) -> tuple[list[Any], dict[str, str]]:
     """Entries and headers of a catalogue. polib needs a file: given text, it would cut at odd line ends."""
-    try:
-        import polib
-    except ImportError:
-        raise PunaError("gettext catalogues need polib", fix="pip install puna[data]") from None
+    import polib
+
     suffix = PurePosixPath(catalogue.name).suffix
     with tempfile.NamedTemporaryFile(suffix=suffix) as file:
         file.write(catalogue.read())
@@ -206,12 +207,12 @@ def _parse(catalogue: _Catalogue) -> tuple[list[Any], dict[str, str]]:
             parsed = polib.mofile(file.name) if suffix == ".mo" else polib.pofile(file.name)
         except (OSError, ValueError, IndexError, LookupError, TypeError, struct.error) as error:
             told = str(error).replace(file.name, catalogue.name)
-            raise PunaError("the catalogue cannot be read", where=catalogue.name, found=told) from None
+            raise BadRowError("the catalogue cannot be read", "(file)", told) from None
     return list(parsed), dict(parsed.metadata)
 
 
 @contextmanager
-def _catalogues(settings: GettextSettings, reading: Reading) -> Iterator[list[_Catalogue]]:
+def _catalogues(settings: GettextSettings, reading: Reading, language: str) -> Iterator[list[_Catalogue]]:
     """All catalogues of the wheel, folder, file or installed package."""
     if settings.installed is not None:
         yield _installed(settings.installed, reading)
@@ -220,7 +221,8 @@ def _catalogues(settings: GettextSettings, reading: Reading) -> Iterator[list[_C
     if path.is_dir():
         yield [_on_disk(file, file.relative_to(path).as_posix()) for file in sorted(path.rglob("*.[pm]o"))]
     elif path.suffix in (".po", ".mo"):
-        yield [_on_disk(path, path.name)]
+        # Whoever names one file knows its language.
+        yield [_Catalogue(path.name, _tag(language), path.read_bytes)]
     else:
         with archives.open_zip(path) as archive:
             names = sorted(name for name in archive.namelist() if name.endswith((".po", ".mo")))
@@ -267,12 +269,16 @@ def _language_of(name: str) -> str:
     """The language a catalogue's path tells: the folder above LC_MESSAGES, else the file's own name."""
     parts = PurePosixPath(name).parts
     tag = parts[-3] if len(parts) > 2 and parts[-2] == "LC_MESSAGES" else PurePosixPath(name).stem
-    return tag.replace("_", "-").lower()
+    return _tag(tag)
+
+
+def _tag(language: str) -> str:
+    return language.replace("_", "-").lower()
 
 
 def _of_language(catalogues: list[_Catalogue], language: str, *, where: str) -> list[_Catalogue]:
     """The catalogues of ``language``, sources (.po) rather than their compiled twins (.mo)."""
-    wanted = language.replace("_", "-").lower()
+    wanted = _tag(language)
     chosen = [catalogue for catalogue in catalogues if catalogue.language == wanted]
     if not chosen:
         chosen = [catalogue for catalogue in catalogues if catalogue.language.startswith(f"{wanted}-")]
