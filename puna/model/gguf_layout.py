@@ -5,6 +5,7 @@ Only pure mappings are here, used by both the reader and the writer, so that eac
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -128,15 +129,7 @@ def spec_from_metadata(
     heads = values.number("attention.head_count", whole=True)
     if heads < 1:
         raise PunaError("the number of heads must be positive", where=where, found=heads)
-    head_dim = values.number("attention.key_length", hidden_size // heads, whole=True)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if values.number(key, head_dim, whole=True) != head_dim:
-            raise PunaError(
-                f"{architecture}.{key} differs from the head dimension: such a decoder is not computed here",
-                where=where,
-                found=values.number(key, whole=True),
-                expected=head_dim,
-            )
+    head_dim = _head_dim(values, hidden_size // heads)
     eos = [_token(metadata, name) for name in ("eos", "eot")]
     try:
         return LlamaSpec(
@@ -168,6 +161,20 @@ def spec_from_metadata(
         raise PunaError(
             message, where=where, found=error.found, expected=error.expected, fix=error.fix
         ) from None
+
+
+def _head_dim(values: _Metadata, default: int) -> int:
+    head_dim: int = values.number("attention.key_length", default, whole=True)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        found = values.number(key, head_dim, whole=True)
+        if found != head_dim:
+            raise PunaError(
+                f"{values.architecture}.{key} differs from the head dimension: such a decoder is not computed here",
+                where=values.where,
+                found=found,
+                expected=head_dim,
+            )
+    return head_dim
 
 
 def metadata_from_spec(
@@ -278,11 +285,10 @@ def _rope_rule(values: _Metadata, head_dim: int, factors: numpy.ndarray[Any, Any
 
 
 def _llama3_rule(theta: float, head_dim: int, factors: numpy.ndarray[Any, Any], where: object) -> RopeRule:
-    """The "llama3" rule whose factors are those of the file.
+    """The "llama3" rule whose factors are those of the file, which keeps the factors only.
 
-    A file has only the factors. Llama 3's own low and high factors (1, 4) and context (8192) are
-    tried first. Otherwise the interpolated middle gives a line, smooth = a / wavelength - b, and
-    (context, low, high) up to a common scale, which changes nothing; low is set to 1.
+    Context, low and high factor count up to a common scale: Llama 3's own context is tried with its
+    own bounds, then the context that makes the low factor 1, then Llama 3's with bounds that fit.
     """
     factors = factors.astype(numpy.float64)
     if len(factors) != head_dim // 2 or not numpy.all(numpy.isfinite(factors)) or factors.min() < 1.0 - 1e-6:
@@ -290,18 +296,14 @@ def _llama3_rule(theta: float, head_dim: int, factors: numpy.ndarray[Any, Any], 
             f"tensor {ROPE_FACTORS!r} cannot be used", where=where, expected=f"{head_dim // 2} numbers >= 1"
         )
     factor = float(str(numpy.float32(factors.max())))
+    turns = _frequencies(RopeRule("default", theta), head_dim) / (2 * math.pi)  # for each position
+    slope, offset = _passage(turns, (1.0 / factors - 1.0 / factor) / (1.0 - 1.0 / factor))
     guesses = [(8192, 1.0, 4.0)]
-    middle = (factors > 1.0 + 1e-4) & (factors < factor * (1.0 - 1e-4))
-    if middle.sum() >= 2:
-        smooth = (1.0 / factors[middle] - 1.0 / factor) / (1.0 - 1.0 / factor)
-        slope, offset = numpy.polyfit(
-            _frequencies(RopeRule("default", theta), head_dim)[middle] / (2 * math.pi), smooth, 1
-        )
-        if slope > 0 and offset < 0:
-            guesses.append((round(slope / -offset), 1.0, 1.0 - 1.0 / float(offset)))
+    if slope > 0 and 0 < offset <= slope:
+        context = round(slope / offset)
+        guesses.append((context, 1.0, 1.0 + context / slope))
+        guesses.append((8192, 8192 * offset / slope, 8192 * (1.0 + offset) / slope))
     for original, low, high in guesses:
-        if original < 1 or not high > low:
-            continue
         rule = RopeRule(
             "llama3",
             theta,
@@ -318,6 +320,23 @@ def _llama3_rule(theta: float, head_dim: int, factors: numpy.ndarray[Any, Any], 
         found=[round(float(value), 4) for value in factors],
         expected="the factors of a llama3 rule",
     )
+
+
+def _passage(turns: numpy.ndarray[Any, Any], share: numpy.ndarray[Any, Any]) -> tuple[float, float]:
+    """Slope and offset of the line share = slope * turns - offset between kept and divided pairs.
+
+    ``share`` is how much of each pair's frequency is kept, 0 to 1, and falls with ``turns``. Two
+    pairs on the passage give the line; with fewer, the flattest that its ends allow is taken.
+    """
+    between = numpy.flatnonzero((share > 1e-4) & (share < 1.0 - 1e-4))
+    if len(between) >= 2:
+        slope, shift = numpy.polyfit(turns[between], share[between], 1)
+        return float(slope), float(-shift)
+    kept, divided = numpy.flatnonzero(share >= 1.0 - 1e-4)[-1:], numpy.flatnonzero(share <= 1e-4)[:1]
+    known = [*kept, *between, *divided]
+    slopes = [(share[i] - share[j]) / (turns[i] - turns[j]) for i, j in itertools.pairwise(known)]
+    fixed = (*between, *known)[0]
+    return max(slopes, default=0.0), max(slopes, default=0.0) * turns[fixed] - share[fixed]
 
 
 def _attention_bias(architecture: str, shapes: Mapping[str, Any]) -> Any:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.files import write_aside
-from puna.core.progress import Track
 from puna.model.gguf_header import STORAGE
 from puna.model.gguf_layout import ROPE_FACTORS, gguf_name, metadata_from_spec, row_order
 from puna.model.gguf_reader import import_gguf
 from puna.model.hf import plain_parameters
 from puna.model.llama import Llama
+from puna.model.weights import progress
 
 GgufKind = Literal["f16", "q8_0"]
 # llama.cpp's number for "mostly this type", kept in general.file_type.
@@ -61,12 +61,12 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with Track(f"writing {Path(file).name}", model.spec.parameter_count(), "weights") as track:
+        with progress(f"writing {Path(file).name}", model.spec.parameter_count()) as advance:
             for name, (tensor, storage) in tensors.items():
                 order = None if name == ROPE_FACTORS else row_order(architecture, model.spec, name)
                 tensor = tensor.cpu() if order is None else tensor.cpu()[order]
                 writer.write_tensor_data(_encoded(gguf, name, storage, tensor.contiguous(), file))
-                track.advance(tensor.numel())
+                advance(tensor.numel())
 
 
 def _check_metadata(metadata: Mapping[str, Any], reserved: set[str], vocab_size: int, where: object) -> None:

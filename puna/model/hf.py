@@ -16,7 +16,7 @@ from puna.core.errors import PunaError
 from puna.core.files import folder_aside, read_json, write_json
 from puna.model.llama import Llama
 from puna.model.spec import LlamaSpec
-from puna.model.weights import EMBEDDING, HEAD, check_finite, fill_llama
+from puna.model.weights import EMBEDDING, HEAD, check_finite, fill_llama, progress
 
 CONFIG = "config.json"
 OWN_CONFIG = "puna.json"
@@ -245,11 +245,13 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path, shard_bytes: float)
         filled += tensor.nbytes
     single = len(shards) == 1
     places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = {name: tensors[name].cpu().contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
+    with progress("writing weights", sum(tensor.numel() for tensor in tensors.values())) as advance:
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            part = {name: tensors[name].cpu().contiguous() for name in names}
+            save_file(part, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(names, file)
+            advance(sum(tensor.numel() for tensor in part.values()))
     if not single:
         total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
         write_json(folder / INDEX, {"metadata": total, "weight_map": places})

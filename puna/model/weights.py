@@ -51,7 +51,7 @@ def fill_llama(
     expected = expected_shapes(spec, source.where)
     check_shapes(expected, source.shapes, source.where)
     model = Llama(spec, dtype=dtype, device="meta")
-    with _progress(source.where, spec.parameter_count()) as advance:
+    with progress(f"reading {source.where.name}", spec.parameter_count()) as advance:
         for name, shape in expected.items():
             storage = torch.empty(shape, dtype=dtype, device=device)
             source.read_into(name, storage)
@@ -133,9 +133,10 @@ def _and_more(names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _progress(where: Path, weights: int) -> Iterator[Callable[[float], None]]:
+def progress(description: str, weights: int) -> Iterator[Callable[[float], None]]:
+    """Yield what advances a progress bar by a number of weights; small models get no bar."""
     if weights < _WEIGHTS_WORTH_A_BAR:
         yield lambda amount: None
         return
-    with Track(f"reading {where.name}", weights, "weights") as track:
+    with Track(description, weights, "weights") as track:
         yield track.advance

@@ -78,10 +78,10 @@ def test_rope_rules_survive_the_file(
 @given(
     theta=st.sampled_from([1e4, 1e5, 5e5]),
     factor=st.sampled_from([2.0, 8.0, 32.0]),
-    original=st.sampled_from([256, 2048, 8192]),
-    low=st.sampled_from([1.0, 2.0]),
-    high=st.sampled_from([4.0, 8.0]),
-    head_dim=st.sampled_from([64, 128]),
+    original=st.sampled_from([64, 256, 2048, 8192]),
+    low=st.sampled_from([1.0, 1.5, 2.0]),
+    high=st.sampled_from([2.1, 4.0, 8.0]),
+    head_dim=st.sampled_from([12, 16, 64, 128]),
 )
 def test_a_llama3_rule_is_recovered_from_its_factors(
     theta: float, factor: float, original: int, low: float, high: float, head_dim: int
