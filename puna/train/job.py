@@ -23,6 +23,7 @@ from puna.text.packing import Packed, pack
 from puna.text.tokenizer import Tokenizer
 from puna.train import plan
 from puna.train.distributed import World, world
+from puna.train.dropout import quicken
 from puna.train.held_out import HeldOut, HeldOutCorpus
 from puna.train.loader import Feed
 from puna.train.loop import Loop, LoopSettings
@@ -106,6 +107,8 @@ def _open(context: Context, parameters: Train, here: World, seed: int) -> Llama:
     model = _prepared(context.inputs["model"], parameters, dtype, str(here.device), seed)
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
+    if here.device.type == "cpu":
+        quicken(model)
     return model
 
 

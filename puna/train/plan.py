@@ -109,17 +109,17 @@ def _attention_product(block: BlockSpec, length: int) -> float:
     return 2 * seen * block.heads * block.head_dim if block.attention != "none" else 0.0
 
 
-def activation_bytes(spec: LlamaSpec, method: Method, dtype: str, *, tiled: bool) -> float:
+def activation_bytes(spec: LlamaSpec, method: Method, dtype: str, *, device: str = "cpu") -> float:
     """Bytes that autograd saves per position of a micro-batch, over all layers.
 
     Counted from the decoder: a norm keeps its input and one float32 figure. Attention in tiles
-    (``tiled``: bfloat16 on a CPU) keeps rotated queries, keys and values; any other keeps keys and
-    values repeated for their group, its output and a float32 sum for each head. SwiGLU keeps gate,
-    activated gate and up. A projection keeps its input if it is trained, an adapted one what enters
-    A (after dropout a tensor of its own, and the mask) and what leaves it. A tensor that several
+    (of bfloat16 on a CPU) keeps rotated queries, keys and values; any other keeps keys and
+    values repeated for their group, its output and a float32 sum for each head. SwiGLU keeps gate
+    and up. A projection keeps its input if it is trained, an adapted one what enters
+    A (after dropout a tensor of its own, and a mask of bytes) and what leaves it. A tensor that several
     keep counts once.
     """
-    size = BYTES[dtype]
+    size, tiled = BYTES[dtype], dtype == "bfloat16" and device == "cpu"
     total = float(3 * spec.hidden_size * size + 4)  # final norm, its output, the loss's gradient
     for layer, block in enumerate(spec.blocks):
         total += _layer_bytes(spec, method, layer, block, size, tiled)
@@ -135,14 +135,14 @@ def _layer_bytes(
         queries, keys = block.heads * block.head_dim, block.kv_heads * block.head_dim
         total += (queries + 2 * keys) * size if tiled else 4 * queries * size + 4 * block.heads
     if block.feed_forward != "none":
-        total += 3 * block.width * size
+        total += 2 * block.width * size
     shared: dict[str, int] = {}  # inputs that are kept once, however many projections want them
     for name, (inputs, _) in projections(spec, block).items():
         adapted = _adapted(name, layer, method)
         if adapted:
             total += method.r * size
         if adapted and method.dropout:
-            total += 2 * inputs * size
+            total += inputs * (size + 1)
         elif adapted or not method.r:
             shared[_source_of(name)] = inputs
     return total + sum(width * size for width in shared.values())
@@ -169,5 +169,5 @@ def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int, *, devic
     loss = min(positions, LOGITS_AT_ONCE) * spec.vocab_size * size
     if method.trains_head(spec):
         loss += spec.vocab_size * spec.hidden_size * (4 + size + (4 if size != 4 else 0))
-    tiled = dtype == "bfloat16" and device == "cpu"
-    return weights + optimiser + activation_bytes(spec, method, dtype, tiled=tiled) * positions + loss
+    activations = activation_bytes(spec, method, dtype, device=device) * positions
+    return weights + optimiser + activations + loss

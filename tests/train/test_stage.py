@@ -1,0 +1,384 @@
+"""The stage ``train`` end to end on a tiny model, and every one of its options by what it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from puna.core.errors import PunaError
+from puna.core.seeds import numpy_generator
+from puna.core.stage import Context, Outcome, get_stage, validate
+from puna.data.corpus import write_corpus
+from puna.text import pretrained
+from puna.text.template import Template
+from puna.train.metrics import read_metrics
+from puna.train.stages import Lora, Train
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# A run of a few steps in a few hundred tokens.
+SMALL: dict[str, Any] = {
+    "max_steps": 4,
+    "batch_tokens": 64,
+    "micro_batch_tokens": 64,
+    "max_length": 32,
+    "learning_rate": 1e-2,
+    "dtype": "float32",
+    "save_dtype": "float32",
+}
+LORA = {"r": 2, "alpha": 8.0}
+
+
+def sentence(generator: Any, words: int) -> str:
+    return " ".join(generator.choice(["the", "cat", "sat", "on", "that", "mat", "went", "again"], words))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, Path]:
+    """A model folder and corpora of documents and of conversations."""
+    from puna.model.llama import Llama
+    from puna.model.spec import BlockSpec, LlamaSpec
+
+    root = tmp_path_factory.mktemp("train-stage")
+    block = BlockSpec(heads=4, kv_heads=2, head_dim=8, width=48)
+    model = Llama(
+        LlamaSpec(vocab_size=320, hidden_size=32, blocks=(block, block), tied=True, max_positions=64)
+    )
+    model.tokenizer = tiny_tokenizer
+    model.template = Template(CHAT, tiny_tokenizer.template_strings)
+    pretrained.save(model, root / "model")
+    generator = numpy_generator(0, "stage")
+    about = {"provenance": [{"source": "test", "licence": "CC0"}], "ledger": {}}
+    for name, count in (("documents", 40), ("held_out", 6)):
+        rows = (
+            {"id": f"{name}{n}", "text": sentence(generator, 4 + n % 9), "source": "test", "language": "en"}
+            for n in range(count)
+        )
+        write_corpus(root / name, "documents", rows, **about)
+    talks = (
+        {
+            "id": f"talk{n}",
+            "messages": [
+                {"role": "user", "content": sentence(generator, 3)},
+                {"role": "assistant", "content": sentence(generator, 2)},
+            ],
+            "source": "test",
+            "language": "en",
+        }
+        for n in range(30)
+    )
+    write_corpus(root / "messages", "messages", talks, **about)
+    return {name: root / name for name in ("model", "documents", "held_out", "messages")}
+
+
+def train(
+    places: Mapping[str, Path], out: Path, *, held_out: bool = False, seed: int = 0, **parameters: Any
+) -> tuple[Outcome, Context]:
+    kind = "messages" if parameters.get("objective") == "sft" else "documents"
+    inputs: dict[str, Any] = {"model": str(places["model"]), "corpus": {"main": places[kind]}}
+    if held_out:
+        inputs["held_out"] = {"en": places["held_out"]}
+    stage = get_stage("train")
+    context = Context("lora", out, inputs, seed=seed, dtype="bfloat16")
+    settings = {key: value for key, value in {**SMALL, **parameters}.items() if value is not ...}
+    return stage.function(context, validate(stage.parameters, settings, where="test")), context
+
+
+def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
+    return load_file(outcome.outputs["model"] / "model.safetensors")
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
+
+
+def test_lora_leaves_a_merged_model_and_an_adapter_that_agree(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    lora = {**LORA, "full": ["embed_tokens", "lm_head"]}
+    outcome, context = train(places, tmp_path, held_out=True, lora=lora, max_steps=12)
+    merged = pretrained.load(outcome.outputs["model"])
+    adapted = pretrained.load(outcome.outputs["adapter"])
+    base = pretrained.load(places["model"])
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        difference = (merged(ids) - adapted(ids)).abs().max()
+        moved = (merged(ids) - base(ids)).abs().max()
+    assert difference < 1e-5 < 1e-2 < moved
+    assert merged.tokenizer is not None and merged.template is not None
+    assert merged.spec == base.spec
+    assert not (tmp_path / "checkpoints").exists()
+    metrics = outcome.metrics
+    assert metrics["steps"] == 12 and metrics["loss.last"] < metrics["loss.first"]
+    assert metrics["after.en.loss"] < metrics["before.en.loss"]
+    assert metrics["after.en.bits_per_byte"] < metrics["before.en.bits_per_byte"]
+    titles = [curve["title"] for curve in context.report["curves"]]
+    assert titles == ["Loss", "Held-out text", "Learning rate", "Gradient norm"]
+    assert [series["name"] for series in context.report["curves"][0]["series"]] == ["training", "en"]
+    assert context.report["tables"][0]["rows"]
+    json.dumps(context.report)
+
+
+def test_full_training_in_bfloat16_saves_its_masters(places: dict[str, Path], tmp_path: Path) -> None:
+    outcome, _ = train(places, tmp_path, dtype="bfloat16", learning_rate=1e-5)
+    assert set(outcome.outputs) == {"model"}
+    found = weights(outcome)
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    base = load_file(places["model"] / "model.safetensors")
+    for name, tensor in found.items():
+        change = (tensor - base[name].bfloat16().float()).abs().max()
+        assert 0 < change < 1e-4, f"{name}: steps below bfloat16's resolution are in the masters"
+
+
+def test_sft_trains_on_the_chosen_roles_alone(places: dict[str, Path], tmp_path: Path) -> None:
+    one, _ = train(places, tmp_path / "one", objective="sft", packing="fit", max_steps=..., epochs=1)
+    both, _ = train(
+        places, tmp_path / "both", objective="sft", packing="fit", max_steps=..., epochs=1,
+        train_on=["user", "assistant"],
+    )  # fmt: skip
+    assert one.metrics["tokens"] == both.metrics["tokens"]
+    assert 0 < one.metrics["targets"] < both.metrics["targets"] < both.metrics["tokens"]
+
+
+def test_the_adapter_of_an_earlier_stage_is_merged_before_training(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    first, _ = train(places, tmp_path / "first", lora=LORA)
+    again = {**places, "model": first.outputs["adapter"]}
+    with pytest.raises(PunaError, match="cannot be written"):
+        train(again, tmp_path / "refused", lora=LORA)
+    second, _ = train(again, tmp_path / "second", lora=LORA, save_adapter=False)
+    same, _ = train({**places, "model": first.outputs["model"]}, tmp_path / "same", lora=LORA)
+    for name, tensor in weights(second).items():
+        torch.testing.assert_close(tensor, weights(same)[name], rtol=0, atol=1e-4)
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_stage_name_differs(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    lora = {**LORA, "dropout": 0.2}
+    runs = [weights(train(places, tmp_path / name, lora=lora)[0]) for name in "ab"]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"epochs": 1}, "epochs and max_steps"),
+        ({"max_tokens": 10}, "max_steps and max_tokens"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio and warmup_steps"),
+        ({"max_length": 65}, "batch_tokens 64"),
+        ({"batch_tokens": 128, "max_length": 65}, "micro_batch_tokens 64"),
+        ({"gamma": 0.7}, "gamma means nothing"),
+        ({"schedule": "constant", "min_learning_rate_ratio": 0.1}, "min_learning_rate_ratio means nothing"),
+        ({"train_on": ["user"]}, "train_on means nothing"),
+        ({"betas": [0.9, 1.0]}, "betas"),
+        ({"lora": {"rank": 8}}, "rank"),
+        ({"learning_rat": 1.0}, "learning_rate"),
+        ({"eval_steps": 1}, "held_out"),
+        ({"lora": {"target": ["nonsense"]}}, "nonsense"),
+    ],
+)
+def test_mistakes_are_told(
+    places: dict[str, Path], tmp_path: Path, parameters: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(PunaError) as error:
+        train(places, tmp_path, **parameters)
+    assert words in str(error.value)
+
+
+def test_a_corpus_of_the_wrong_kind_is_refused_with_the_objective_that_fits(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(PunaError, match="learns from a corpus of messages") as error:
+        train({**places, "messages": places["documents"]}, tmp_path, objective="sft")
+    assert "'clm'" in str(error.value)
+
+
+def test_resume_refuses_another_recipe_and_finishes_with_the_same(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.train import job
+
+    whole, _ = train(places, tmp_path / "whole", lora=LORA)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(places, tmp_path / "run", lora=LORA, save_steps=2)
+    for changed, key in (
+        ({"learning_rate": 2e-2}, "learning_rate"),
+        ({"lora": {**LORA, "r": 4}}, "lora"),
+        ({"seed": 9}, "seed"),
+        ({"dtype": "bfloat16"}, "dtype"),
+    ):
+        with pytest.raises(PunaError, match=f"'{key}' has changed"):
+            train(places, tmp_path / "run", **{"lora": LORA, **changed})
+    other = {**places, "documents": places["held_out"]}
+    with pytest.raises(PunaError, match="'corpus' has changed"):
+        train(other, tmp_path / "run", lora=LORA)
+    resumed, _ = train(places, tmp_path / "run", lora=LORA, save_steps=3, logging_steps=2)
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+
+
+# ---- every option is read ---------------------------------------------------------------------------------
+
+
+def seen(outcome: Outcome, out: Path) -> dict[str, Any]:
+    """All that can be observed of a run, apart from times."""
+    lines = read_metrics(out / "metrics.jsonl")
+    timed = {"seconds", "tokens_per_second", "targets_per_second", "peak_memory"}
+    model = {
+        name: (str(tensor.dtype), float(tensor.double().sum())) for name, tensor in weights(outcome).items()
+    }
+    return {
+        "lines": [{key: value for key, value in line.items() if key not in timed} for line in lines],
+        "model": model,
+        "outputs": sorted(outcome.outputs),
+        "files": sorted(str(path.relative_to(out)).partition("events")[0] for path in out.rglob("*")),
+    }
+
+
+# What to change, and what must be set besides for it to mean something.
+FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "objective": ({}, {"objective": "sft"}),
+    "epochs": ({"max_steps": ..., "epochs": 1}, {"epochs": 2}),
+    "max_steps": ({}, {"max_steps": 3}),
+    "max_tokens": ({"max_steps": ..., "max_tokens": 100}, {"max_tokens": 200}),
+    "batch_tokens": ({}, {"batch_tokens": 96}),
+    "max_length": ({}, {"max_length": 24}),
+    "packing": ({}, {"packing": "fit"}),
+    "train_on": ({"objective": "sft"}, {"train_on": ["user"]}),
+    "learning_rate": ({}, {"learning_rate": 2e-2}),
+    "embedding_learning_rate_factor": ({}, {"embedding_learning_rate_factor": 0.1}),
+    "schedule": ({}, {"schedule": "linear"}),
+    "warmup_ratio": ({}, {"warmup_ratio": 0.5}),
+    "warmup_steps": ({}, {"warmup_steps": 2}),
+    "min_learning_rate_ratio": ({}, {"min_learning_rate_ratio": 0.5}),
+    "timescale": ({"schedule": "inverse_sqrt"}, {"timescale": 2}),
+    "step_size": ({"schedule": "step"}, {"step_size": 2}),
+    "gamma": ({"schedule": "step", "step_size": 1}, {"gamma": 0.9}),
+    "decay_ratio": ({"schedule": "wsd"}, {"decay_ratio": 0.9}),
+    "weight_decay": ({}, {"weight_decay": 0.5}),
+    "betas": ({}, {"betas": [0.5, 0.9]}),
+    "max_grad_norm": ({}, {"max_grad_norm": 1e-3, "betas": [0.0, 0.0]}),
+    "lora": ({}, {"lora": LORA}),
+    "dtype": ({}, {"dtype": "bfloat16"}),
+    "seed": ({}, {"seed": 1}),
+    "logging_steps": ({}, {"logging_steps": 2}),
+    "eval_steps": ({"held_out": True}, {"eval_steps": 1}),
+    "eval_tokens": ({"held_out": True}, {"eval_tokens": 10}),
+    "report_to": ({}, {"report_to": "tensorboard"}),
+    "save_adapter": ({"lora": LORA}, {"save_adapter": False}),
+    "save_dtype": ({}, {"save_dtype": "bfloat16"}),
+}
+LORA_FLIPS: dict[str, Any] = {
+    "r": 3,
+    "alpha": 4.0,
+    "dropout": 0.5,
+    "target": ["q_proj"],
+    "rslora": True,
+    "full": ["embed_tokens"],
+}
+_SEEN_ELSEWHERE = {
+    "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
+    "save_steps": "test_save_steps_make_checkpoints",
+}
+
+
+def test_no_option_is_left_out_of_these_tests() -> None:
+    assert set(FLIPS) | set(_SEEN_ELSEWHERE) == set(Train.model_fields)
+    assert set(LORA_FLIPS) == set(Lora.model_fields)
+    assert all(name in globals() for name in _SEEN_ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_flipping_an_option_changes_something(places: dict[str, Path], tmp_path: Path, name: str) -> None:
+    if name == "report_to":
+        pytest.importorskip("tensorboard")
+    besides, flip = FLIPS[name]
+    if name == "max_grad_norm":  # AdamW forgives a constant factor unless its averages are off
+        besides = {"betas": [0.0, 0.0]}
+    before = seen(train(places, tmp_path / "before", **besides)[0], tmp_path / "before")
+    after = seen(train(places, tmp_path / "after", **{**besides, **flip})[0], tmp_path / "after")
+    assert before != after
+
+
+@pytest.mark.parametrize("name", LORA_FLIPS)
+def test_flipping_an_option_of_lora_changes_the_model(
+    places: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    before = weights(train(places, tmp_path / "before", lora=LORA)[0])
+    after = weights(train(places, tmp_path / "after", lora={**LORA, name: LORA_FLIPS[name]})[0])
+    assert any(not torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_micro_batch_tokens_bound_a_forward_pass(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.model.llama import Llama
+
+    plain = Llama.hidden
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(self: Llama, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(input_ids.shape))
+        return plain(self, input_ids, *rest)
+
+    monkeypatch.setattr(Llama, "hidden", noted)
+    train(places, tmp_path / "64")
+    assert max(rows * width for rows, width in shapes) == 64
+    shapes.clear()
+    train(places, tmp_path / "32", micro_batch_tokens=32)
+    assert max(rows * width for rows, width in shapes) == 32
+
+
+def test_save_steps_make_checkpoints(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.train.checkpoint import Checkpoints
+
+    saved: list[int] = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state, optimizer: saved.append(state.step))
+    train(places, tmp_path / "a")
+    train(places, tmp_path / "b", save_steps=2)
+    train(places, tmp_path / "c", save_steps=3)
+    assert saved == [4, 2, 4, 3, 4]
+
+
+def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path: Path) -> None:
+    from puna.train.stages import plan_train
+
+    class Shapes:
+        spec = pretrained.load(places["model"]).spec
+        dtype = "float32"
+        corpora: Mapping[str, float] = {"corpus.main": 500.0, "held_out.en": 40.0}
+
+        class device:
+            name = "this"
+
+            @staticmethod
+            def seconds(flops: float, dtype: str) -> float:
+                return flops / 1e9
+
+        def tokens_of(self, name: str) -> float:
+            return self.corpora.get(f"{name}.main", 0.0)
+
+    for changes in ({}, {"lora": LORA}):
+        outcome, _ = train(places, tmp_path / str(len(changes)), **changes)
+        cost = plan_train(Train(**{**SMALL, **changes}), Shapes())
+        assert cost.trainable == outcome.metrics["trainable"]
+        assert cost.tokens == pytest.approx(outcome.metrics["tokens"], rel=0.1)
+        assert cost.seconds == cost.flops / 1e9 and cost.memory > 0
+    limits = {"max_steps": None, "epochs": 3}
+    assert plan_train(Train(**{**SMALL, **limits}), Shapes()).tokens == 1500
+    assert plan_train(Train(**{**SMALL, "max_steps": None, "max_tokens": 70}), Shapes()).tokens == 70
+    often = plan_train(Train(**{**SMALL, "eval_steps": 1}), Shapes())
+    assert often.flops > plan_train(Train(**SMALL), Shapes()).flops
