@@ -295,8 +295,11 @@ def _write_rope(rule: RopeRule) -> dict[str, Any]:
     if rule.kind == "dynamic":
         # Its original length is max_position_embeddings itself; transformers knows no such key here.
         del stated["original_max_position_embeddings"]
+    # transformers 4 looks for LongRoPE's original length outside of the rope parameters.
+    outside = {"original_max_position_embeddings": rule.original_max_positions}
     theta = stated.pop("rope_theta")
     return {
+        **(outside if rule.kind == "longrope" else {}),
         "rope_theta": theta,
         "rope_scaling": None if rule.kind == "default" else dict(stated),
         "rope_parameters": {**stated, "rope_theta": theta},
