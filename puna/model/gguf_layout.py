@@ -169,7 +169,7 @@ def _head_dim(values: _Metadata, default: int) -> int:
         found = values.number(key, head_dim, whole=True)
         if found != head_dim:
             raise PunaError(
-                f"{values.architecture}.{key} differs from the head dimension: such a decoder is not computed here",
+                f"{values.architecture}.{key} differs from the head dimension, which is not computed here",
                 where=values.where,
                 found=found,
                 expected=head_dim,
