@@ -218,7 +218,11 @@ def _trained(text: str, pieces: Sequence[Piece], spans: Sequence[Span]) -> list[
             current += 1
         if number == 0 or current == len(spans):
             continue
-        trained[number] = _lies_in(spans[current], piece, text)
+        span = spans[current]
+        if span.start <= piece.start < piece.end <= span.end:
+            trained[number] = True
+        elif piece.end > span.start or piece.start == piece.end:
+            trained[number] = _lies_in(span, piece, text)
     return trained
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from puna.core.errors import PunaError, unknown_name
 from puna.text.tokenizer import Tokenizer
@@ -127,12 +127,9 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], *, where: object = None
     config: dict[str, Any] = {
         name: tokens[metadata[key]] for name, key in _ROLES.items() if _in_range(metadata.get(key), tokens)
     }
-    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and "bos_token" in config
-    if adds_bos:
-        bos = config["bos_token"]
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:0", special_tokens=[(bos, tokens.index(bos))]
-        )
+    config["add_bos_token"] = (
+        bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and "bos_token" in config
+    )
     config["chat_template"] = metadata.get("tokenizer.chat_template")
     stops = [tokens[metadata[key]] for key in _STOP_KEYS if _in_range(metadata.get(key), tokens)]
     return Tokenizer(core, config, stops)

@@ -12,22 +12,21 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tokenizers
+from tokenizers import processors
 
 from puna.core import files
 from puna.core.errors import PunaError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
-_KEPT_SETTINGS = ("model_max_length", "padding_side", "truncation_side", "add_bos_token", "add_eos_token")
+_KEPT_SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One token of an encoded text and the characters ``text[start:end]`` that it stands for."""
 
     id: int
@@ -59,16 +58,23 @@ class Tokenizer:
         core.no_padding()
         core.no_truncation()
         self._add_missing_specials(config)
-        ids = core.encode("", add_special_tokens=True).ids
-        self._post_processor = core.post_processor
-        core.post_processor = None  # so that offsets stay untrimmed and nothing is added
-        core.encode_special_tokens = True
-        adds = self.settings.get("add_bos_token")
-        self.adds_bos = (
-            bool(adds) if adds is not None else self.bos_id is not None and ids[:1] == [self.bos_id]
-        )
+        found = self.bos_id is not None and core.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+        stated = config.get("add_bos_token")
+        self.adds_bos = found if stated is None else bool(stated)
         if self.adds_bos and self.bos_id is None:
             raise PunaError("the tokenizer says it adds a BOS token but names none", expected="a bos_token")
+        self._post_processor = core.post_processor if self.adds_bos == found else self._bos_processor()
+        core.post_processor = None  # so that offsets stay untrimmed and nothing is added
+        core.encode_special_tokens = True
+
+    def _bos_processor(self) -> processors.TemplateProcessing | None:
+        """What makes the tokenizers library put the BOS before a text, if it is to do so."""
+        if not self.adds_bos:
+            return None
+        bos = self.strings["bos_token"]
+        return processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 $B:0", special_tokens=[(bos, self.id_of(bos))]
+        )
 
     def _add_missing_specials(self, config: Mapping[str, Any]) -> None:
         """Mark every token that the configuration calls special, and add none to the vocabulary."""
@@ -76,7 +82,7 @@ class Tokenizer:
         names = [_token_text(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)]
         special = {token.content for token in self.core.get_added_tokens_decoder().values() if token.special}
         missing = []
-        for name in dict.fromkeys([*self.strings.values(), *names, *self.stop_tokens]):
+        for name in dict.fromkeys([*self.strings.values(), *names]):
             if name in special:
                 continue
             if self.core.token_to_id(name) is None:
@@ -175,13 +181,18 @@ class Tokenizer:
         """Encode the plain text ``text[start:end]``, cut where asked."""
         if start >= end:
             return []
-        pieces = []
+        pieces: list[Piece] = []
         edges = [start, *(cut for cut in cuts if start < cut < end), end]
         for left, right in itertools.pairwise(edges):
             core = self._core_after("cut" if left > start else "special" if start > 0 else "nothing")
             encoding = core.encode(text[left:right], add_special_tokens=False)
-            for token, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
-                pieces += [Piece(plain, left + first, left + last, False) for plain in self._plain([token])]
+            ids, places = encoding.ids, encoding.offsets
+            if not self.special_ids.isdisjoint(ids):
+                spelled = [
+                    (plain, place) for t, place in zip(ids, places, strict=True) for plain in self._plain([t])
+                ]
+                ids, places = [plain for plain, _ in spelled], [place for _, place in spelled]
+            pieces += [Piece(t, left + a, left + b, False) for t, (a, b) in zip(ids, places, strict=True)]
         return pieces
 
     def _core_after(self, before: Literal["nothing", "special", "cut"]) -> tokenizers.Tokenizer:

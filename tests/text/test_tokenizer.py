@@ -137,8 +137,8 @@ def test_settings_that_would_shorten_or_pad_texts_are_switched_off(tmp_path: Pat
     ("in_post_processor", "in_config", "expected"),
     [(True, None, True), (False, None, False), (False, True, True), (True, False, False)],
 )
-def test_whether_bos_is_added_follows_the_files(
-    in_post_processor: bool, in_config: bool | None, expected: bool
+def test_whether_bos_is_added_follows_the_files_and_is_written(
+    in_post_processor: bool, in_config: bool | None, expected: bool, tmp_path: Path
 ) -> None:
     core = train_core()
     if in_post_processor:
@@ -147,7 +147,12 @@ def test_whether_bos_is_added_follows_the_files(
         )
     tokenizer = Tokenizer(core, {**CONFIG, "add_bos_token": in_config})
     assert tokenizer.adds_bos is expected
-    assert tokenizer.encode("kat") == train_core().encode("kat").ids
+    plain = train_core().encode("kat").ids
+    assert tokenizer.encode("kat") == plain
+    tokenizer.save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).adds_bos is expected
+    fast = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(str(tmp_path))
+    assert fast.encode("kat") == ([0, *plain] if expected else plain)
 
 
 def test_the_post_processor_is_written_though_it_is_not_used(tmp_path: Path) -> None:
@@ -166,6 +171,13 @@ def test_stop_tokens_come_from_the_generation_config(chat_tokenizer: Tokenizer, 
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2, 999999]}')
     assert Tokenizer.from_folder(tmp_path).stop_ids == (2, 0)
     assert chat_tokenizer.with_stop_tokens(["<|im_start|>"]).stop_ids == (2, 1)
+
+
+def test_an_ordinary_token_can_stop_and_stays_ordinary() -> None:
+    tokenizer = Tokenizer(train_core(), CONFIG, stop_tokens=["."])
+    assert tokenizer.stop_ids == (2, tokenizer.id_of("."))
+    assert tokenizer.special_tokens == SPECIALS
+    assert tokenizer.encode("kat.")[-1] == tokenizer.id_of(".")
 
 
 def test_without_a_pad_token_the_eos_pads() -> None:
