@@ -33,23 +33,25 @@ def model(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Any:
     return built
 
 
-def naive(model: Any, text: str) -> float:
-    """Bits of one document by transformers' decoder, token by token, with no batch and no window."""
+def naive(model: Any, texts: list[str]) -> list[float]:
+    """Bits of each document by transformers' decoder, token by token, with no batch and no window."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     oracle = LlamaForCausalLM(LlamaConfig(**model.spec.to_config())).eval()
-    oracle.load_state_dict(model.state_dict(), strict=True)
-    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
-    with torch.no_grad():
-        logits = oracle(torch.tensor([ids])).logits[0].double()
-    return sum(
-        -float(logits[place].log_softmax(-1)[ids[place + 1]]) for place in range(len(ids) - 1)
-    ) / math.log(2)
+    oracle.load_state_dict(model.state_dict(), strict=not model.spec.tied)
+    oracle.tie_weights()
+    bits = []
+    for text in texts:
+        ids = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
+        with torch.no_grad():
+            logs = oracle(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        bits.append(-sum(float(logs[place, token]) for place, token in enumerate(ids[1:])) / math.log(2))
+    return bits
 
 
 def test_bits_equal_those_of_transformers_document_by_document(model: Any) -> None:
     found = bits_per_byte.measure(model, TEXTS)
-    expected = [naive(model, text) for text in TEXTS]
+    expected = naive(model, TEXTS)
     assert found.bits == pytest.approx(expected, rel=1e-5)
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
     assert found.bits_per_byte == pytest.approx(
@@ -103,7 +105,7 @@ def test_a_document_longer_than_the_context_is_read_in_windows(model: Any) -> No
     assert strided == pytest.approx(whole, rel=0.05)
     short = "the cat sat on the mat"
     assert bits_per_byte.measure(model, [short], window=9999).bits == pytest.approx(
-        [naive(model, short)], rel=1e-5
+        naive(model, [short]), rel=1e-5
     )
 
 
@@ -154,6 +156,4 @@ def test_a_model_that_sees_the_future_is_refused(model: Any) -> None:
 @pytest.mark.smollm
 def test_smollm_bits_equal_those_of_transformers(smollm: Any) -> None:
     texts = ["De kat zat op de mat.", "The cat sat on the mat, as cats do."]
-    assert bits_per_byte.measure(smollm, texts).bits == pytest.approx(
-        [naive(smollm, text) for text in texts], rel=1e-4
-    )
+    assert bits_per_byte.measure(smollm, texts).bits == pytest.approx(naive(smollm, texts), rel=1e-4)
