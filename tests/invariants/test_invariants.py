@@ -66,6 +66,18 @@ def test_packed_documents_leak_nothing_in_bfloat16() -> None:
     kit.assert_only_within(gradient, 0, slice(40, 43))
 
 
+@pytest.mark.parametrize("parts", [(8, *(1,) * 8, 40), (2, 14, 40)])
+def test_cached_is_uncached_in_bfloat16_but_for_rounding(parts: tuple[int, ...]) -> None:
+    exact = kit.DECODERS["window"]()
+    low = kit.DECODERS["window"]().bfloat16()
+    ids = kit.random_ids(2, sum(parts))
+    cache = KeyValueCache(low.spec, 2, sum(parts), dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected, at_once = exact(ids), low(ids)
+        cached = torch.cat([low(part, cache=cache) for part in ids.split(list(parts), dim=1)], dim=1)
+    assert (cached - at_once).abs().mean() < 1.5 * (at_once - expected).abs().mean()
+
+
 def test_the_checks_find_a_leak() -> None:
     """A decoder that attends both ways fails the causal check: the kit can fail."""
     model = kit.decoder(
