@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         super().__init__()
         # Not drawn here: torch draws normals on the meta device through its compiler, a second of imports.
         undrawn = torch.empty(spec.vocab_size, spec.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(undrawn, freeze=False)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=undrawn)
         self.layers = nn.ModuleList(Block(spec, layer) for layer in range(len(spec.blocks)))
         self.norm = Norm(spec.hidden_size, spec.norm_eps)
 
