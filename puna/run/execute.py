@@ -48,7 +48,11 @@ def execute(
         with PeakMemory(parts["device"]) as peak:
             outcome = entry.stage.function(context, entry.parameters)
     except BaseException:
-        console.print(f"{entry.id}: stopped; {work} is kept, and the same run continues there", markup=False)
+        console.print(
+            f"{entry.id}: stopped; {work} is kept, and the same run continues there",
+            markup=False,
+            soft_wrap=True,
+        )
         raise
     seconds = time.monotonic() - clock
     record = {
@@ -116,7 +120,9 @@ def _prepare(work: Path, final: Path, stamp: str, afresh: bool) -> int:
         for folder in (work, final):
             shutil.rmtree(folder, ignore_errors=True)
     elif work.exists() and old != stamp:
-        console.print(f"{work.name}: was begun with other settings or inputs; wiped", markup=False)
+        console.print(
+            f"{work.name}: was begun with other settings or inputs; wiped", markup=False, soft_wrap=True
+        )
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "work.json"
@@ -168,5 +174,5 @@ def _metrics(entry: StageEntry, outcome: Outcome) -> dict[str, float | None]:
         number = float(value)
         values[name] = number if math.isfinite(number) else None
         if values[name] is None:
-            console.print(f"{entry.id}: metric {name} is {number}", style="red", markup=False)
+            console.print(f"{entry.id}: metric {name} is {number}", style="red", markup=False, soft_wrap=True)
     return values

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puna.core.errors import PunaError
 from puna.core.files import read_json
 from puna.core.stage import Cost
 from puna.model.spec import LlamaSpec
@@ -162,7 +163,13 @@ class _Planner:
 
     def _stage(self, entry: StageEntry) -> StagePlan:
         told = self._shapes(entry)
-        cost = entry.stage.plan(entry.parameters, told) if entry.stage.plan else None
+        try:
+            cost = entry.stage.plan(entry.parameters, told) if entry.stage.plan else None
+        except PunaError as error:
+            place = f"stage {entry.id}" + (f", {error.where}" if error.where is not None else "")
+            raise PunaError(
+                error.message, where=place, found=error.found, expected=error.expected, fix=error.fix
+            ) from None
         self.costs[entry.id] = cost
         self.specs[entry.id] = cost.spec if cost is not None and cost.spec is not None else told.spec
         if cost is None:

@@ -9,8 +9,8 @@ from typing import Any
 from puna.run import claims, processes
 from puna.run.claims import Judgement
 from puna.run.recipe import Recipe, load
-from puna.run.record import Metrics
-from puna.run.runner import Runner, default_folder
+from puna.run.record import Metrics, Run
+from puna.run.runner import Runner, default_folder, write_cards_and_report
 
 
 def prove(
@@ -36,10 +36,8 @@ def prove(
         runs[seed] = Runner(again, folder.with_name(f"{folder.name}-seed{seed}"), only=needed).run().metrics
     judgements = claims.judge(first, runs, seeds)
     if processes.is_first():
-        from puna.run.report import write_report
-
         claims.write(judgements, first, folder)
-        write_report(folder)
+        write_cards_and_report(Run.open(folder))
     return judgements, folder
 
 

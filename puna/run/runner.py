@@ -209,8 +209,6 @@ class Runner:
     def _conclude(self) -> None:
         """Claims, model cards and the report, out of what the stages left."""
         from puna.run import claims
-        from puna.run.card import write_card
-        from puna.run.report import write_report
 
         if self.recipe.claims and not (
             all(self.reused.values()) and claims.are_judged(self.recipe, self.folder)
@@ -218,12 +216,7 @@ class Runner:
             found = {name: record.metrics for name, record in self.records.items()}
             judged = claims.judge(self.recipe, {self.recipe.header.seed: found})
             claims.write(judged, self.recipe, self.folder)
-        for record in self.records.values():
-            for name, output in record.outputs.items():
-                if output["kind"] == "model" and (record.output(name) / "config.json").is_file():
-                    write_card(self.folder, record.output(name))
-        report = write_report(self.folder)
-        self._say(f"report: {report}")
+        self._say(f"report: {write_cards_and_report(Run.open(self.folder))}")
 
     def _resolved(self) -> dict[str, Any]:
         return {**self.recipe.resolved(), "device": self.device}
@@ -257,7 +250,19 @@ class Runner:
 
     @staticmethod
     def _say(text: str) -> None:
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def write_cards_and_report(run: Run) -> Path:
+    """Write a card into every model's folder of a run, and its report; returns the report's file."""
+    from puna.run.card import write_card
+    from puna.run.report import write_report
+
+    for record in run.stages.values():
+        for name, output in record.outputs.items():
+            if output["kind"] == "model" and (record.output(name) / "config.json").is_file():
+                write_card(run.folder, record.output(name))
+    return Path(write_report(run.folder))
 
 
 @contextlib.contextmanager
