@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 from puna.core import assets
 from puna.core.errors import PunaError
 from puna.core.files import read_json, write_text
+from puna.core.stage import get_stage
 from puna.run.record import Run, StageRecord
 from puna.run.report.gather import references
 from puna.run.report.page import paper_link
 
-_SHOWN_SETTINGS = 12
+_LONGEST_SETTING = 240
 _USE = """## Use
 
 ```python
@@ -95,7 +98,7 @@ def _ancestry(run: Run, stage: StageRecord) -> _Ancestry:
                     # A path means nothing to a reader elsewhere; its last part may be the model's name.
                     bases[Path(name).name if about["origin"] == "path" else name] = None
                 meta = _corpus(run, name) if about["origin"] == "stage" else None
-                if meta is not None:
+                if meta is not None and key != "held_out":  # what is held out is looked at, not learnt from
                     corpora[name] = meta
     return _Ancestry(stages, list(bases), list(corpora.items()))
 
@@ -148,14 +151,19 @@ def _what(run: Run, stage: StageRecord, ancestry: _Ancestry) -> str:
 def _done(run: Run, ancestry: _Ancestry) -> str:
     lines = ["## What was done", ""]
     for number, record in enumerate(ancestry.stages, start=1):
-        shown = {
-            key: value for key, value in record.parameters.items() if isinstance(value, str | int | float)
-        }
-        settings = ", ".join(f"{key} {value}" for key, value in list(shown.items())[:_SHOWN_SETTINGS])
-        lines.append(
-            f"{number}. **{record.id}** (`{record.use}`, {record.seconds:.0f} s): {settings or 'defaults'}"
-        )
+        settings = ", ".join(_chosen(record)) or "defaults"
+        lines.append(f"{number}. **{record.id}** (`{record.use}`, {record.seconds:.0f} s): {settings}")
     return "\n".join(lines)
+
+
+def _chosen(record: StageRecord) -> Iterator[str]:
+    """The settings of a stage that are not its defaults, in a few words each."""
+    fields = get_stage(record.use).parameters.model_fields
+    for key, value in record.parameters.items():
+        default = fields[key].get_default(call_default_factory=True) if key in fields else None
+        if value != to_jsonable_python(default, fallback=str):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield f"{key} {text}" if len(text) <= _LONGEST_SETTING else f"{key} as in the recipe below"
 
 
 def _data(ancestry: _Ancestry) -> str:

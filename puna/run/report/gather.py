@@ -114,7 +114,8 @@ def _stage(run: Run, name: str, recipe: Mapping[str, Any], reused: bool) -> Stag
         begun = run.folder / f"{name}.work"
         charts = _charts_so_far(begun / "metrics.jsonl")
         return StageView(name, use, "unfinished" if begun.is_dir() else "not run", charts=charts)
-    shown = [f"{key} {value:.4g}" for key, value in record.metrics.items() if finite(value)]
+    figures = {key: value for key, value in record.metrics.items() if finite(value)}
+    shown = [f"{key} {value:.4g}" for key, value in figures.items() if not key.endswith((".low", ".high"))]
     own_tables = (
         [] if record.report.get("intervals") or _data_tables(record) else record.report.get("tables", [])
     )
