@@ -14,6 +14,7 @@ from typing import Any
 from puna.core.files import fingerprint, read_json, sha256_of, write_json
 from puna.core.progress import console
 from puna.core.stage import Context, Kind, Outcome
+from puna.run import fingerprints
 from puna.run.machine import PeakMemory
 from puna.run.recipe import StageEntry
 from puna.run.record import StageRecord
@@ -158,11 +159,11 @@ def _describe_output(entry: StageEntry, name: str, path: Path, work: Path) -> di
         for file in files
         if file.name != "work.json"
     }
-    hashes = {relative: about["sha256"] for relative, about in listed.items()}
+    hashes = {relative: str(about["sha256"]) for relative, about in listed.items()}
     return {
         "path": root.relative_to(work.absolute()).as_posix(),
         "kind": declared[name],
-        "fingerprint": fingerprint(hashes),
+        "fingerprint": fingerprints.of_files(hashes),
         "files": listed,
     }
 

@@ -12,12 +12,13 @@ from typing import Any
 
 from puna.core import assets
 from puna.core.errors import PunaError
-from puna.core.files import fingerprint, fingerprint_path, sha256_of
+from puna.core.files import fingerprint, sha256_of
 from puna.core.stage import Stage
 from puna.run.recipe import StageEntry
 from puna.run.references import Reference
 
 PACKAGE = Path(__file__).parent.parent
+CARD = "README.md"
 
 
 def code_of(stage: Stage) -> str:
@@ -58,10 +59,23 @@ def _is_text(statement: ast.AST) -> bool:
     )
 
 
+def of_files(files: Mapping[str, str]) -> str:
+    """Fingerprint of files by relative name and SHA-256; a model card is no part of what it describes."""
+    return fingerprint({name: digest for name, digest in files.items() if Path(name).name != CARD})
+
+
+def of_path(path: Path) -> str:
+    """Fingerprint of a file or folder; that of a stage's output is the one its record holds."""
+    if path.is_file():
+        return of_files({"": sha256_of(path)})
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != CARD)
+    return of_files({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
+
+
 def of_reference(reference: Reference) -> str:
     """Fingerprint of an input from outside the run: content of a path, hash of an asset, name on a hub."""
     if reference.origin == "path":
-        return fingerprint_path(Path(reference.text).expanduser())
+        return of_path(Path(reference.text).expanduser())
     if reference.origin == "asset":
         asset = assets.describe(reference.text)
         return fingerprint([reference.text, asset.source.model_dump(mode="json")])
@@ -77,7 +91,7 @@ def of_reads(entry: StageEntry) -> dict[str, str]:
         path = Path(name).expanduser()
         if not path.exists():
             raise PunaError("file not found", where=f"stage {entry.id}", found=path)
-        found[str(path)] = fingerprint_path(path)
+        found[str(path)] = of_path(path)
     return found
 
 

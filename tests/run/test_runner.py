@@ -233,6 +233,17 @@ def test_the_resolved_recipe_runs_as_it_is(recipe: Recipe, executed: Executed) -
     assert executed(first.folder) == []
 
 
+def test_an_output_given_by_its_path_is_the_same_input_and_its_card_does_not_count(recipe: Recipe) -> None:
+    first = puna.run(recipe())
+    model = first.folder / "lora" / "model"
+    given = recipe(("{tuned: lora}", f"{{tuned: {model.absolute()}}}"))
+    second = puna.run(given, out="runs/second")
+    prints = [run.fingerprints["scores"]["inputs"]["models.tuned"] for run in (first, second)]
+    assert prints[0] == prints[1]
+    (model / "README.md").write_text("another card")
+    assert Runner(load(given), second.folder).preview()[-1].action == "reuse"
+
+
 def test_two_runs_of_one_seed_have_equal_outputs(recipe: Recipe) -> None:
     one, two, other = (puna.run(recipe(), out=f"runs/{n}", seed=s) for n, s in (("a", 1), ("b", 1), ("c", 2)))
 
