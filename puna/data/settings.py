@@ -102,3 +102,20 @@ class InstructionsParameters(Parameters):
     """What to do with training rows that share a run of words with held-out rows."""
     leak_words: pydantic.PositiveInt = 13
     """Length of that run in words."""
+
+
+class SampleParameters(Parameters):
+    """How much of a corpus is drawn."""
+
+    bytes: pydantic.PositiveInt | None = None
+    """UTF-8 bytes of text at most."""
+    rows: pydantic.PositiveInt | None = None
+    """Rows at most."""
+    seed: int | None = None
+    """Seed of the draw; without it the run's."""
+
+    @pydantic.model_validator(mode="after")
+    def _some_limit(self) -> SampleParameters:
+        if self.bytes is None and self.rows is None:
+            raise ValueError("say how much is drawn: bytes, rows, or both")
+        return self

@@ -1,4 +1,5 @@
-"""The stages of this room: ``corpus`` (sources -> corpus) and ``instructions`` (pairs, chats -> messages)."""
+"""The stages of this room: ``corpus`` (sources -> corpus), ``sample`` (corpus -> part of it) and
+``instructions`` (pairs, chats -> messages)."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ from typing import Any
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
-from puna.data.settings import CorpusParameters, InstructionsParameters
+from puna.data.settings import CorpusParameters, InstructionsParameters, SampleParameters
 from puna.data.sources.files import FileSettings
 
 # Rough rates, for plans only.
 _BYTES_PER_TOKEN = 4
+_BYTES_PER_DRAWN_TOKEN = 2.5  # text in a language the tokenizer was not made for
 _TOKENS_PER_SECOND = 30_000
 _SIDES: dict[str, Kind] = {"train": "corpus", "held_out": "corpus"}
 
@@ -52,6 +54,36 @@ def corpus(context: Context, parameters: CorpusParameters) -> Outcome:
     from puna.data.build import build
 
     return build(parameters, context.out, seed=context.seed).outcome(context.report)
+
+
+def _sample_cost(parameters: SampleParameters, shapes: Any) -> Cost:
+    """As many tokens as the bytes drawn make at the usual rate, and not more than there are."""
+    drawn = shapes.tokens if parameters.bytes is None else parameters.bytes / _BYTES_PER_DRAWN_TOKEN
+    return Cost(tokens=min(shapes.tokens, drawn), seconds=shapes.tokens / _TOKENS_PER_SECOND)
+
+
+@stage(
+    "sample",
+    parameters=SampleParameters,
+    inputs={"corpus": Input("corpus")},
+    outputs={"corpus": "corpus"},
+    plan=_sample_cost,
+)
+def sample(context: Context, parameters: SampleParameters) -> Outcome:
+    """Draw part of a corpus by bytes or rows, for stages that must learn from equally much.
+
+    Time grows linearly with the corpus; memory holds a number per row.
+    """
+    from puna.data.corpus import Corpus
+    from puna.data.describe import counts_table, metrics
+    from puna.data.leak import LeakCheck
+    from puna.data.sample import draw_sample
+
+    seed = context.seed if parameters.seed is None else parameters.seed
+    source = Corpus.open(context.inputs["corpus"])
+    drawn = draw_sample(source, parameters, context.out / "corpus", seed=seed)
+    context.report.setdefault("tables", []).append(counts_table({"drawn": drawn}))
+    return Outcome({"corpus": drawn.path}, metrics({"drawn": drawn}, LeakCheck()))
 
 
 @stage(
