@@ -152,6 +152,10 @@ def test_messages_are_rendered_and_special_strings_in_them_stay_text(model: Any)
     assert model.tokenizer.decode(ids) == text.replace("<|end|>\n", "\n")
 
 
+def test_no_prompts_give_no_completions(model: Any) -> None:
+    assert Engine(model).generate([]) == []
+
+
 def test_generation_ends_at_the_context(model: Any) -> None:
     engine = Engine(model)
     prompt = [5] * 250

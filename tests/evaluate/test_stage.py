@@ -234,4 +234,6 @@ def test_the_plan_counts_what_all_models_read_and_write(tiny_llama: Callable[...
     assert sampled.tokens == bare.tokens + 2 * 2 * 8
     assert sampled.flops > bare.flops > 0
     assert sampled.seconds > bare.seconds > 0
+    translated = plan(Evaluate(max_bytes=300, translation={"rows": 5, "max_tokens": 10}), shapes)
+    assert translated.tokens == bare.tokens + 2 * 5 * 10
     assert bare.memory > spec.parameter_count() * 4
