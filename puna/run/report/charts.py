@@ -44,7 +44,7 @@ def line_chart(
     left = 14 + _CHARACTER * max(len(short(tick)) for tick in y_ticks)
     legend = 20 if len(lines) > 1 else 0
     x_scale = _Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, left, width - 14)
-    y_scale = _Scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), height - 40, 22 + legend)
+    y_scale = _Scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), height - 40, 28 + legend)
     parts = [_text(0, 12, y, "axis")]
     for tick in y_ticks:
         place = y_scale(tick)
@@ -179,11 +179,11 @@ def _legend(names: Sequence[str], left: float) -> Markup:
     parts, place = [], left
     for number, name in enumerate(names):
         parts.append(
-            Markup('<rect x="{:.1f}" y="22" width="10" height="10" rx="2" class="swatch series-{}"/>').format(
+            Markup('<rect x="{:.1f}" y="24" width="10" height="10" rx="2" class="swatch series-{}"/>').format(
                 place, number % _SERIES + 1
             )
         )
-        parts.append(_text(place + 15, 31, name, "label"))
+        parts.append(_text(place + 15, 33, name, "label"))
         place += 15 + _CHARACTER * len(name) + 18
     return Markup("").join(parts)
 
