@@ -17,6 +17,7 @@ from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus
 from puna.model.adapters import LoraSettings, add_lora, merge_lora
+from puna.model.probe import difference, probe
 from puna.text import pretrained
 from puna.text.encode import Encoded, encode_rows
 from puna.text.packing import Packed, pack
@@ -53,7 +54,7 @@ def run(context: Context, parameters: Train) -> Outcome:
     """Run the stage; under ``torchrun`` each process calls this and the first one writes."""
     seed = derive(context.seed if parameters.seed is None else parameters.seed, context.name)
     with world(context.device) as here:
-        model = _open(context, parameters, here, seed)
+        model, start_difference = _open(context, parameters, here, seed)
         packed = _training_rows(model, context.inputs["corpus"], parameters)
         held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, here)
         feed = Feed(
@@ -93,27 +94,36 @@ def run(context: Context, parameters: Train) -> Outcome:
         loop.checkpoints.remove()
     lines = read_metrics(context.out / "metrics.jsonl")
     fill_report(context.report, lines, packed.report, optimizer.count)
-    return Outcome(outputs, metrics_of(lines, state, optimizer.count))
+    metrics = metrics_of(lines, state, optimizer.count)
+    if start_difference is not None:
+        metrics["start_difference"] = start_difference
+    return Outcome(outputs, metrics)
 
 
 def _dtype(context: Context, parameters: Train) -> str:
     return parameters.dtype or context.dtype
 
 
-def _open(context: Context, parameters: Train, here: World, seed: int) -> Llama:
+def _open(context: Context, parameters: Train, here: World, seed: int) -> tuple[Llama, float | None]:
+    """The model to train, and how far its new adapter moves the logits before training: 0.0, to the bit."""
     dtype = _dtype(context, parameters)
     if dtype not in ("float32", "bfloat16"):
         raise PunaError("training computes in float32 or bfloat16", where="dtype", found=dtype)
-    model = _prepared(context.inputs["model"], parameters, dtype, str(here.device), seed)
+    model = _base(context.inputs["model"], parameters, dtype, str(here.device))
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
+    moved = None
+    if parameters.lora is not None:
+        before = probe(model)
+        add_lora(model, _lora_settings(parameters.lora), seed=seed)
+        moved = difference(before, probe(model))
     if here.device.type == "cpu":
         quicken(model)
-    return model
+    return model, moved
 
 
-def _prepared(source: str | Path, parameters: Train, dtype: str, device: str, seed: int) -> Llama:
-    """The model as training starts from it: opened, its own adapter merged, the new one added."""
+def _base(source: str | Path, parameters: Train, dtype: str, device: str) -> Llama:
+    """The model as it is before anything is added: opened, its own adapter merged."""
     model = pretrained.load(source, dtype=dtype, device=device)
     if model.adapter is not None:
         if parameters.lora is not None and parameters.save_adapter:
@@ -124,8 +134,6 @@ def _prepared(source: str | Path, parameters: Train, dtype: str, device: str, se
                 fix="set save_adapter: false, or convert the model to a plain folder first",
             )
         merge_lora(model)
-    if parameters.lora is not None:
-        add_lora(model, _lora_settings(parameters.lora), seed=seed)
     return model
 
 
@@ -268,7 +276,8 @@ def _write(
     if parameters.lora is None:
         final = model.float()
     else:
-        final = _prepared(context.inputs["model"], parameters, "float32", "cpu", seed)
+        final = _base(context.inputs["model"], parameters, "float32", "cpu")
+        add_lora(final, _lora_settings(parameters.lora), seed=seed)
     with torch.no_grad():
         for name, parameter in final.named_parameters():
             if name in masters:
