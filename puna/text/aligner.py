@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy
 import numpy.typing
@@ -27,7 +27,7 @@ Symmetrisation = Literal["intersection", "union", "grow-diag-final-and"]
 SYMMETRISATIONS: tuple[Symmetrisation, ...] = ("intersection", "union", "grow-diag-final-and")
 Words = Sequence[str]
 Ints = numpy.typing.NDArray[numpy.int64]
-Floats = numpy.typing.NDArray[numpy.float64]
+Floats = numpy.typing.NDArray[numpy.floating[Any]]
 
 NULL_PROBABILITY = 0.08  # that a word has no partner; Dyer et al. use this value
 DIRICHLET = 0.01  # prior of each word translation; sparse, as Dyer et al. choose it
@@ -103,9 +103,9 @@ class _Cells:
         start = 0
         for (rows, columns), members in sorted(by_shape.items()):
             stop = start + len(members) * rows * columns
-            source = _numbered([pairs[index][0] for index in members], source_ids)
-            target = _numbered([pairs[index][1] for index in members], target_ids)
-            self.groups.append(_Group(members, source, target, slice(start, stop)))
+            left = _numbered([pairs[index][0] for index in members], source_ids)
+            right = _numbered([pairs[index][1] for index in members], target_ids)
+            self.groups.append(_Group(members, left, right, slice(start, stop)))
             start = stop
         self.types = {"source": len(source_ids), "target": len(target_ids)}
         keys = numpy.empty(start, dtype=numpy.int64)

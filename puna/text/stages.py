@@ -1,0 +1,164 @@
+"""The stages of this room: ``tokenizer`` (text -> tokenizer) and ``vocabulary`` (model -> model with it)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pydantic
+
+from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Rough rates of one core, for plans only.
+_TRAINED_TOKENS_PER_SECOND = 100_000
+_ALIGNED_TOKENS_PER_SECOND = 20_000
+
+Builder = Literal["identity", "mean_of_pieces", "weighted_pieces", "alignment", "random", "global_mean"]
+
+
+def _check_given(parameters: Parameters, read_by: Mapping[str, tuple[str, ...]], key: str) -> None:
+    """Refuse a setting that the chosen value of ``key`` does not read; a default says nothing."""
+    chosen = getattr(parameters, key)
+    fields = type(parameters).model_fields
+    for name, values in read_by.items():
+        if getattr(parameters, name) != fields[name].default and chosen not in values:
+            raise ValueError(f"{name} means nothing with {key} {chosen!r}, but with {', '.join(values)}")
+
+
+class TokenizerParameters(Parameters):
+    """Parameters of the stage ``tokenizer``."""
+
+    method: Literal["train", "extend"] = "train"
+    """train makes a new vocabulary; extend adds tokens to the model's own byte-level BPE."""
+    kind: Literal["bpe", "unigram"] = "bpe"
+    """train: byte-level BPE, which llama.cpp reads too, or Unigram."""
+    vocab_size: int = pydantic.Field(16_000, ge=257)
+    """train: tokens at most, special ones included."""
+    new_tokens: int = pydantic.Field(4_000, ge=1)
+    """extend: tokens added at most."""
+    min_frequency: int = pydantic.Field(2, ge=1)
+    """BPE: how often two tokens must stand together to be joined."""
+    single_digits: bool | None = None
+    """train: split numbers into digits or not; null does as the model's tokenizer."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> TokenizerParameters:
+        read_by = {
+            "new_tokens": ("extend",),
+            **dict.fromkeys(("kind", "vocab_size", "single_digits"), ("train",)),
+        }
+        _check_given(self, read_by, "method")
+        _check_given(self, {"min_frequency": ("bpe",)}, "kind")
+        return self
+
+
+class VocabularyParameters(Parameters):
+    """Parameters of the stage ``vocabulary``."""
+
+    builder: Builder = "alignment"
+    """How new rows are made: see puna.text.vocabulary.builders; random and global_mean are baselines."""
+    pad_to_multiple: int = pydantic.Field(1, ge=1)
+    """Round the number of rows up to a multiple of this; padded rows never win."""
+    fallback: Literal["weighted_pieces", "mean_of_pieces", "unk"] = "weighted_pieces"
+    """alignment: what a token takes that no pair shows: its old pieces, or the old unknown token's row."""
+    evidence: float = pydantic.Field(2.0, ge=0)
+    """alignment: a row counted n times is blended with the token's pieces as n : evidence."""
+    floor: float = pydantic.Field(0.2, ge=0, le=1)
+    """alignment: old tokens with a smaller share of a row are dropped."""
+    position: float = pydantic.Field(0.5, ge=0, le=1)
+    """alignment: share of an aligned word's mass that goes by place in the word; the rest is even."""
+    symmetrisation: Literal["intersection", "union", "grow-diag-final-and"] = "intersection"
+    """alignment: how the two directions of the word aligner are joined."""
+    iterations: int = pydantic.Field(5, ge=1)
+    """alignment: iterations of the word aligner in each direction."""
+    copy_shared: bool = False
+    """random, global_mean: copy the rows of tokens that both vocabularies have."""
+    distribution: Literal["matched", "fixed"] = "matched"
+    """random: N(mean, variance of each column of the old matrix), or N(0, 0.02)."""
+    seed: int | None = None
+    """random: null takes the run's seed."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the model is opened and written in; null takes the run's."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> VocabularyParameters:
+        aligned = ("fallback", "evidence", "floor", "position", "symmetrisation", "iterations")
+        read_by: dict[str, tuple[str, ...]] = dict.fromkeys(aligned, ("alignment",))
+        read_by |= {
+            "copy_shared": ("random", "global_mean"),
+            "distribution": ("random",),
+            "seed": ("random",),
+        }
+        _check_given(self, read_by, "builder")
+        if self.fallback == "unk" and self.evidence > 0:
+            raise ValueError("with fallback 'unk' no pieces are blended in: set evidence to 0")
+        return self
+
+
+def plan_tokenizer(parameters: TokenizerParameters, shapes: Any) -> Cost:
+    """Time by the tokens of the corpora; the decoder it names has the new number of rows."""
+    spec = shapes.spec
+    if spec is not None:
+        more = spec.vocab_size + parameters.new_tokens
+        spec = spec.replace(vocab_size=parameters.vocab_size if parameters.method == "train" else more)
+    return Cost(tokens=shapes.tokens, seconds=shapes.tokens / _TRAINED_TOKENS_PER_SECOND, spec=spec)
+
+
+def plan_vocabulary(parameters: VocabularyParameters, shapes: Any) -> Cost:
+    """The model is held twice, read and written; the pairs are aligned.
+
+    The number of new rows is known if the tokenizer is made by a stage with a model; else the old
+    number is taken.
+    """
+    spec = shapes.spec
+    if spec is None:
+        return Cost(tokens=shapes.tokens)
+    rows = shapes.models.get("tokenizer", spec).vocab_size
+    new = spec.replace(vocab_size=-(-rows // parameters.pad_to_multiple) * parameters.pad_to_multiple)
+    each = _BYTES[parameters.dtype or shapes.dtype]
+    memory = each * (spec.parameter_count() + new.parameter_count())
+    seconds = shapes.tokens / _ALIGNED_TOKENS_PER_SECOND + shapes.device.read_seconds(memory)
+    return Cost(tokens=shapes.tokens, memory=memory, seconds=seconds, spec=new)
+
+
+@stage(
+    "tokenizer",
+    parameters=TokenizerParameters,
+    inputs={
+        "model": Input("model", optional=True),
+        "corpus": Input("corpus", many=True),
+        "held_out": Input("corpus", many=True, optional=True),
+    },
+    outputs={"tokenizer": "tokenizer"},
+    plan=plan_tokenizer,
+)
+def tokenizer(context: Context, parameters: TokenizerParameters) -> Outcome:
+    """Train a tokenizer on documents or the target side of pairs, or extend a model's.
+
+    Time and memory grow linearly with the number of different words.
+    """
+    from puna.text.vocabulary.job import make_tokenizer
+
+    return make_tokenizer(context, parameters)
+
+
+@stage(
+    "vocabulary",
+    parameters=VocabularyParameters,
+    inputs={
+        "model": Input("model"),
+        "tokenizer": Input("tokenizer", optional=True),
+        "pairs": Input("corpus", many=True, optional=True),
+    },
+    outputs={"model": "model", "mapping": "mapping"},
+    plan=plan_vocabulary,
+)
+def vocabulary(context: Context, parameters: VocabularyParameters) -> Outcome:
+    """Give a model the vocabulary of a tokenizer; the source side of pairs is what the model speaks.
+
+    Time grows with the product of the lengths of each pair, and linearly with the model.
+    """
+    from puna.text.vocabulary.job import change_vocabulary
+
+    return change_vocabulary(context, parameters)
