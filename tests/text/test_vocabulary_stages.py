@@ -16,6 +16,7 @@ from puna.text.vocabulary.operator import VocabularyMap
 
 Run = Callable[..., Outcome]
 PAIRS = noisy_pairs()
+OLD_SIZE = 330  # small, so that words have several tokens
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
 
     root = tmp_path_factory.mktemp("inputs")
-    old = old_tokenizer()
+    old = old_tokenizer(OLD_SIZE)
     block = BlockSpec(heads=2, kv_heads=1, head_dim=8, rope=RopeRule(kind="default", theta=1e4), width=32)
     model = Llama(LlamaSpec(vocab_size=old.vocab_size, hidden_size=16, blocks=(block,), tied=True))
     model.tokenizer, model.template = old, find_template(old)
@@ -77,7 +78,7 @@ def test_a_tokenizer_is_trained_and_compared_with_the_models_own(
     }
     outcome = run("tokenizer", inputs, vocab_size=360)
     made = Tokenizer.from_folder(outcome.outputs["tokenizer"])
-    old = old_tokenizer()
+    old = old_tokenizer(OLD_SIZE)
     texts = [target for _, target in PAIRS]
     size = sum(len(text.encode()) for text in texts)
     for name in ("corpus", "held_out.documents"):
@@ -103,7 +104,7 @@ def test_a_tokenizer_can_be_extended(folders: dict[str, Path], run: Run) -> None
     inputs = {"model": folders["model"], "corpus": _corpora(folders, "documents")}
     outcome = run("tokenizer", inputs, method="extend", new_tokens=12)
     made = Tokenizer.from_folder(outcome.outputs["tokenizer"])
-    assert made.vocab_size == old_tokenizer().vocab_size + 12
+    assert made.vocab_size == old_tokenizer(OLD_SIZE).vocab_size + 12
     with pytest.raises(PunaError, match="takes the model it belongs to"):
         run("tokenizer", {"corpus": _corpora(folders, "documents")}, method="extend")
 
