@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, examples run, and what it names (tests, commands, keys) is there."""
+"""The documentation: links lead somewhere, examples run, and the tests, commands and keys it names exist."""
 
 from __future__ import annotations
 
