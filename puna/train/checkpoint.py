@@ -91,7 +91,8 @@ class Checkpoints:
             try:
                 content = _read_whole(folder)
             except PunaError as error:
-                console.print(f"[yellow]A checkpoint is broken and is passed over.[/] {error}")
+                if self.world.is_main:
+                    console.print(f"A checkpoint is broken and is passed over. {error}", markup=False)
                 continue
             self._same_recipe(content["recipe"], folder)
             weights, moments, generators = (load_file(folder / name) for name in _FILES)

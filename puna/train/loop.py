@@ -7,11 +7,11 @@ processes changes nothing but rounding.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,22 +127,31 @@ class Loop:
 
     def _steps(self) -> None:
         settings, state = self.settings, self.state
-        with Track("training", settings.total_tokens, "tokens") as track:
-            track.advance(state.tokens)
+        with contextlib.ExitStack() as stack:
+            track = None
+            if self.world.is_main:
+                track = stack.enter_context(Track("training", settings.total_tokens - state.tokens, "tokens"))
             while state.step < settings.total_steps:
                 step = self.feed.steps(state.epoch)[state.epoch_step]
                 done = self._step(step)
                 self._count(step, done)
-                track.note(f"step {state.step}/{settings.total_steps} loss {done.loss / step.targets:.4f}")
-                track.advance(step.tokens)
-                last = state.step == settings.total_steps
-                if last or (settings.eval_steps and state.step % settings.eval_steps == 0):
-                    self._evaluate()
-                if last or self._save_is_due():
-                    if self._log is not None:
-                        self._log.sync()
-                    self.checkpoints.save(state, self.optimizer)
-                    self._saved = time.monotonic()
+                if track is not None:
+                    mean = done.loss / step.targets
+                    track.note(f"step {state.step}/{settings.total_steps} loss {mean:.4f}")
+                    track.advance(step.tokens)
+                self._after_step()
+
+    def _after_step(self) -> None:
+        """Evaluate and save where that is due."""
+        settings, state = self.settings, self.state
+        last = state.step == settings.total_steps
+        if last or (settings.eval_steps and state.step % settings.eval_steps == 0):
+            self._evaluate()
+        if last or self._save_is_due():
+            if self._log is not None:
+                self._log.sync()
+            self.checkpoints.save(state, self.optimizer)
+            self._saved = time.monotonic()
 
     def _save_is_due(self) -> bool:
         """Whether it is time for a checkpoint; all processes agree, going by the first one's clock."""
@@ -240,7 +249,7 @@ class Loop:
             self._log.write(self.state.step, kind, values)
 
 
-@contextmanager
+@contextlib.contextmanager
 def kept_generators(device: torch.device) -> Iterator[None]:
     """Put back every global generator (torch's, numpy's, Python's) after the block."""
     devices = [device] if device.type == "cuda" else []
@@ -253,7 +262,7 @@ def kept_generators(device: torch.device) -> Iterator[None]:
         numpy.random.set_state(arrays)
 
 
-@contextmanager
+@contextlib.contextmanager
 def measuring(model: Llama, device: torch.device) -> Iterator[None]:
     """A block in which the model is only looked at: no gradients, no dropout, generators put back."""
     was_training = model.training

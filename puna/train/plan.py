@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from puna.model.spec import BlockSpec, LlamaSpec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DROPOUT_TRAFFIC = {"cpu": 80, "cuda": 10}
+"""Bytes of memory traffic that take as long as dropping one element, back and forth (CPU: measured)."""
+
 _SCRATCH_ON_CPU = 1.5  # glibc, SmolLM2-135M with LoRA in bfloat16: 2.36 GB resident for 1.57 GB kept
 LOGITS_AT_ONCE = 2048  # puna.train.objectives.CHUNK, which cannot be imported without torch
 
@@ -102,6 +105,18 @@ def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
         weights = sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
         total += (2 if method.r else 4) * weights + 4 * _attention_product(block, length)
     return total + 6 * lora_parameters(spec, method)
+
+
+def dropped_elements(spec: LlamaSpec, method: Method) -> int:
+    """Elements that the adapter's dropout draws for, per token: the inputs of adapted projections."""
+    if not method.dropout:
+        return 0
+    return sum(
+        sizes[0]
+        for layer, block in enumerate(spec.blocks)
+        for name, sizes in projections(spec, block).items()
+        if _adapted(name, layer, method)
+    )
 
 
 def _attention_product(block: BlockSpec, length: int) -> float:

@@ -9,7 +9,9 @@ import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.train.plan import (
+    DROPOUT_TRAFFIC,
     Method,
+    dropped_elements,
     forward_operations,
     memory,
     trained_parameters,
@@ -158,12 +160,14 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
     looked_at = evaluations * sum(min(shapes.corpora[name], limit) for name in names)
     flops = tokens * training_operations(spec, method, parameters.max_length)
     flops += looked_at * forward_operations(spec, parameters.max_length)
+    device = _kind_of(shapes.device)
+    traffic = tokens * dropped_elements(spec, method) * DROPOUT_TRAFFIC[device]
     return Cost(
         tokens=tokens,
         trainable=trained_parameters(spec, method),
         flops=flops,
-        memory=memory(spec, method, dtype, parameters.micro_batch_tokens, device=_kind_of(shapes.device)),
-        seconds=shapes.device.seconds(flops, dtype),
+        memory=memory(spec, method, dtype, parameters.micro_batch_tokens, device=device),
+        seconds=shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic),
     )
 
 

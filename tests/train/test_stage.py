@@ -368,6 +368,10 @@ def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path
             def seconds(flops: float, dtype: str) -> float:
                 return flops / 1e9
 
+            @staticmethod
+            def read_seconds(size: float) -> float:
+                return size / 1e9
+
         def tokens_of(self, name: str) -> float:
             return self.corpora.get(f"{name}.main", 0.0)
 
@@ -377,6 +381,8 @@ def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path
         assert cost.trainable == outcome.metrics["trainable"]
         assert cost.tokens == pytest.approx(outcome.metrics["tokens"], rel=0.1)
         assert cost.seconds == cost.flops / 1e9 and cost.memory > 0
+    dropped = plan_train(Train(**{**SMALL, "lora": {**LORA, "dropout": 0.1}}), Shapes())
+    assert dropped.seconds > cost.seconds and dropped.flops == cost.flops
     limits = {"max_steps": None, "epochs": 3}
     assert plan_train(Train(**{**SMALL, **limits}), Shapes()).tokens == 1500
     assert plan_train(Train(**{**SMALL, "max_steps": None, "max_tokens": 70}), Shapes()).tokens == 70
