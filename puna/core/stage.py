@@ -26,6 +26,14 @@ class Parameters(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class PlanOnly:
+    """Marks a parameter that only plans go by, ``Annotated[int, PlanOnly()]``: results do not depend on it.
+
+    It is written down with the others and is no part of the stage's fingerprint. For parameters of the
+    stage itself, not for those inside another.
+    """
+
+
 @dataclass(frozen=True)
 class Input:
     """An input of a stage: its kind, whether it takes several under names, and if it may be absent."""

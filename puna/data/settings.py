@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
 from puna.core import assets
-from puna.core.stage import Parameters
+from puna.core.stage import Parameters, PlanOnly
 from puna.data.kinds import Kind
 from puna.data.sources import AnySource
 from puna.data.split import HeldOut
@@ -42,8 +42,8 @@ class CorpusParameters(Parameters):
     leak_words: pydantic.PositiveInt = 13
     """Length of that run in words."""
 
-    expected_tokens: dict[Literal["train", "held_out"], pydantic.PositiveInt] = pydantic.Field(
-        default_factory=dict
+    expected_tokens: Annotated[dict[Literal["train", "held_out"], pydantic.PositiveInt], PlanOnly()] = (
+        pydantic.Field(default_factory=dict)
     )
     """How many tokens each side will hold, where that is known: what a plan goes by."""
 
@@ -102,6 +102,8 @@ class InstructionsParameters(Parameters):
     """What to do with training rows that share a run of words with held-out rows."""
     leak_words: pydantic.PositiveInt = 13
     """Length of that run in words."""
+    expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
+    """How many tokens the training side will hold, where that is known: what a plan goes by."""
 
 
 class SampleParameters(Parameters):
@@ -113,6 +115,8 @@ class SampleParameters(Parameters):
     """Rows at most."""
     seed: int | None = None
     """Seed of the draw; without it the run's."""
+    expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
+    """How many tokens will be drawn, where that is known: what a plan goes by."""
 
     @pydantic.model_validator(mode="after")
     def _some_limit(self) -> SampleParameters:

@@ -35,8 +35,10 @@ def _corpus_cost(parameters: CorpusParameters, shapes: Any) -> Cost:
 
 
 def _instructions_cost(parameters: InstructionsParameters, shapes: Any) -> Cost:
-    """As many tokens as the corpora hold that go in."""
-    return Cost(tokens=shapes.tokens, seconds=shapes.tokens / _TOKENS_PER_SECOND)
+    """As many tokens as the recipe expects, or as the corpora hold that go in."""
+    return Cost(
+        tokens=parameters.expected_tokens or shapes.tokens, seconds=shapes.tokens / _TOKENS_PER_SECOND
+    )
 
 
 @stage(
@@ -57,8 +59,9 @@ def corpus(context: Context, parameters: CorpusParameters) -> Outcome:
 
 
 def _sample_cost(parameters: SampleParameters, shapes: Any) -> Cost:
-    """As many tokens as the bytes drawn make at the usual rate, and not more than there are."""
+    """As many tokens as the recipe expects, or the bytes drawn make at the usual rate, if there are so many."""
     drawn = shapes.tokens if parameters.bytes is None else parameters.bytes / _BYTES_PER_DRAWN_TOKEN
+    drawn = parameters.expected_tokens or drawn
     return Cost(tokens=min(shapes.tokens, drawn), seconds=shapes.tokens / _TOKENS_PER_SECOND)
 
 

@@ -18,25 +18,35 @@ from puna.run.recipe import StageEntry
 from puna.run.references import Reference
 
 PACKAGE = Path(__file__).parent.parent
+ROOMS = ("core", "model", "text", "data", "train", "decode", "evaluate", "run")
+"""The rooms in their layers: each builds on those before it."""
 CARD = "README.md"
 
 
 def code_of(stage: Stage) -> str:
-    """Fingerprint of the source a stage runs on: all files of its room, or its own file outside of puna.
+    """Fingerprint of the source a stage runs on: its room and all rooms that it builds on.
 
-    Comments, docstrings and layout of Python files do not count.
+    Of a stage that is not puna's it is its own file. Comments, docstrings and layout of Python files
+    do not count.
     """
     file = Path(sys.modules[stage.function.__module__].__file__ or "").resolve()
     if not file.is_relative_to(PACKAGE):
-        return _fingerprint_code((file,))
-    room = PACKAGE / file.relative_to(PACKAGE).parts[0]
-    sources = (path for path in room.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return _fingerprint_code(tuple(sorted(sources)))
+        return _of_source(file)
+    last = ROOMS.index(file.relative_to(PACKAGE).parts[0])
+    return fingerprint([_of_source(PACKAGE / room) for room in ROOMS[: last + 1]])
 
 
 @functools.cache
-def _fingerprint_code(files: tuple[Path, ...]) -> str:
-    return fingerprint([(file.name, _source(file)) for file in files])
+def _of_source(path: Path) -> str:
+    """Fingerprint of a source file or of all files of a room; read once in a process."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return fingerprint(
+        [
+            (file.relative_to(path.parent).as_posix(), _source(file))
+            for file in files
+            if "__pycache__" not in file.parts
+        ]
+    )
 
 
 def _source(file: Path) -> str:
@@ -103,7 +113,7 @@ def parts_of(
         "stage": entry.stage.name,
         "version": entry.stage.version,
         "code": code_of(entry.stage),
-        "parameters": entry.settings(),
+        "parameters": entry.deciding_settings(),
         "reads": of_reads(entry),
         "seed": seed,
         "device": device,

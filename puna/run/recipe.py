@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from puna.core.errors import PunaError, nearest, unknown_name
-from puna.core.stage import Parameters, Stage, get_stage, models_of, validate
+from puna.core.stage import Parameters, PlanOnly, Stage, get_stage, models_of, validate
 from puna.run import expression, source
 from puna.run.references import InputBuilder, Inputs, Reference
 from puna.run.source import KeyPath, Source
@@ -124,6 +124,12 @@ class StageEntry:
     def settings(self) -> dict[str, Any]:
         """All parameters, defaults too, as JSON-like values."""
         return self.parameters.model_dump(mode="json", by_alias=True)
+
+    def deciding_settings(self) -> dict[str, Any]:
+        """The parameters that the stage's result depends on: those that only plans go by are left out."""
+        fields = type(self.parameters).model_fields.items()
+        aside = {name for name, field in fields if any(isinstance(mark, PlanOnly) for mark in field.metadata)}
+        return self.parameters.model_dump(mode="json", by_alias=True, exclude=aside)
 
     def resolved(self) -> dict[str, Any]:
         """The stage as a resolved recipe has it."""

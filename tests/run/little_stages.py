@@ -11,14 +11,14 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from puna.core import stage as registry
 from puna.core.errors import PunaError
 from puna.core.seeds import derive
-from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.core.stage import Context, Cost, Input, Outcome, Parameters, PlanOnly, stage
 
 
 class Letters(Parameters):
@@ -30,6 +30,8 @@ class Letters(Parameters):
     """A file whose text comes first."""
     upper: bool = False
     """Large letters."""
+    expected: Annotated[int | None, PlanOnly()] = None
+    """How many letters a plan is to count."""
 
 
 class Lora(Parameters):
@@ -139,9 +141,8 @@ def together(context: Context, parameters: Measure) -> Outcome:
 
 def plan_letters(parameters: Letters, shapes: Any) -> Cost:
     """Letters are tokens here."""
-    return Cost(
-        tokens=parameters.count, corpora={"train": parameters.count, "held_out": parameters.count / 10}
-    )
+    count = parameters.expected or parameters.count
+    return Cost(tokens=count, corpora={"train": count, "held_out": count / 10})
 
 
 def plan_learn(parameters: Learn, shapes: Any) -> Cost:

@@ -113,6 +113,17 @@ def test_a_file_a_parameter_points_at_is_part_of_the_fingerprint(
         puna.run(recipe(), set={"dutch.file": "nowhere.txt"})
 
 
+def test_what_only_plans_go_by_is_written_down_and_runs_nothing_again(
+    recipe: Recipe, executed: Executed
+) -> None:
+    puna.run(recipe())
+    executed()
+    run = puna.run(recipe(), set={"dutch.expected": 99})
+    assert executed() == []
+    assert "expected: 99" in run.recipe_text
+    assert "expected" not in run.stages["dutch"].parts["parameters"]
+
+
 def test_from_forces_that_stage_and_all_after_it(recipe: Recipe, executed: Executed) -> None:
     puna.run(recipe())
     executed()
