@@ -59,7 +59,7 @@ def corpus(context: Context, parameters: CorpusParameters) -> Outcome:
 
 
 def _sample_cost(parameters: SampleParameters, shapes: Any) -> Cost:
-    """As many tokens as the recipe expects, or the bytes drawn make at the usual rate, if there are so many."""
+    """As many tokens as the recipe expects or the bytes drawn usually make, and not more than there are."""
     drawn = shapes.tokens if parameters.bytes is None else parameters.bytes / _BYTES_PER_DRAWN_TOKEN
     drawn = parameters.expected_tokens or drawn
     return Cost(tokens=min(shapes.tokens, drawn), seconds=shapes.tokens / _TOKENS_PER_SECOND)

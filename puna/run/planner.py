@@ -30,7 +30,7 @@ _GENERAL = (
 class Shapes:
     """What a stage's ``plan`` is told: shapes of its input models, tokens of its input corpora, the device.
 
-    Keys of ``models`` and ``corpora`` are ``input`` or, where an input takes several, ``input.name``.
+    Of a tokenizer it is the shape that a model has with its vocabulary, where that is known. Keys of ``models`` and ``corpora`` are ``input`` or, where an input takes several, ``input.name``.
     """
 
     models: Mapping[str, LlamaSpec]
@@ -186,6 +186,10 @@ class _Planner:
                 spec = self._spec(reference)
                 if spec is not None:
                     models[name] = spec
+            elif kind == "tokenizer":
+                spec = self._spec_with(reference)
+                if spec is not None:
+                    models[name] = spec
             elif kind == "corpus":
                 corpora[name] = self._tokens(reference)
         return Shapes(models, corpora, tuple(entry.stage.inputs), self.device, self.dtype)
@@ -200,6 +204,13 @@ class _Planner:
             f"{reference.text}: {millions:,.1f}M parameters"
             + (f", the shape of {name}" if self.model else "")
         )
+        return spec
+
+    def _spec_with(self, reference: Reference) -> LlamaSpec | None:
+        """A decoder with the vocabulary of a tokenizer, if an earlier stage makes it for a known model."""
+        spec = self.specs[reference.stage] if reference.stage is not None else None
+        if spec is None:
+            self.assumed.append(f"{reference.text}: a vocabulary as large as the model's")
         return spec
 
     def _tokens(self, reference: Reference) -> float:

@@ -108,8 +108,8 @@ def plan_tokenizer(parameters: TokenizerParameters, shapes: Any) -> Cost:
 def plan_vocabulary(parameters: VocabularyParameters, shapes: Any) -> Cost:
     """The model is held twice, read and written; the pairs are aligned.
 
-    The number of new rows is known if the tokenizer is made by a stage with a model; else the old
-    number is taken.
+    The number of new rows is known if the tokenizer is made by a stage that is given a model; else the
+    old number is taken.
     """
     spec = shapes.spec
     if spec is None:

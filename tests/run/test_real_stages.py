@@ -16,6 +16,7 @@ import pytest
 
 import puna
 from puna.run.alone import run_stage
+from puna.run.planner import plan
 from puna.run.recipe import load
 from puna.run.record import Run
 from puna.run.runner import Runner
@@ -140,3 +141,29 @@ def test_export_writes_both_formats_and_merges_an_adapter(place: Path) -> None:
     assert next(file.rglob("*.gguf") if file.is_dir() else iter([file])).read_bytes()[:4] == b"GGUF"
     about = json.loads(Path("gguf/stage.json").read_text())
     assert about["metrics"]["parameters"] == puna.load("base").spec.parameter_count()
+
+
+def test_a_plan_follows_a_new_vocabulary_through_the_recipe(place: Path) -> None:
+    train = {"max_steps": 2, "batch_tokens": 64, "micro_batch_tokens": 64, "max_length": 64}
+    stages = {
+        "cat": {"use": "corpus", "sources": [{"path": "texts/*.txt"}], "held_out": {"share": 0.3}},
+        "words": {"use": "tokenizer", "in": {"model": "base", "corpus": "cat.train"}, "vocab_size": 5000},
+        "transfer": {
+            "use": "vocabulary",
+            "in": {"model": "base", "tokenizer": "words"},
+            "builder": "mean_of_pieces",
+            "pad_to_multiple": 64,
+        },
+        "tuned": {"use": "train", "in": {"model": "transfer", "corpus": "cat.train"}, **train},
+        "plain": {"use": "train", "in": {"model": "base", "corpus": "cat.train"}, **train},
+    }
+    recipe: dict[str, Any] = {"name": "new-words", "title": "t", "device": "cpu", "stages": stages}
+    costs = {stage.stage: stage.cost for stage in plan(recipe, device="h100").stages}
+    old, new = costs["plain"], costs["tuned"]
+    assert old is not None and new is not None and costs["transfer"] is not None
+    assert costs["transfer"].spec.vocab_size == 5056
+    assert new.trainable - old.trainable == (5056 - 320) * 48  # A tied matrix: rows of the hidden size.
+    stages["words"]["in"] = {"corpus": "cat.train"}  # Nobody knows what the vocabulary would be for.
+    made = plan(recipe, device="h100")
+    assert "words: a vocabulary as large as the model's" in made.assumptions
+    assert {stage.stage: stage.cost for stage in made.stages}["tuned"] == old
