@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from puna.text.tokenizer import TOKENIZER_FILES, Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("hf", "gguf", "adapter")
 Format = Literal["hf", "gguf", "adapter"]
+SPECIAL_IDS = ("bos_id", "eos_ids", "pad_id")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -34,8 +37,9 @@ def load(
 
     Sets ``tokenizer``, ``template`` and ``source`` of the model (the first two are None where the
     checkpoint has none) and makes the spec's special ids those of the tokenizer, with every stop
-    token among ``eos_ids``. ``overrides`` change fields of the spec (not shapes). An adapter is
-    put on its base and not merged; a tokenizer or template beside it takes precedence.
+    token among ``eos_ids``. ``overrides`` change fields of the spec (not shapes); ``bos_id``,
+    ``eos_ids`` and ``pad_id`` change the tokenizer with it (:meth:`Tokenizer.with_special_ids`). An
+    adapter is put on its base and not merged; a tokenizer or template beside it takes precedence.
     """
     kind = _dtype(dtype)
     path = locate(source)
@@ -46,18 +50,32 @@ def load(
         model = read_weights(path, dtype=kind, device=device, overrides=overrides)
     tokenizer = read_tokenizer(path)
     if tokenizer is not None:
+        if model.tokenizer is not None:  # an adapter's base: its stop tokens are stated beside its weights
+            tokenizer = tokenizer.with_stop_tokens(_shared(model.tokenizer.stop_tokens, tokenizer))
+        tokenizer = tokenizer.with_special_ids(
+            {key: overrides[key] for key in SPECIAL_IDS if key in overrides}
+        )
         model.tokenizer, model.template = tokenizer, find_template(tokenizer)
     model.source = str(source) if not Path(source).exists() else str(path.resolve())
     settle_tokens(model)
     return model
 
 
-def save(model: Llama, out: str | Path, format: Format = "hf", *, kind: GgufKind = "f16") -> Path:
+def save(
+    model: Llama,
+    out: str | Path,
+    format: Format = "hf",
+    *,
+    kind: GgufKind = "f16",
+    within: str | Path | None = None,
+) -> Path:
     """Write a model with its tokenizer, chat template and generation config; returns what was written.
 
     ``hf``: a folder that transformers opens. ``gguf``: a file for llama.cpp, ``out`` itself if it
     ends in ``.gguf``, else ``model-<kind>.gguf`` in that folder. ``adapter``: the adapter alone in
-    PEFT's layout. A folder is written whole or not at all and replaces only a checkpoint.
+    PEFT's layout; it names its base by a path relative to its own folder if that lies in the folder
+    ``within``, so that the two can be moved together. A folder is written whole or not at all and
+    replaces only a checkpoint.
     """
     target = Path(out)
     if format not in FORMATS:
@@ -75,7 +93,7 @@ def save(model: Llama, out: str | Path, format: Format = "hf", *, kind: GgufKind
         if format == "hf":
             write_hf(model, aside)
         else:
-            write_adapter(model, aside, base_name=_base_name(model))
+            write_adapter(model, aside, base_name=_base_name(model, target, within))
         if model.tokenizer is not None:
             model.tokenizer.save(
                 aside, template=model.template.source if model.template is not None else None
@@ -112,18 +130,25 @@ def read_tokenizer(path: Path | str) -> Tokenizer | None:
 def settle_tokens(model: Llama) -> None:
     """Make tokenizer and spec agree on special ids: every stop token counts, the template's too.
 
-    Refuses a tokenizer that is larger than the embedding. Idempotent.
+    Stop tokens that were given on opening stay as they are. Refuses a tokenizer that is larger than
+    the embedding. Idempotent.
     """
     tokenizer: Tokenizer | None = model.tokenizer
     if tokenizer is None:
         return
     check_vocabulary(model, tokenizer.vocab_size)
     template: Template | None = model.template
-    ends = [template.end_of_turn] if template is not None and template.end_of_turn else []
+    end = template.end_of_turn if template is not None and not tokenizer.stops_given else None
+    ends = [end] if end is not None else []
     model.tokenizer = tokenizer = tokenizer.with_stop_tokens(ends)
     model.spec = model.spec.replace(
         bos_id=tokenizer.bos_id, eos_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id
     )
+
+
+def _shared(tokens: Iterable[str], tokenizer: Tokenizer) -> list[str]:
+    """Those of ``tokens`` that ``tokenizer`` has too."""
+    return [token for token in tokens if token in tokenizer.vocabulary()]
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -134,11 +159,37 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_base(folder: Path, dtype: torch.dtype, device: str, overrides: dict[str, Any]) -> Llama:
-    """The model that an adapter belongs to; a relative path may be meant from the adapter's folder."""
+def base_of(folder: Path) -> Path | str:
+    """The base of an adapter: its path, or else the name of an asset or hub id as the adapter states it.
+
+    A relative path is one from the adapter's own folder.
+    """
     name = _stated_base(folder)
-    beside = folder / name
-    return load(beside if beside.exists() else name, dtype=dtype, device=device, **overrides)
+    beside = (folder / name).resolve()
+    if beside.exists():
+        return beside
+    if name.startswith(".") or Path(name).is_absolute():
+        raise _no_base(folder, name, f"looked for {beside}")
+    return name
+
+
+def _no_base(folder: Path, name: str, looked_for: object) -> PunaError:
+    return PunaError(
+        "the base model of this adapter is not there",
+        where=folder / ADAPTER_CONFIG,
+        found=f"base_model_name_or_path {name!r}; {looked_for}",
+        fix="move the adapter together with its base, or write there where its base is now",
+    )
+
+
+def _load_base(folder: Path, dtype: torch.dtype, device: str, overrides: dict[str, Any]) -> Llama:
+    """The model that an adapter belongs to."""
+    base = base_of(folder)
+    try:
+        path = locate(base)
+    except PunaError as error:
+        raise _no_base(folder, str(base), f"looked for {folder / base}; {error.found}") from None
+    return load(path, dtype=dtype, device=device, **overrides)
 
 
 def _stated_base(folder: Path) -> str:
@@ -154,14 +205,24 @@ def _stated_base(folder: Path) -> str:
     return name
 
 
-def _base_name(model: Llama) -> str:
+def _base_name(model: Llama, target: Path, within: str | Path | None) -> str:
+    """How an adapter in the folder ``target`` names its base."""
     if model.source is None:
         raise PunaError(
             "an adapter must name its base model, and this model was not loaded from anywhere",
             fix="save the model itself and load it, or set model.source to where its base can be found",
         )
-    folder = Path(model.source)
-    return _stated_base(folder) if (folder / ADAPTER_CONFIG).is_file() else model.source
+    base: Path | str = model.source
+    relative = False
+    if (Path(base) / ADAPTER_CONFIG).is_file():
+        relative = not Path(_stated_base(Path(base))).is_absolute()
+        base = base_of(Path(base))
+    if not Path(base).exists():
+        return str(base)
+    path = Path(base).resolve()
+    if relative or (within is not None and path.is_relative_to(Path(within).resolve())):
+        return Path(os.path.relpath(path, target.resolve())).as_posix()
+    return str(path)
 
 
 def _check_replaceable(target: Path) -> None:

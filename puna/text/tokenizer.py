@@ -40,8 +40,11 @@ class Tokenizer:
 
     ``core`` is taken over: padding, truncation and the post-processor (which would add special
     tokens) are switched off in it. ``config`` holds what a ``tokenizer_config.json`` holds;
-    ``stop_tokens`` names tokens besides the EOS at which generation stops.
+    ``stop_tokens`` names tokens besides the EOS at which generation stops. ``stops_given`` says
+    that whoever opened the model named all of them: no further one is to be added.
     """
+
+    stops_given = False
 
     def __init__(
         self,
@@ -294,6 +297,45 @@ class Tokenizer:
         other.stop_tokens = tuple(dict.fromkeys([*self.stop_tokens, *tokens]))
         return other
 
+    def with_special_ids(self, given: Mapping[str, Any]) -> Tokenizer:
+        """This tokenizer with other special ids: ``bos_id``, ``eos_ids`` and ``pad_id``, each if given.
+
+        The first of ``eos_ids`` becomes the EOS, the others further stop tokens, and there are no
+        more than these. None as ``bos_id`` or ``pad_id`` takes the token's role away.
+        """
+        names = {"bos_id": "bos_token", "pad_id": "pad_token"}
+        strings: dict[str, str | None] = {
+            names[key]: None if given[key] is None else self._spelling(given[key], key)
+            for key in names
+            if key in given
+        }
+        stops = [self._spelling(token, "eos_ids") for token in given.get("eos_ids", ())]
+        if "eos_ids" in given and not stops:
+            raise PunaError(
+                "a model with a tokenizer needs a token to end with", where="eos_ids", found="none"
+            )
+        strings |= {"eos_token": stops[0]} if stops else {}
+        if not strings:
+            return self
+        adds_bos = self.adds_bos and strings.get("bos_token", "") is not None
+        config: dict[str, Any] = {**self.strings, **strings, **self.settings, "add_bos_token": adds_bos}
+        core = tokenizers.Tokenizer.from_str(self.core.to_str() if "bos_id" in given else self.to_json())
+        config["chat_template"] = self.chat_template
+        other = type(self)(core, config, stops[1:] if stops else self.stop_tokens)
+        other.stops_given = bool(stops) or self.stops_given
+        return other
+
+    def _spelling(self, token: Any, where: str) -> str:
+        found = self.core.id_to_token(token) if isinstance(token, int) and token >= 0 else None
+        if found is None:
+            raise PunaError(
+                "not a token of this tokenizer",
+                where=where,
+                found=token,
+                expected=f"0 to {self.vocab_size - 1}",
+            )
+        return found
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the vocabulary, its rules or its special tokens."""
@@ -391,9 +433,17 @@ def _folder_template(folder: Path) -> str | None:
 
 
 def _stop_ids_of(folder: Path) -> list[int]:
-    path = folder / "generation_config.json"
-    value = _object(path).get("eos_token_id") if path.is_file() else None
-    return [value] if isinstance(value, int) else list(value or [])
+    """Stop ids of the generation config or, if it names none, of the model's config."""
+    for name in ("generation_config.json", "config.json"):
+        value = _object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise PunaError(
+                "eos_token_id holds something else than ids", where=folder / name, found=repr(value)
+            )
+        if ids:
+            return ids
+    return []
 
 
 def _read_core(path: Path) -> tokenizers.Tokenizer:

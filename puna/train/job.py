@@ -283,7 +283,8 @@ def _write(
             if name in masters:
                 parameter.copy_(masters[name])
     if "adapter" in outputs:
-        pretrained.save(final, adapter, "adapter")
+        # The folder of the run: model and adapter move with it.
+        pretrained.save(final, adapter, "adapter", within=context.out.parent)
     if parameters.lora is not None:
         merge_lora(final)
     pretrained.save(final.to(pretrained.DTYPES[parameters.save_dtype]), folder)

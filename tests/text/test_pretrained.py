@@ -100,6 +100,104 @@ def test_an_adapter_opens_on_its_base(model: Any, tmp_path: Path, relative: bool
     assert json.loads((again / "adapter_config.json").read_text()) == config
 
 
+def adapter_on_a_saved_base(model: Any, base: Path) -> Any:
+    puna.save(model, base)
+    tuned = puna.load(base)
+    add_lora(tuned, LoraSettings(r=2, alpha=4, dropout=0.0), seed=1)
+    return tuned
+
+
+def test_a_run_with_a_base_and_its_adapter_can_be_moved(model: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tuned = adapter_on_a_saved_base(model, run / "swap" / "model")
+    puna.save(tuned, run / "lora" / "adapter", "adapter", within=run)
+    run.rename(tmp_path / "moved")
+    loaded = puna.load(tmp_path / "moved" / "lora" / "adapter")
+    assert torch.equal(logits(loaded), logits(tuned))
+    puna.save(loaded, tmp_path / "elsewhere" / "adapter", "adapter")  # named from there now
+    assert torch.equal(logits(puna.load(tmp_path / "elsewhere" / "adapter")), logits(tuned))
+
+
+def test_a_base_outside_the_run_is_named_by_its_whole_path(model: Any, tmp_path: Path) -> None:
+    tuned = adapter_on_a_saved_base(model, tmp_path / "base")
+    puna.save(tuned, tmp_path / "run" / "adapter", "adapter", within=tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert pretrained.base_of(tmp_path / "moved" / "adapter") == tmp_path / "base"
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_base_that_is_gone_is_told_with_where_it_was_looked_for(
+    model: Any, tmp_path: Path, within: bool
+) -> None:
+    tuned = adapter_on_a_saved_base(model, tmp_path / "base")
+    puna.save(tuned, tmp_path / "adapter", "adapter", within=tmp_path if within else None)
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(PunaError, match="the base model of this adapter is not there") as error:
+        puna.load(tmp_path / "adapter")
+    assert f"looked for {tmp_path / 'base'}" in str(error.value.found)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "no/such/base"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(PunaError, match="the base model of this adapter is not there") as error:
+        puna.load(tmp_path / "adapter")
+    assert f"looked for {tmp_path / 'adapter' / 'no/such/base'}; tried it as" in str(error.value.found)
+
+
+def test_an_adapter_keeps_the_stop_tokens_of_its_base(model: Any, tmp_path: Path) -> None:
+    model.tokenizer = model.tokenizer.with_stop_tokens(["<|im_start|>"])
+    tuned = adapter_on_a_saved_base(model, tmp_path / "base")
+    assert tuned.spec.eos_ids == (0, 1, 2)
+    puna.save(tuned, tmp_path / "adapter", "adapter")
+    assert puna.load(tmp_path / "adapter").spec.eos_ids == (0, 1, 2)
+
+
+def test_stop_tokens_of_the_config_count_where_there_is_no_generation_config(
+    model: Any, tmp_path: Path
+) -> None:
+    puna.save(model, tmp_path / "out")
+    (tmp_path / "out" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "eos_token_id": [0, 1, 2]}))
+    loaded = puna.load(tmp_path / "out")
+    assert loaded.spec.eos_ids == loaded.tokenizer.stop_ids == (0, 1, 2)
+    puna.save(loaded, tmp_path / "again")
+    assert puna.load(tmp_path / "again").spec.eos_ids == (0, 1, 2)
+
+
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_special_ids_can_be_given_on_loading(model: Any, tmp_path: Path, as_adapter: bool) -> None:
+    tuned = adapter_on_a_saved_base(model, tmp_path / "out")
+    puna.save(tuned, tmp_path / "adapter", "adapter")
+    source = tmp_path / ("adapter" if as_adapter else "out")
+    loaded = puna.load(source, eos_ids=(1, 5), pad_id=2, bos_id=1)
+    for _ in range(2):  # saving changes nothing
+        spec, tokenizer = loaded.spec, loaded.tokenizer
+        assert (spec.bos_id, spec.eos_ids, spec.pad_id) == (1, (1, 5), 2)
+        assert (tokenizer.bos_id, tokenizer.stop_ids, tokenizer.pad_id) == (1, (1, 5), 2)
+        puna.save(loaded, tmp_path / "saved", "adapter" if as_adapter else "hf")
+    assert tokenizer.encode("<|im_start|> kat") == model.tokenizer.encode("<|im_start|> kat")
+    assert puna.load(source, eos_ids=(0,)).spec.eos_ids == (0,)
+    assert puna.load(source, pad_id=None).spec.pad_id == 0  # the EOS pads
+    if not as_adapter:
+        again = puna.load(tmp_path / "saved")
+        assert again.spec.bos_id == 1 and again.spec.pad_id == 2 and {1, 5} <= set(again.spec.eos_ids)
+    with pytest.raises(PunaError, match="needs a token to end with"):
+        puna.load(source, eos_ids=())
+    with pytest.raises(PunaError, match="not a token of this"):
+        puna.load(source, pad_id=383)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_bos_can_be_changed_or_taken_away(adds_bos: bool) -> None:
+    tokenizer = Tokenizer(train_core(), {**CONFIG, "add_bos_token": adds_bos})
+    other, without = (tokenizer.with_special_ids({"bos_id": token}) for token in (1, None))
+    assert (other.bos_id, other.adds_bos, without.bos_id, without.adds_bos) == (1, adds_bos, None, False)
+    for made, expected in ((other, [1] if adds_bos else []), (without, [])):
+        core = type(made.core).from_str(made.to_json())  # what transformers makes of the file
+        assert core.encode("", add_special_tokens=True).ids == expected
+    assert tokenizer.with_special_ids({}) is tokenizer
+
+
 def test_a_template_beside_an_adapter_takes_precedence(model: Any, tmp_path: Path) -> None:
     puna.save(model, tmp_path / "base")
     tuned = puna.load(tmp_path / "base")
