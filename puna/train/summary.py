@@ -80,8 +80,18 @@ def fill_report(
     curves = [
         {"title": "Loss", "x": "tokens", "y": "nats per token", "series": losses},
         {"title": "Held-out text", "x": "tokens", "y": "bits per byte", "series": bits},
-        {"title": "Learning rate", "x": "tokens", "y": "", "series": [_series("", steps, "learning_rate")]},
-        {"title": "Gradient norm", "x": "tokens", "y": "", "series": [_series("", steps, "grad_norm")]},
+        {
+            "title": "Learning rate",
+            "x": "tokens",
+            "y": "",
+            "series": [_series("learning rate", steps, "learning_rate")],
+        },
+        {
+            "title": "Gradient norm",
+            "x": "tokens",
+            "y": "",
+            "series": [_series("gradient norm", steps, "grad_norm")],
+        },
     ]
     report.setdefault("curves", []).extend(curve for curve in curves if curve["series"])
     last = steps[-1]
