@@ -9,7 +9,6 @@ from typing import Any
 
 from puna.core import assets
 from puna.core.errors import PunaError, nearest
-from puna.core.files import read_json
 from puna.model.spec import LlamaSpec
 from puna.run import source
 
@@ -84,7 +83,6 @@ def of_path(path: Path) -> LlamaSpec:
         tensors = {name: tensor.shape for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
         # Rope factors change no size and no count of operations.
         return spec_from_metadata(file.metadata, tensors, None, path)
-    base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise PunaError("the adapter does not name its base", where=path / "adapter_config.json")
-    return of_model(str(base))
+    from puna.text.pretrained import base_of
+
+    return of_model(str(base_of(path)))

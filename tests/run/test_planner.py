@@ -50,10 +50,11 @@ def test_the_shape_of_a_folder_and_of_an_adapter_on_it_come_from_their_configs(
     for path in (folder, adapter):
         path.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny_config))
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
     expected = LlamaSpec.from_config(tiny_config)
     assert shapes.of_model(str(folder)) == expected
-    assert shapes.of_model(str(adapter)) == expected
+    for base in (str(folder), "../model"):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        assert shapes.of_model(str(adapter)) == expected
 
 
 def test_an_unknown_model_has_the_shape_the_recipe_assumes_or_none() -> None:
