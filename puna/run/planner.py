@@ -30,7 +30,8 @@ _GENERAL = (
 class Shapes:
     """What a stage's ``plan`` is told: shapes of its input models, tokens of its input corpora, the device.
 
-    Of a tokenizer it is the shape that a model has with its vocabulary, where that is known. Keys of ``models`` and ``corpora`` are ``input`` or, where an input takes several, ``input.name``.
+    Of a tokenizer it is the shape of the model that was planned with its vocabulary. Keys of ``models``
+    and ``corpora`` are ``input`` or, where an input takes several, ``input.name``.
     """
 
     models: Mapping[str, LlamaSpec]

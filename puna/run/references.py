@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,13 @@ from puna.run.source import Source
 
 _INPUT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_ON_HUB: tuple[Kind, ...] = ("model", "tokenizer", "corpus")
+_ON_HUB: tuple[Kind, ...] = ("model", "tokenizer")
+_MARKS: dict[Kind, tuple[str, ...]] = {
+    "corpus": ("corpus.json",),
+    "model": ("config.json", "puna.json", "adapter_config.json"),
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "spiece.model"),
+}
+"""Files that tell the kind of a folder, the first kind that has one first."""
 # What else may stand where a kind is asked for: a model's folder holds its tokenizer.
 _ACCEPTS: dict[Kind, tuple[Kind, ...]] = {"tokenizer": ("tokenizer", "model")}
 
@@ -69,19 +76,22 @@ class InputBuilder:
         return f"{place}, stage {self.identifier}" + (f", input {'.'.join(path)}" if path else "")
 
     def _input(self, name: str, declared: Input, value: Any) -> Reference | dict[str, Reference]:
-        if isinstance(value, str):
-            reference = self._refer(value, declared, self._where(name))
-            return {_short_name(reference): reference} if declared.many else reference
+        if isinstance(value, str) and not declared.many:
+            return self._refer(value, declared, self._where(name))
+        value = [value] if isinstance(value, str) else value
         if not declared.many or not isinstance(value, (list, Mapping)):
             wanted = "one reference, a list, or a mapping from names" if declared.many else "one reference"
             raise PunaError("not an input", where=self._where(name), found=value, expected=wanted)
-        references: dict[str, Reference] = {}
-        for key, text in value.items() if isinstance(value, Mapping) else [(None, text) for text in value]:
-            where = self._where(name) if key is None else self._where(name, key)
+        named = isinstance(value, Mapping)
+        places = [self._where(name, str(key)) if named else self._where(name) for key in value]
+        found: list[Reference] = []
+        for text, where in zip(value.values() if named else value, places, strict=True):
             if not isinstance(text, str):
                 raise PunaError("not a reference", where=where, found=text)
-            reference = self._refer(text, declared, where)
-            label = _short_name(reference) if key is None else str(key)
+            found.append(self._refer(text, declared, where))
+        labels = [str(key) for key in value] if named else default_names(found)
+        references: dict[str, Reference] = {}
+        for label, reference, where in zip(labels, found, places, strict=True):
             if not _INPUT_NAME.fullmatch(label):
                 raise PunaError(
                     f"{label!r} cannot name an input", where=where, expected="letters, digits, - and _"
@@ -100,25 +110,44 @@ class InputBuilder:
             return self._refer_stage(text, head, output, declared, where)
         path = Path(text).expanduser()
         if path.exists():
-            kind = _kind_of_path(path)
-            if kind is not None:
-                _check_kind(kind, declared, text, where)
+            if declared.kind in _MARKS and _kind_of_path(path) not in _accepted(declared.kind):
+                raise self._unfit(text, _kind_of_path(path), declared, where)
             return Reference(text, "path")
         if head in self.all_ids:
             raise PunaError(
                 f"stage {head!r} does not come before this one", where=where, fix="put it further up"
             )
         if assets.is_asset(text):
+            if declared.kind in _MARKS and _kind_of_asset(text) not in _accepted(declared.kind):
+                raise self._unfit(text, _kind_of_asset(text), declared, where)
             return Reference(text, "asset")
         if _HUB_ID.fullmatch(text) and declared.kind in _ON_HUB:
             return Reference(text, "hub")
-        close = nearest(text, [*self.earlier, *assets.names()])
-        stages = ", ".join(self.earlier) or "none"
+        fitting = [name for name in assets.names() if _kind_of_asset(name) in _accepted(declared.kind)]
+        close = nearest(text, [*self.earlier, *fitting])
         raise PunaError(
             f"{text!r} is nothing that is known here",
             where=where,
-            expected=f"a {declared.kind}: an earlier stage ({stages}), a path, an asset, or a hub id",
-            fix=f"did you mean {close!r}?" if close else None,
+            expected=self._expected(declared),
+            fix=f"did you mean {close!r}?" if close else _how_to_read(text, declared),
+        )
+
+    def _expected(self, declared: Input) -> str:
+        """What may stand for an input of this kind."""
+        stages = ", ".join(self.earlier) or "none"
+        others = "a path, an asset, or a hub id" if declared.kind in _ON_HUB else "or a path"
+        return f"a {declared.kind}: an earlier stage ({stages}), {others}"
+
+    def _unfit(self, text: str, kind: Kind | None, declared: Input, where: str) -> PunaError:
+        """The error for a path or an asset that is there and is of another kind."""
+        path = Path(text).expanduser()
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        fitting = [child for child in inside if _kind_of_path(child) in _accepted(declared.kind)]
+        return PunaError(
+            f"{text!r} is {f'a {kind}' if kind else f'no {declared.kind}'}",
+            where=where,
+            expected=self._expected(declared),
+            fix=f"did you mean {str(fitting[0])!r}?" if fitting else _how_to_read(text, declared),
         )
 
     def _refer_stage(self, text: str, head: str, output: str, declared: Input, where: str) -> Reference:
@@ -135,10 +164,43 @@ class InputBuilder:
         return Reference(text, "stage", head, output)
 
 
-def _short_name(reference: Reference) -> str:
-    """The name of an unnamed one among several: its stage, file or asset, as metrics may be named."""
-    name = reference.stage or Path(reference.text).stem
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)
+def default_names(references: Sequence[Reference]) -> list[str]:
+    """Names for references that were given none, by which metrics may be named.
+
+    It is the stage, or the last part of a path, asset or id. Where two are called alike it is the stage
+    with its output, or those parts of the path that tell them apart: a, b for a/model, b/model.
+    """
+    parts = [_parts(reference) for reference in references]
+    names: list[str] = []
+    for own, reference in zip(parts, references, strict=True):
+        alike = [other for other in parts if other[-1] == own[-1]]
+        if len(alike) == 1:
+            names.append(own[-1])
+        elif reference.stage is not None:
+            names.append(f"{reference.stage}_{reference.output}")
+        else:
+            names.append("_".join(_telling(own, alike)))
+    return [re.sub(r"[^A-Za-z0-9_-]+", "_", name) for name in names]
+
+
+def _parts(reference: Reference) -> tuple[str, ...]:
+    if reference.stage is not None:
+        return (reference.stage,)
+    if reference.origin != "path":
+        return tuple(reference.text.split("/"))
+    path = Path(os.path.abspath(Path(reference.text).expanduser()))
+    return (*path.parts[1:-1], path.stem if path.is_file() else path.name)
+
+
+def _telling(own: tuple[str, ...], alike: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The last parts by which ``own`` differs from those that end like it, without what all end in."""
+    longest = max(map(len, alike))
+    endings = {count: {parts[-count:] for parts in alike} for count in range(1, longest + 1)}
+    shared = max(count for count in endings if len(endings[count]) == 1)
+    for count in range(shared + 1, longest + 1):
+        if len(endings[count]) == len(alike):
+            return own[-count : len(own) - shared] or own[-1:]
+    return own[-1:]
 
 
 def _accepted(kind: Kind) -> tuple[Kind, ...]:
@@ -152,7 +214,29 @@ def _check_kind(kind: Kind, declared: Input, text: str, where: str) -> None:
 
 def _kind_of_path(path: Path) -> Kind | None:
     """The kind of what lies at ``path``, if its files tell."""
-    if (path / "corpus.json").is_file():
-        return "corpus"
-    is_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    return "model" if is_model or path.suffix == ".gguf" else None
+    if path.is_file():
+        with path.open("rb") as file:
+            return "model" if file.read(4) == b"GGUF" else None
+    kinds = (kind for kind, marks in _MARKS.items() if any((path / mark).is_file() for mark in marks))
+    return next(kinds, None)
+
+
+def _kind_of_asset(name: str) -> Kind | None:
+    """The kind of an asset that may stand where an input does; texts must be read into a corpus first."""
+    return "model" if assets.file_name(assets.describe(name)).endswith(".gguf") else None
+
+
+def _how_to_read(text: str, declared: Input) -> str | None:
+    """How something else than a corpus becomes one, or which assets there are."""
+    if declared.kind != "corpus":
+        fitting = [name for name in assets.names() if _kind_of_asset(name) in _accepted(declared.kind)]
+        return f"assets that fit: {', '.join(fitting)}" if fitting and assets.is_asset(text) else None
+    if Path(text).expanduser().exists():
+        said = f"{{path: {text}}}"
+    elif assets.is_asset(text):
+        said = f"{{asset: {text}}}"
+    elif _HUB_ID.fullmatch(text):
+        said = f"{{format: huggingface, id: {text}}}"
+    else:
+        return None
+    return f"read it in a stage before this one: use: corpus, sources: [{said}]"

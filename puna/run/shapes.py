@@ -37,10 +37,10 @@ def known(name: str) -> LlamaSpec | None:
 def of_model(name: str, *, assumed: str | None = None) -> LlamaSpec:
     """The decoder behind a model's name, without its weights and without a download.
 
-    Looks for a built-in shape, a folder or GGUF file, an asset or hub model that is already here;
+    Looks for a folder or GGUF file, a built-in shape, an asset or hub model that is already here;
     else takes the shape ``assumed``. A name that leads nowhere is an error.
     """
-    found = known(name)
+    found = None if Path(name).expanduser().exists() else known(name)
     if found is None:
         path = _local_path(name)
         found = of_path(path) if path is not None else known(assumed) if assumed else None

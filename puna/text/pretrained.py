@@ -102,14 +102,14 @@ def save(
 
 
 def locate(source: str | Path) -> Path:
-    """The path of a model: an asset is fetched, a hub id downloaded, everything else must exist."""
+    """The path of a model: what lies there, else an asset, which is fetched, else a hub id, downloaded."""
     name = str(source)
-    if isinstance(source, str) and assets.is_asset(name):
-        return assets.fetch(name)
     path = Path(source).expanduser()
     if path.exists():
         return path
-    tried = f"tried it as an asset and as a path ({path.absolute()})"
+    if isinstance(source, str) and assets.is_asset(name):
+        return assets.fetch(name)
+    tried = f"tried it as a path ({path.absolute()}) and as an asset"
     close = nearest(name, assets.names())
     fix = f"did you mean {close!r}?" if close else "give an asset, a folder, a .gguf file or a hub id"
     if isinstance(source, Path) or not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors"):

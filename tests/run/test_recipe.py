@@ -12,6 +12,7 @@ from little_stages import Learn
 from puna.core.errors import PunaError
 from puna.run import recipe as recipes
 from puna.run.recipe import Claim, load, spell_keys
+from puna.run.references import Reference, default_names
 from puna.run.source import dump
 
 pytestmark = pytest.mark.usefixtures("little")
@@ -85,21 +86,107 @@ def test_any_settings_survive_being_resolved(steps: int, rate: float, weights: d
 
 
 def test_inputs_are_stages_paths_assets_or_hub_ids_in_this_order(recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "lora").mkdir()  # A stage of that name comes first.
+    def origins() -> list[str]:
+        models = load(recipe(change)).stages["scores"].inputs["models"]
+        assert isinstance(models, dict)
+        assert models["b"].resolved() == str(tmp_path / "folder")
+        return [models[name].origin for name in "abcd"]
+
+    for name in ("folder", "lora"):  # A stage of that name comes first.
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
     change = ("{tuned: lora}", "{a: lora, b: folder, c: smollm2-135m-instruct, d: meta-llama/Llama-2-7b-hf}")
-    models = load(recipe(change)).stages["scores"].inputs["models"]
-    assert isinstance(models, dict)
-    assert [models[name].origin for name in "abcd"] == ["stage", "path", "asset", "hub"]
-    assert models["b"].resolved() == str(tmp_path / "folder")
+    assert origins() == ["stage", "path", "asset", "hub"]
+    (tmp_path / "smollm2-135m-instruct").write_bytes(b"GGUF")  # As puna.load has it, too.
+    assert origins() == ["stage", "path", "path", "hub"]
 
 
 def test_several_unnamed_inputs_get_the_names_of_what_they_are(recipe: Recipe) -> None:
     change = ("{nl: dutch.held_out, en: english}", "[dutch.held_out, english]")
     corpora = load(recipe(change)).stages["scores"].inputs["corpora"]
     assert isinstance(corpora, dict) and list(corpora) == ["dutch", "english"]
-    with pytest.raises(PunaError, match="two inputs are called 'dutch'"):
-        load(recipe(("{nl: dutch.held_out, en: english}", "[dutch.held_out, dutch.train]")))
+    corpora = (
+        load(recipe((change[0], "[dutch.held_out, english, dutch.train]"))).stages["scores"].inputs["corpora"]
+    )
+    assert isinstance(corpora, dict) and list(corpora) == ["dutch_held_out", "english", "dutch_train"]
+    with pytest.raises(PunaError, match=r"two inputs are called 'dutch_train'[\s\S]*name them"):
+        load(recipe((change[0], "[dutch.train, dutch.train]")))
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["a/model", "b/model"], ["a", "b"]),
+        (["runs/one/lora/model", "runs/two/lora/model", "base"], ["one", "two", "base"]),
+        (["a/x/model", "b/x/model", "b/y/model"], ["a_x", "b_x", "b_y"]),
+        (["a/v1.5/train", "a/v2/train/"], ["v1_5", "v2"]),
+        (["../a/model", "./model"], ["a", "here"]),
+        (["Llama-3.2-1B"], ["Llama-3_2-1B"]),
+        (["model", "model"], ["model", "model"]),
+    ],
+)
+def test_paths_that_end_alike_are_called_by_what_tells_them_apart(
+    texts: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert default_names([Reference(text, "path") for text in texts]) == names
+
+
+def test_an_asset_and_a_hub_id_are_called_by_their_last_part_and_a_file_without_its_suffix(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tuned-f16.gguf").write_bytes(b"GGUF")
+    references = [
+        Reference("smollm2-135m-instruct", "asset"),
+        Reference("meta-llama/Llama-3.2-1B", "hub"),
+        Reference("tuned-f16.gguf", "path"),
+    ]
+    assert default_names(references) == ["smollm2-135m-instruct", "Llama-3_2-1B", "tuned-f16"]
+
+
+READ = r"read it in a stage before this one: use: corpus, sources: \[\{"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("corpus: dutch.train", "corpus: django"), rf"'django' is no corpus[\s\S]*{READ}asset: django\}}\]"),
+        (
+            ("corpus: dutch.train", "corpus: notes.txt"),
+            rf"'notes.txt' is no corpus[\s\S]*{READ}path: notes.txt\}}",
+        ),
+        (
+            ("corpus: dutch.train", "corpus: owner/name"),
+            r"'owner/name' is nothing that is known here\n  expected: a corpus: an earlier stage "
+            rf"\(dutch, english\), or a path\n[\s\S]*{READ}format: huggingface, id: owner/name\}}",
+        ),
+        (("corpus: dutch.train", "corpus: smollm2-135m-instruct"), "'smollm2-135m-instruct' is a model"),
+        (
+            ("corpus: dutch.train", "corpus: folder"),
+            r"'folder' is no corpus[\s\S]*did you mean 'folder/train'",
+        ),
+        (
+            ("{tuned: lora}", "{tuned: django}"),
+            r"'django' is no model[\s\S]*assets that fit: smollm2-135m-instruct",
+        ),
+        (
+            ("{tuned: lora}", "{tuned: folder}"),
+            r"input models.tuned: 'folder' is no model\n  expected: a model:",
+        ),
+        (("{tuned: lora}", "{tuned: folder/train}"), "'folder/train' is a corpus\n  expected: a model:"),
+        (("{tuned: lora}", "[notes.txt]"), "input models: 'notes.txt' is no model"),
+    ],
+)
+def test_what_is_there_but_of_another_kind_is_refused_with_line_and_way_out(
+    recipe: Recipe, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("Notes.")
+    (tmp_path / "folder" / "train").mkdir(parents=True)
+    (tmp_path / "folder" / "train" / "corpus.json").write_text("{}")
+    with pytest.raises(PunaError, match=message) as caught:
+        load(recipe(change))
+    assert "recipe.yaml, line " in str(caught.value)
 
 
 @pytest.mark.parametrize(

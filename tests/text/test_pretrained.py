@@ -220,6 +220,18 @@ def test_a_folder_without_a_tokenizer_gives_a_model_without_one(
         puna.save(loaded, tmp_path / "x.gguf", "gguf")
 
 
+def test_a_path_comes_before_an_asset_of_its_name(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained.assets, "fetch", lambda name: tmp_path / "fetched" / name)
+    name = "smollm2-135m-instruct"
+    assert pretrained.locate(name) == tmp_path / "fetched" / name
+    puna.save(model, tmp_path / name)
+    assert pretrained.locate(name) == Path(name)
+    assert puna.load(name).source == str(tmp_path / name)
+
+
 def test_a_template_is_not_invented_without_its_tokens(
     tiny_llama: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -292,7 +304,7 @@ class TestHub:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         with pytest.raises(
-            PunaError, match=r"as an asset and as a path .* on a model hub \(ConnectionError: no route"
+            PunaError, match=r"as a path .* as an asset and on a model hub \(ConnectionError: no route"
         ):
             puna.load("someone/some-model")
         with pytest.raises(PunaError, match="did you mean 'smollm2-135m-instruct'"):
