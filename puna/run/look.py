@@ -83,7 +83,7 @@ def _tokens(path: Path, model: str, settings: dict[str, Any], samples: int) -> R
         tokenizer,
         find_template(tokenizer),
         length=settings["max_length"],
-        mode=settings.get("packing", "wrap"),
+        mode=settings.get("packing"),
         train_on=settings.get("train_on", ("assistant",)),
         samples=samples,
     ).view

@@ -18,7 +18,7 @@ from rich.text import Text
 from puna.core.errors import PunaError
 from puna.model.spec import LlamaSpec
 from puna.text.encode import Encoded, encode_rows
-from puna.text.packing import Mode, Packed, PackReport, Row, pack
+from puna.text.packing import Mode, Packed, PackReport, Row, pack, usual_mode
 from puna.text.template import Template
 from puna.text.tokenizer import Tokenizer
 
@@ -48,18 +48,20 @@ def inspect_corpus(
     template: Template | None = None,
     *,
     length: int,
-    mode: Mode,
+    mode: Mode | None = None,
     train_on: Sequence[str] = ("assistant",),
     samples: int = 2,
     limit: int | None = None,
 ) -> Inspection:
     """Encode and pack the rows of a corpus (at most ``limit``) as training does, and show it.
 
+    Without ``mode`` rows are packed as usual for the kind of corpus.
+
     Shown are the first ``samples`` packed rows with every token coloured, and the table of what was
     packed, truncated and dropped. The counts are of the rows looked at, not of the whole corpus.
     """
     encoded = encode_rows(islice(rows, limit), kind, tokenizer, template, train_on=train_on)
-    packed = pack(encoded, length, mode=mode)
+    packed = pack(encoded, length, mode=mode or usual_mode(kind))
     parts: list[RenderableType] = [legend()]
     for number, row in enumerate(packed[:samples]):
         parts.append(Panel(show_row(tokenizer, row), title=f"row {number}: {row.source}", title_align="left"))

@@ -120,6 +120,15 @@ class Packed(Sequence[Row]):
         return iter(self._rows)
 
 
+def usual_mode(kind: str) -> Mode:
+    """How rows of a corpus of ``kind`` are packed unless somebody says otherwise.
+
+    ``wrap`` for running text; ``fit`` for conversations, since the second part of a cut one would be
+    learnt without its question.
+    """
+    return "fit" if kind in ("messages", "preferences") else "wrap"
+
+
 def pack(encoded: Sequence[Encoded], length: int, *, mode: Mode) -> Packed:
     """Distribute documents over rows of at most ``length`` tokens.
 

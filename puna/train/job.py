@@ -20,7 +20,7 @@ from puna.model.adapters import LoraSettings, add_lora, merge_lora
 from puna.model.probe import difference, probe
 from puna.text import pretrained
 from puna.text.encode import Encoded, encode_rows
-from puna.text.packing import Packed, pack
+from puna.text.packing import Mode, Packed, pack, usual_mode
 from puna.text.tokenizer import Tokenizer
 from puna.train import plan
 from puna.train.distributed import World, world
@@ -157,7 +157,11 @@ def _training_rows(model: Llama, paths: Mapping[str, Path], parameters: Train) -
                 else "convert the corpus",
             )
         encoded += _encode(model, corpus, parameters)
-    return pack(encoded, parameters.max_length, mode=parameters.packing)
+    return pack(encoded, parameters.max_length, mode=_packing(parameters))
+
+
+def _packing(parameters: Train) -> Mode:
+    return parameters.packing or usual_mode(OBJECTIVES[parameters.objective].kind)
 
 
 def _encode(model: Llama, corpus: Corpus, parameters: Train, rows: Any = None) -> list[Encoded]:
@@ -191,7 +195,7 @@ def _held_out_corpus(model: Llama, corpus: Corpus, parameters: Train) -> HeldOut
             break
         chosen += encoded
         size += len(row["text"].encode()) if corpus.kind == "documents" else 0
-    return HeldOutCorpus(pack(chosen, parameters.max_length, mode="wrap"), size)
+    return HeldOutCorpus(pack(chosen, parameters.max_length, mode=usual_mode(corpus.kind)), size)
 
 
 def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:
@@ -239,6 +243,7 @@ def _recipe(model: Llama, context: Context, parameters: Train, seed: int) -> dic
     template, tokenizer = model.template, model.tokenizer
     return {
         **parameters.model_dump(mode="json", exclude=_FREE),
+        "packing": _packing(parameters),
         "dtype": str(model.dtype),
         "seed": seed,
         "spec": fingerprint(model.spec.to_config()),

@@ -6,6 +6,7 @@ backward pass, tensor by tensor (:func:`activation_bytes`); kernels' scratch spa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ DROPOUT_TRAFFIC = {"cpu": 80, "cuda": 10}
 """Bytes of memory traffic that take as long as dropping one element, back and forth (CPU: measured)."""
 
 _SCRATCH_ON_CPU = 1.5  # glibc, SmolLM2-135M with LoRA in bfloat16: 2.36 GB resident for 1.57 GB kept
+_EMBEDDING = "model.embed_tokens"
 LOGITS_AT_ONCE = 2048  # puna.train.objectives.CHUNK, which cannot be imported without torch
 
 
@@ -29,14 +31,21 @@ class Method:
     target: tuple[str, ...] = ()
     full: tuple[str, ...] = ()
 
-    @property
-    def head(self) -> bool:
-        """Whether the matrix that makes logits is trained, supposing it is the embedding or ``lm_head``."""
-        return not self.r or "lm_head" in self.full
+    def trains(self, module: str, spec: LlamaSpec) -> bool:
+        """Whether the own weights of a module, told by its whole name, are trained.
+
+        Names in ``full`` are ends of the module's name or of one that encloses it; of a tied model
+        ``lm_head`` is the embedding.
+        """
+        if not self.r or (spec.tied and module == _EMBEDDING and "lm_head" in self.full):
+            return True
+        parts = module.split(".")
+        around = (f".{'.'.join(parts[:count])}" for count in range(1, len(parts) + 1))
+        return any(name.endswith(f".{wanted}") for name in around for wanted in self.full)
 
     def trains_head(self, spec: LlamaSpec) -> bool:
-        """Whether the head's weight needs a gradient."""
-        return self.head or (spec.tied and "embed_tokens" in self.full)
+        """Whether the weight that makes logits needs a gradient."""
+        return self.trains(_EMBEDDING if spec.tied else "lm_head", spec)
 
 
 def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]:
@@ -52,11 +61,35 @@ def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]
     return found
 
 
+def _module(layer: int, projection: str) -> str:
+    """The whole name of a projection."""
+    group = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    return f"model.layers.{layer}.{group}.{projection}"
+
+
 def _adapted(name: str, layer: int, method: Method) -> bool:
     """Whether a projection has a LoRA; targets may name a projection of one layer only."""
-    group = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    whole = f".model.layers.{layer}.{group}.{name}"
+    whole = f".{_module(layer, name)}"
     return bool(method.r) and any(whole.endswith(f".{target}") for target in method.target)
+
+
+def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
+    """Name and number of weights, biases included, of every module that has some; a tied head has none."""
+    matrix = spec.vocab_size * spec.hidden_size
+    yield _EMBEDDING, matrix
+    for layer, block in enumerate(spec.blocks):
+        if block.attention != "none":
+            yield f"model.layers.{layer}.input_layernorm", spec.hidden_size
+        if block.feed_forward != "none":
+            yield f"model.layers.{layer}.post_attention_layernorm", spec.hidden_size
+        for name, (inputs, outputs) in projections(spec, block).items():
+            module = _module(layer, name)
+            biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
+            biased = biased or (spec.attention_bias == "qkv" and name in ("q_proj", "k_proj", "v_proj"))
+            yield module, inputs * outputs + (outputs if biased else 0)
+    yield "model.norm", spec.hidden_size
+    if not spec.tied:
+        yield "lm_head", matrix
 
 
 def lora_parameters(spec: LlamaSpec, method: Method) -> int:
@@ -71,12 +104,8 @@ def lora_parameters(spec: LlamaSpec, method: Method) -> int:
 
 def trained_parameters(spec: LlamaSpec, method: Method) -> int:
     """Weights that get a gradient; a tied embedding and head count once."""
-    if not method.r:
-        return spec.parameter_count()
-    matrix = spec.vocab_size * spec.hidden_size
-    matrices = {name for name in method.full if name in ("embed_tokens", "lm_head")}
-    count = min(len(matrices), 1) if spec.tied else len(matrices)
-    return lora_parameters(spec, method) + count * matrix
+    own = sum(size for module, size in module_sizes(spec) if method.trains(module, spec))
+    return lora_parameters(spec, method) + own
 
 
 def forward_operations(spec: LlamaSpec, length: int) -> float:
@@ -101,9 +130,10 @@ def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
     """
     head = spec.vocab_size * spec.hidden_size
     total = forward_operations(spec, length) + (4 if method.trains_head(spec) else 2) * head
-    for block in spec.blocks:
-        weights = sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
-        total += (2 if method.r else 4) * weights + 4 * _attention_product(block, length)
+    for layer, block in enumerate(spec.blocks):
+        for name, (inputs, outputs) in projections(spec, block).items():
+            total += (4 if method.trains(_module(layer, name), spec) else 2) * inputs * outputs
+        total += 4 * _attention_product(block, length)
     return total + 6 * lora_parameters(spec, method)
 
 
@@ -159,7 +189,7 @@ def _layer_bytes(
             total += method.r * size
         if adapted and method.dropout:
             total += inputs * (size + 1)
-        elif adapted or not method.r:
+        elif adapted or method.trains(_module(layer, name), spec):
             shared[_source_of(name)] = inputs
     return total + sum(width * size for width in shared.values())
 

@@ -55,8 +55,9 @@ class Train(Parameters):
     """Positions of one forward pass at most, padding included; memory grows with it."""
     max_length: int = pydantic.Field(1024, ge=2)
     """Tokens of a row."""
-    packing: Literal["wrap", "fit", "off"] = "wrap"
-    """wrap fills rows and cuts documents, fit keeps documents whole, off gives each a row of its own."""
+    packing: Literal["wrap", "fit", "off"] | None = None
+    """wrap fills rows and cuts documents (clm only), fit keeps them whole, off gives each a row of its own;
+    null is wrap for clm and fit for sft."""
     train_on: tuple[str, ...] = pydantic.Field(("assistant",), min_length=1)
     """Roles whose turns are learnt (sft)."""
     learning_rate: float = pydantic.Field(2e-4, gt=0)
@@ -127,6 +128,11 @@ class Train(Parameters):
                 )
         if "train_on" in given and self.objective != "sft":
             raise ValueError("train_on means nothing with objective 'clm', which learns every token")
+        if self.packing == "wrap" and self.objective == "sft":
+            raise ValueError(
+                "packing 'wrap' cuts conversations, so that the end of an answer would be learnt without its "
+                "question: with objective 'sft' take 'fit' or 'off'"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must be at least 0 and below 1")
         return self

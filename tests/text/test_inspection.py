@@ -94,6 +94,15 @@ def test_the_table_says_where_rows_and_tokens_went(
         assert line in shown
 
 
+def test_a_corpus_is_packed_as_training_packs_its_kind(
+    chat_tokenizer: Tokenizer, template_named: TemplateNamed
+) -> None:
+    documents = [{"id": "0", "text": "De kat"}]
+    for rows, kind, mode in ((ROWS, "messages", "fit"), (documents, "documents", "wrap")):
+        inspection = inspect_corpus(rows, kind, chat_tokenizer, template_named("chatml"), length=64)
+        assert inspection.packed.report.mode == mode
+
+
 def test_only_so_many_rows_are_looked_at(chat_tokenizer: Tokenizer) -> None:
     rows = ({"id": number, "text": "De kat"} for number in range(1000))
     inspection = inspect_corpus(rows, "documents", chat_tokenizer, length=64, mode="fit", limit=5, samples=0)

@@ -24,6 +24,8 @@ METHODS = {
     "lora with dropout": plan.Method(4, 0.1, ALL),
     "lora on two": plan.Method(2, 0.0, ("q_proj", "layers.1.mlp.up_proj")),
     "lora and embeddings": plan.Method(4, 0.1, ALL, ("embed_tokens", "lm_head")),
+    "lora and norms": plan.Method(4, 0.0, ALL, ("norm", "input_layernorm")),
+    "lora and whole modules": plan.Method(2, 0.0, ("q_proj",), ("mlp", "1.self_attn.o_proj", "model.norm")),
 }
 
 
@@ -44,6 +46,28 @@ def test_trained_parameters_are_counted(tiny_llama: Callable[..., Any], name: st
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert plan.trained_parameters(model.spec, METHODS[name]) == trained
     assert Optimizer(model.named_parameters(), OptimizerSettings(1e-3)).count == trained
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+        {"model_type": "qwen2", "tie_word_embeddings": False},
+    ],
+)
+def test_every_weight_is_in_a_module_that_the_plan_knows(
+    tiny_llama: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    model = tiny_llama(**changes)
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        found[module] = found.get(module, 0) + parameter.numel()
+    assert dict(plan.module_sizes(model.spec)) == found
+    everything = plan.Method(2, 0.0, ("q_proj",), ("model", "lm_head"))
+    adapter = plan.lora_parameters(model.spec, everything)
+    assert plan.trained_parameters(model.spec, everything) == adapter + model.spec.parameter_count()
 
 
 def ids(batch: int, time: int) -> torch.Tensor:

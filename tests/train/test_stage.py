@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
-from puna.data.corpus import write_corpus
+from puna.data.corpus import Corpus, write_corpus
 from puna.text import pretrained
 from puna.text.template import Template
 from puna.train.metrics import read_metrics
@@ -80,14 +80,20 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dic
 
 
 def train(
-    places: Mapping[str, Path], out: Path, *, held_out: bool = False, seed: int = 0, **parameters: Any
+    places: Mapping[str, Path],
+    out: Path,
+    *,
+    held_out: bool = False,
+    seed: int = 0,
+    name: str = "lora",
+    **parameters: Any,
 ) -> tuple[Outcome, Context]:
     kind = "messages" if parameters.get("objective") == "sft" else "documents"
     inputs: dict[str, Any] = {"model": str(places["model"]), "corpus": {"main": places[kind]}}
     if held_out:
         inputs["held_out"] = {"en": places["held_out"]}
     stage = get_stage("train")
-    context = Context("lora", out, inputs, seed=seed, dtype="bfloat16")
+    context = Context(name, out, inputs, seed=seed, dtype="bfloat16")
     settings = {key: value for key, value in {**SMALL, **parameters}.items() if value is not ...}
     return stage.function(context, validate(stage.parameters, settings, where="test")), context
 
@@ -117,6 +123,7 @@ def test_lora_leaves_a_merged_model_and_an_adapter_that_agree(
     assert merged.spec == base.spec
     assert not (tmp_path / "checkpoints").exists()
     metrics = outcome.metrics
+    assert metrics["start_difference"] == 0.0
     assert metrics["steps"] == 12 and metrics["loss.last"] < metrics["loss.first"]
     assert metrics["after.en.loss"] < metrics["before.en.loss"]
     assert metrics["after.en.bits_per_byte"] < metrics["before.en.bits_per_byte"]
@@ -139,13 +146,37 @@ def test_full_training_in_bfloat16_saves_its_masters(places: dict[str, Path], tm
 
 
 def test_sft_trains_on_the_chosen_roles_alone(places: dict[str, Path], tmp_path: Path) -> None:
-    one, _ = train(places, tmp_path / "one", objective="sft", packing="fit", max_steps=..., epochs=1)
+    one, _ = train(places, tmp_path / "one", objective="sft", max_steps=..., epochs=1)
     both, _ = train(
-        places, tmp_path / "both", objective="sft", packing="fit", max_steps=..., epochs=1,
-        train_on=["user", "assistant"],
-    )  # fmt: skip
+        places, tmp_path / "both", objective="sft", max_steps=..., epochs=1, train_on=["user", "assistant"]
+    )
     assert one.metrics["tokens"] == both.metrics["tokens"]
     assert 0 < one.metrics["targets"] < both.metrics["targets"] < both.metrics["tokens"]
+
+
+@pytest.mark.parametrize(("objective", "usual", "other"), [("clm", "wrap", "fit"), ("sft", "fit", "off")])
+def test_packing_goes_by_the_objective(
+    places: dict[str, Path], tmp_path: Path, objective: str, usual: str, other: str
+) -> None:
+    settings = {"objective": objective, "max_steps": 2, "max_length": 64}
+    left_open, given, another = (
+        weights(train(places, tmp_path / str(packing), packing=packing, **settings)[0])
+        for packing in (None, usual, other)
+    )
+    assert all(torch.equal(tensor, given[name]) for name, tensor in left_open.items())
+    assert any(not torch.equal(tensor, another[name]) for name, tensor in left_open.items())
+
+
+def test_no_row_learns_an_answer_without_its_question(places: dict[str, Path]) -> None:
+    from puna.train.job import _held_out_corpus, _training_rows
+
+    model = pretrained.load(places["model"])
+    settings = Train(**{**SMALL, "objective": "sft", "eval_tokens": None})
+    learnt = _training_rows(model, {"main": places["messages"]}, settings)
+    measured = _held_out_corpus(model, Corpus.open(places["messages"]), settings).packed
+    for packed in (learnt, measured):
+        assert packed.report.cuts == 0
+        assert all(piece.start == 0 for row in packed for piece in row.slices)
 
 
 def test_the_adapter_of_an_earlier_stage_is_merged_before_training(
@@ -167,6 +198,8 @@ def test_two_runs_of_one_seed_are_equal_and_another_stage_name_differs(
     lora = {**LORA, "dropout": 0.2}
     runs = [weights(train(places, tmp_path / name, lora=lora)[0]) for name in "ab"]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    other = weights(train(places, tmp_path / "c", lora=lora, name="lora2")[0])
+    assert any(not torch.equal(runs[0][name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +213,7 @@ def test_two_runs_of_one_seed_are_equal_and_another_stage_name_differs(
         ({"gamma": 0.7}, "gamma means nothing"),
         ({"schedule": "constant", "min_learning_rate_ratio": 0.1}, "min_learning_rate_ratio means nothing"),
         ({"train_on": ["user"]}, "train_on means nothing"),
+        ({"objective": "sft", "packing": "wrap"}, "packing 'wrap' cuts conversations"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"lora": {"rank": 8}}, "rank"),
         ({"learning_rat": 1.0}, "learning_rate"),
