@@ -74,8 +74,8 @@ class VocabularyParameters(Parameters):
     """alignment: iterations of the word aligner in each direction."""
     copy_shared: bool = False
     """random, global_mean: copy the rows of tokens that both vocabularies have."""
-    distribution: Literal["matched", "fixed"] = "matched"
-    """random: N(mean, variance of each column of the old matrix), or N(0, 0.02)."""
+    distribution: Literal["fixed", "matched"] = "fixed"
+    """random: N(0, 0.02), or N(mean, variance of each column of the old matrix), a weaker baseline."""
     seed: int | None = None
     """random: null takes the run's seed."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -96,17 +96,22 @@ class VocabularyParameters(Parameters):
         return self
 
 
+def _resized(spec: Any, rows: int) -> Any:
+    """The decoder with another number of rows; its special ids, which may lie beyond them, are left open."""
+    return spec.replace(vocab_size=rows, bos_id=None, eos_ids=(), pad_id=None)
+
+
 def plan_tokenizer(parameters: TokenizerParameters, shapes: Any) -> Cost:
     """Time by the tokens of the corpora; the decoder it names has the new number of rows."""
     spec = shapes.spec
     if spec is not None:
         more = spec.vocab_size + parameters.new_tokens
-        spec = spec.replace(vocab_size=parameters.vocab_size if parameters.method == "train" else more)
+        spec = _resized(spec, parameters.vocab_size if parameters.method == "train" else more)
     return Cost(tokens=shapes.tokens, seconds=shapes.tokens / _TRAINED_TOKENS_PER_SECOND, spec=spec)
 
 
 def plan_vocabulary(parameters: VocabularyParameters, shapes: Any) -> Cost:
-    """The model is held twice, read and written; the pairs are aligned.
+    """The model is held twice: beside itself under the identity map, then beside the new one.
 
     The number of new rows is known if the tokenizer is made by a stage that is given a model; else the
     old number is taken.
@@ -115,9 +120,9 @@ def plan_vocabulary(parameters: VocabularyParameters, shapes: Any) -> Cost:
     if spec is None:
         return Cost(tokens=shapes.tokens)
     rows = shapes.models.get("tokenizer", spec).vocab_size
-    new = spec.replace(vocab_size=-(-rows // parameters.pad_to_multiple) * parameters.pad_to_multiple)
+    new = _resized(spec, -(-rows // parameters.pad_to_multiple) * parameters.pad_to_multiple)
     each = _BYTES[parameters.dtype or shapes.dtype]
-    memory = each * (spec.parameter_count() + new.parameter_count())
+    memory = each * (spec.parameter_count() + max(spec.parameter_count(), new.parameter_count()))
     seconds = shapes.tokens / _ALIGNED_TOKENS_PER_SECOND + shapes.device.read_seconds(memory)
     return Cost(tokens=shapes.tokens, memory=memory, seconds=seconds, spec=new)
 

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from puna.data.corpus import write_corpus
 from puna.text import pretrained
 from puna.text.template import find_template
 from puna.text.tokenizer import Tokenizer
+from puna.text.vocabulary import job
+from puna.text.vocabulary.apply import apply_map
 from puna.text.vocabulary.operator import VocabularyMap
 
 Run = Callable[..., Outcome]
@@ -182,9 +186,27 @@ def test_alignment_writes_model_map_and_counts(folders: dict[str, Path], run: Ru
     assert counted == model.spec.vocab_size
     assert outcome.metrics["rows.aligned"] > 5
     assert outcome.metrics["row_sum_error"] <= 1e-6
+    assert outcome.metrics["identity_difference"] == 0.0
     assert mapping.about["builder"] == "alignment"
     titles = [table["title"] for table in run.report["tables"]]  # type: ignore[attr-defined]
     assert titles == ["Rows of the new vocabulary", "Special tokens", "Some aligned tokens"]
+
+
+def test_two_models_are_held_at_most(
+    folders: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def noted(*arguments: Any, **settings: Any) -> Any:
+        gc.collect()
+        assert not any(earlier() for earlier in made)
+        mapped = apply_map(*arguments, **settings)
+        made.append(weakref.ref(mapped))
+        return mapped
+
+    monkeypatch.setattr(job, "apply_map", noted)
+    run("vocabulary", _inputs(folders, pairs=None), builder="mean_of_pieces")
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("builder", ["mean_of_pieces", "weighted_pieces", "random", "global_mean"])
@@ -227,7 +249,7 @@ def test_inputs_that_a_builder_lacks_or_would_not_read_are_refused(
         {"iterations": 1},
         {"pad_to_multiple": 77},
         {"builder": "random", "copy_shared": True},
-        {"builder": "random", "distribution": "fixed"},
+        {"builder": "random", "distribution": "matched"},
         {"builder": "random", "seed": 5},
         {"builder": "random", "run_seed": 5},
         {"dtype": "bfloat16"},
@@ -268,3 +290,7 @@ def test_plans_tell_the_new_number_of_rows(folders: dict[str, Path]) -> None:
     cost = get_stage("vocabulary").plan(parameters, shapes)  # type: ignore[misc]
     assert cost.spec.vocab_size == 512
     assert cost.memory == 4 * (spec.parameter_count() + cost.spec.parameter_count())
+    few = validate(get_stage("tokenizer").parameters, {"vocab_size": 260}, where="x")
+    shapes.models["tokenizer"] = get_stage("tokenizer").plan(few, shapes).spec  # type: ignore[misc]
+    cost = get_stage("vocabulary").plan(validate(get_stage("vocabulary").parameters, {}, where="x"), shapes)  # type: ignore[misc]
+    assert cost.memory == 4 * 2 * spec.parameter_count()  # the model under the identity map is larger

@@ -1,8 +1,8 @@
 """Builders of vocabulary maps: how the rows of a new vocabulary are made from those of an old one.
 
-All but :func:`identity` copy the row of a token that both vocabularies have: the same bytes, the same
-special token, or a special token in the same role (a BOS for a BOS). The two baselines do so only if
-asked to.
+A token that both vocabularies have (the same bytes, the same special token, or a special token in the
+same role, a BOS for a BOS) takes the old row as it is. The baselines do so only if asked to, and
+:func:`alignment` lets the words among them follow their meaning.
 """
 
 from __future__ import annotations
@@ -76,12 +76,17 @@ def alignment(
     tokens over the old tokens of its partners, the share ``position`` by place in the word and the
     rest evenly (as the authors' program does, half and half). Row = counts, normalised.
 
+    Tokens of both vocabularies are copied, but for those that begin a word (a space and letters)
+    and were seen: "of" is English and Dutch, and means "or" in one of them. Their own old row is
+    blended in as pieces are.
+
     Ours beside the paper, each off at its neutral value: old tokens with less than the share
     ``floor`` of a row are dropped as noise of the aligner (0 keeps all); a row counted n times is
-    blended with the token's pieces as n : ``evidence`` (0 trusts one count wholly). Tokens never seen take
-    ``fallback``: their pieces, or "unk", the row of the old tokenizer's unknown token as in the card
-    of ChocoLlama. Byte-level tokenizers often have no real unknown token (SmolLM2 names its
-    end-of-text token), hence pieces by default.
+    blended with the token's pieces as n to ``evidence`` (0 trusts one count wholly); only links that
+    both directions of the aligner find are counted (``symmetrisation``). Tokens never seen take
+    ``fallback``: their pieces, or "unk", the row of the old unknown token, as in ChocoLlama. A
+    byte-level tokenizer often has no real unknown token (SmolLM2 names its end-of-text token), hence
+    pieces by default.
     """
     _check_shares(fallback, evidence, floor, position)
     counts = count_aligned(
@@ -117,11 +122,15 @@ def random(
     old: Tokenizer,
     new: Tokenizer,
     *,
-    distribution: Distribution = "matched",
+    distribution: Distribution = "fixed",
     seed: int = 0,
     copy_shared: bool = False,
 ) -> VocabularyMap:
-    """Baseline: rows drawn from N(mean, variance of each column of the old matrix), or from N(0, 0.02)."""
+    """Baseline: drawn rows.
+
+    ``fixed`` draws from N(0, 0.02), as a new model does; ``matched`` from N(mean, variance of each
+    column of the old matrix), which makes larger logits and much worse first guesses.
+    """
     about = _about("random", old, new, distribution=distribution, seed=seed, copy_shared=copy_shared)
     return _baseline(old, new, "random", copy_shared, Draw(distribution, seed), about)
 

@@ -18,6 +18,7 @@ from puna.text.vocabulary.operator import ORIGINS, VocabularyMap
 from puna.text.vocabulary.train import train_tokenizer
 
 if TYPE_CHECKING:
+    from puna.model.llama import Llama
     from puna.text.stages import TokenizerParameters, VocabularyParameters
 
 _TEXT_COLUMN = {"documents": "text", "sentence_pairs": "target_text"}
@@ -81,6 +82,7 @@ def change_vocabulary(context: Context, parameters: VocabularyParameters) -> Out
         raise PunaError("identity keeps the vocabulary, and this tokenizer has another", where="in.tokenizer")
     pairs = [pair for folder in (context.inputs.get("pairs") or {}).values() for pair in _pairs(folder)]
     mapping = _build(parameters, old, new, pairs, rows=model.spec.vocab_size, run_seed=context.seed)
+    unmoved = _identity_difference(model, old)  # now, while no second model is held beside the first
     mapped = apply_map(model, mapping, new, pad_to_multiple=parameters.pad_to_multiple)
     pretrained.save(mapped, context.out / "model")
     mapping.save(context.out / "mapping")
@@ -91,14 +93,19 @@ def change_vocabulary(context: Context, parameters: VocabularyParameters) -> Out
         _special_table(old, new),
         *([_aligned_table(mapping, old, new)] if mapping.count("aligned") else []),
     ]
-    unchanged = apply_map(model, builders.identity(model.spec.vocab_size), old)
-    metrics = {"identity_difference": difference(probe(model), probe(unchanged))}
-    metrics |= {
+    metrics = {
+        "identity_difference": unmoved,
         **mapping.metrics(),
         "vocab_size": float(mapped.spec.vocab_size),
         "rows.padded": float(padded),
     }
     return Outcome({"model": context.out / "model", "mapping": context.out / "mapping"}, metrics)
+
+
+def _identity_difference(model: Llama, tokenizer: Tokenizer) -> float:
+    """How far the identity map moves the model's logits on a fixed probe: 0.0, to the bit."""
+    unchanged = apply_map(model, builders.identity(model.spec.vocab_size), tokenizer)
+    return difference(probe(model), probe(unchanged))
 
 
 def _build(
