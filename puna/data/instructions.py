@@ -85,8 +85,13 @@ class _Work:
         self.split = make_split(share, [], derive(self.seed, "instructions"))
 
     def rows(self, corpus: Corpus, *, held_out: bool) -> Iterator[dict[str, Any]]:
-        """Conversations of one side out of a corpus; every row read is kept or counted as dropped."""
-        tally = self.ledger.step(f"{corpus.path.parent.name}/{corpus.path.name}", "rows")
+        """Conversations of one side out of a corpus; every row read is kept or counted as dropped.
+
+        Of pairs, the conversations made of the rows that were kept are counted in a step of their own.
+        """
+        step = f"{corpus.path.parent.name}/{corpus.path.name}"
+        tally = self.ledger.step(step, "rows")
+        made = tally if corpus.kind == "messages" else self.ledger.step(f"{step}, asked", "conversations")
         divided = self.parameters.held_out_share > 0
         for row in corpus.rows():
             if divided and self.split.is_held_out(row["source"], _document(row)) != held_out:
@@ -98,7 +103,14 @@ class _Work:
             elif self._leaks(row["id"], texts):
                 tally.drop(f"{self.built.leak.size} words in a row held out")
                 continue
-            yield from self._conversations(corpus, row, tally)
+            if corpus.kind == "messages":
+                yield from self._short_enough([row], made)
+            elif min(len(text.split()) for text in texts) < self.parameters.min_words:
+                tally.drop("too short")
+            else:
+                tally.keep()
+                asked = [self._ask(name, row) for name in self._tasks_for(row["id"])]
+                yield from self._short_enough(asked, made)
 
     def _leaks(self, row_id: str, texts: list[str]) -> bool:
         leak = self.built.leak
@@ -110,22 +122,14 @@ class _Work:
             raise leak.error()
         return False
 
-    def _conversations(self, corpus: Corpus, row: dict[str, Any], tally: Tally) -> Iterator[dict[str, Any]]:
-        if corpus.kind == "messages":
-            made = [row]
-        else:
-            sides = (row["source_text"], row["target_text"])
-            if min(len(side.split()) for side in sides) < self.parameters.min_words:
-                tally.drop("too short")
-                return
-            made = [self._ask(name, row) for name in self._tasks_for(row["id"])]
+    def _short_enough(self, made: list[dict[str, Any]], tally: Tally) -> Iterator[dict[str, Any]]:
         most = self.parameters.max_characters
-        fitting = [r for r in made if most is None or sum(len(m["content"]) for m in r["messages"]) <= most]
-        if fitting:
-            tally.keep()
-            yield from fitting
-        else:
-            tally.drop("too long")
+        for conversation in made:
+            if most is not None and sum(len(said["content"]) for said in conversation["messages"]) > most:
+                tally.drop("too long")
+            else:
+                tally.keep()
+                yield conversation
 
     def _tasks_for(self, row_id: str) -> list[str]:
         tasks = self.parameters.tasks

@@ -114,6 +114,20 @@ def test_what_is_left_out_is_counted(make: Any, pairs: Path, chats: Path) -> Non
     assert outcome.metrics["dropped.train.over_the_limit"] == 50 + 30
 
 
+def test_a_conversation_that_is_too_long_is_counted_though_another_of_its_pair_fits(
+    make: Any, pairs: Path, chats: Path
+) -> None:
+    inputs = {"pairs": {"p": pairs}, "messages": {"c": chats}}
+    tasks = {**TASKS, "there": {"ask": ["Zeg in het Nederlands alsjeblieft: {source}"], "answer": "{target}"}}
+    outcome = make(inputs=inputs, tasks=tasks, every_task=True, max_characters=55, min_words=2)
+    names = Counter(row["id"].rpartition("/")[2] for row in rows_of(outcome) if row["source"] == "app")
+    assert names == {"back": 60}
+    assert outcome.metrics["dropped.train.too_long"] == 60
+    ledger = Corpus.open(outcome.outputs["train"]).meta["ledger"]
+    counts = {(tally["unit"], tally["read"], tally["kept"]) for tally in ledger.values()}
+    assert counts == {("rows", 60, 60), ("conversations", 120, 60), ("rows", 40, 40)}
+
+
 def test_chats_alone_need_no_task_and_are_only_shuffled(make: Any, chats: Path) -> None:
     rows = rows_of(make(inputs={"messages": {"c": chats}}))
     assert sorted(rows, key=lambda row: row["id"]) == sorted(
