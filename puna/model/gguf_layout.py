@@ -251,7 +251,7 @@ def _frequencies(rule: RopeRule, head_dim: int) -> numpy.ndarray[Any, numpy.dtyp
 
 def _rope_rule(values: _Metadata, head_dim: int, factors: numpy.ndarray[Any, Any] | None) -> RopeRule:
     theta = values.number("rope.freq_base", 10000.0)
-    kind = values.metadata.get(f"{values.architecture}.rope.scaling.type", "none")
+    kind = values.metadata.get(f"{values.architecture}.rope.scaling.type", "linear")  # as llama.cpp supposes
     factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
     if kind not in ("none", "linear", "yarn"):
         raise PunaError(
@@ -260,13 +260,14 @@ def _rope_rule(values: _Metadata, head_dim: int, factors: numpy.ndarray[Any, Any
             found=kind,
             expected="none, linear or yarn",
         )
+    scaled = kind != "none" and factor not in (0.0, 1.0)  # llama.cpp writes 0 for "no scaling" too
     if factors is not None and numpy.any(factors != 1.0):
-        if kind != "none" and factor != 1.0:
+        if scaled:
             raise PunaError(
                 "two rope scalings at once", where=values.where, found=f"{kind} and {ROPE_FACTORS}"
             )
         return _llama3_rule(theta, head_dim, factors, values.where)
-    if factor in (0.0, 1.0):  # llama.cpp writes 0 for "no scaling" too
+    if not scaled:
         return RopeRule("default", theta)
     if kind != "yarn":
         return RopeRule("linear", theta, factor=factor)

@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 from puna.core.errors import PunaError
 from puna.model.checkpoint import read_gguf_metadata, read_weights, write_gguf
 from puna.model.gguf_header import STORAGE, open_gguf
-from puna.model.gguf_layout import gguf_name, metadata_from_spec, row_order, spec_from_metadata
+from puna.model.gguf_layout import (
+    gguf_name,
+    llama3_factors,
+    metadata_from_spec,
+    row_order,
+    spec_from_metadata,
+)
 from puna.model.llama import Llama
 from puna.model.spec import LlamaSpec, RopeRule
 
@@ -296,11 +302,19 @@ def test_metadata_of_other_writers_is_understood(tiny_llama: Callable[..., Llama
     lean |= {"tokenizer.ggml.padding_token_id": 0xFFFFFFFF}
     read = spec_from_metadata(lean, shapes, None, "test")
     assert read == spec.replace(bos_id=None, eos_ids=(2, 7), pad_id=None)
-    lean["llama.rope.scale_linear"] = 2.0
-    del lean["llama.rope.scaling.factor"]
-    assert spec_from_metadata(lean, shapes, None, "test").blocks[0].rope == RopeRule(
-        "linear", 1e4, factor=2.0
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        del lean["llama.rope.scaling.factor"]
+        lean[key] = 2.0
+        assert spec_from_metadata(lean, shapes, None, "test").blocks[0].rope == RopeRule("default", 1e4)
+        linear = {name: value for name, value in lean.items() if name != "llama.rope.scaling.type"}
+        found = spec_from_metadata(linear, shapes, None, "test").blocks[0].rope
+        assert found == RopeRule("linear", 1e4, factor=2.0)
+    factors = llama3_factors(
+        RopeRule("llama3", 1e4, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0), 12
     )
+    assert spec_from_metadata(lean, shapes, factors, "test").blocks[0].rope.kind == "llama3"
+    with pytest.raises(PunaError, match="two rope scalings at once"):
+        spec_from_metadata(linear, shapes, factors, "test")
 
 
 @pytest.mark.smollm
