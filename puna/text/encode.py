@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from puna.core.errors import PunaError, unknown_name
@@ -81,8 +82,8 @@ def encode_messages(
     there (two newlines before a word, an answer that begins with white space), training follows
     the ids that the model is given when it is used, :func:`encode_prompt`. A BOS that the
     tokenizer adds is put in front if the template writes none. Refused: a trained message that the
-    template leaves out, writes twice or does not end with an end-of-turn token, and a template that
-    writes the BOS twice.
+    template leaves out, writes twice or does not end with an end-of-turn token, and a conversation
+    that begins with two BOS, whoever writes them.
     """
     text, spans = template.spans(messages)
     trained_spans = [span for span in spans if span.role in train_on]
@@ -175,14 +176,21 @@ def _pieces(tokenizer: Tokenizer, template: Template, text: str, spans: Sequence
         position = span.content_end
     markup.append((position, len(text)))
     pieces = tokenizer.encode_markup(text, markup, cuts)
-    if tokenizer.bos_id is None or not tokenizer.adds_bos:
+    bos = tokenizer.bos_id
+    if bos is None:
         return pieces
-    begins = [piece.id == tokenizer.bos_id for piece in pieces[:2]]
-    if begins == [True, True]:
+    if tokenizer.adds_bos and [piece.id for piece in pieces[:1]] != [bos]:
+        pieces = [Piece(bos, 0, 0, True), *pieces]
+    visible = (piece.id for piece in pieces if piece.special or text[piece.start : piece.end].strip())
+    if list(islice(visible, 2)) == [bos, bos]:
         raise PunaError(
-            "the chat template writes the BOS token twice", where="chat template", found=repr(text[:40])
+            "a conversation begins with two BOS tokens",
+            where="chat template",
+            found=repr(text[:40]) + (", and the tokenizer adds one" if pieces[0].end == 0 else ""),
+            expected="one, written by the template at the very beginning or added by the tokenizer",
+            fix="take a {{ bos_token }} out of the chat template",
         )
-    return pieces if begins[:1] == [True] else [Piece(tokenizer.bos_id, 0, 0, True), *pieces]
+    return pieces
 
 
 def _check_trained(messages: Sequence[Message], spans: Sequence[Span], train_on: Sequence[str]) -> None:

@@ -211,10 +211,33 @@ class TestRefusals:
         source = "{% for m in messages %}{{ m.content }}<|im_end|>{{ m.content }}<|im_end|>{% endfor %}"
         self.refuse(source, "exactly once")
 
-    def test_a_template_that_writes_the_bos_twice(self) -> None:
-        self.refuse(
-            "{{ bos_token }}{{ bos_token }}" + CHATML, "BOS token twice", {**CONFIG, "add_bos_token": True}
+    @pytest.mark.parametrize("adds_bos", [False, True])
+    @pytest.mark.parametrize("between", ["", " ", "\n"])
+    def test_a_template_that_writes_the_bos_twice(self, adds_bos: bool, between: str) -> None:
+        source = "{{ bos_token }}" + between + "{{ bos_token }}" + CHATML
+        self.refuse(source, "begins with two BOS tokens", {**CONFIG, "add_bos_token": adds_bos})
+
+    def test_a_template_that_writes_the_bos_after_white_space_where_the_tokenizer_adds_one(self) -> None:
+        source = "\n\n{{ bos_token }}" + CHATML
+        self.refuse(source, "begins with two BOS tokens", {**CONFIG, "add_bos_token": True})
+        tokenizer = Tokenizer(train_core(), CONFIG)
+        template = Template(source, tokenizer.template_strings)
+        assert encode_messages(tokenizer, template, self.messages).ids.count(0) == 1
+
+    @pytest.mark.parametrize("adds_bos", [False, True])
+    def test_a_bos_of_every_turn_is_no_second_beginning(self, adds_bos: bool) -> None:
+        tokenizer = Tokenizer(
+            train_core(), {**CONFIG, "bos_token": "<|im_start|>", "add_bos_token": adds_bos}
         )
+        template = Template(CHATML, tokenizer.template_strings)
+        assert encode_messages(tokenizer, template, self.messages).ids.count(1) == 2
+        said = [{"role": "user", "content": "<|im_start|>Hoi"}, self.messages[1]]  # text, and no BOS
+        assert encode_messages(tokenizer, template, said).ids.count(1) == 2
+
+    @pytest.mark.parametrize("text", ["<|endoftext|>De kat", "<|endoftext|>"])
+    def test_a_document_that_begins_with_the_string_of_the_bos_has_one_bos(self, text: str) -> None:
+        tokenizer = Tokenizer(train_core(), {**CONFIG, "add_bos_token": True})
+        assert encode_document(tokenizer, text).ids.count(0) == 1
 
     def test_a_token_that_joins_markup_and_answer(self) -> None:
         tokenizer = Tokenizer(train_core(), CONFIG)
