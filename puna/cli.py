@@ -182,9 +182,11 @@ def stage(
 
 @app.command(name="eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models, the baseline first.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]MODEL...", help="Models, the baseline first.")
+    ],
     on: Annotated[
-        list[str] | None, typer.Option(metavar="CORPUS", help="A corpus to measure on. Repeatable.")
+        list[str] | None, typer.Option(metavar="[NAME=]CORPUS", help="A corpus to measure on. Repeatable.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the scores.")] = Path("runs/eval"),
     settings: Annotated[
@@ -195,9 +197,9 @@ def evaluate(
     dtype: Dtype = None,
 ) -> None:
     """Measure models side by side on corpora, with intervals."""
-    from puna.run.alone import run_stage
+    from puna.run.alone import named, run_stage
 
-    given: dict[str, Any] = {"models": models, **({"corpora": on} if on else {})}
+    given: dict[str, Any] = {"models": named(models), **({"corpora": named(on)} if on else {})}
     record = run_stage("evaluate", given, out, _settings(settings), seed=seed, device=device, dtype=dtype)
     _print_record(record)
 

@@ -285,3 +285,6 @@ def test_eval_is_the_stage_evaluate(puna: Puna, monkeypatch: pytest.MonkeyPatch)
     code, out, _ = puna("eval", "base", "tuned", "--on", "nl", "--on", "en")
     assert code == 0 and "folder: out" in out
     assert calls == [("evaluate", {"models": ["base", "tuned"], "corpora": ["nl", "en"]})]
+    puna("eval", "base=a/model", "tuned=b/model", "--on", "nl=c/train", "--on", "en=d/train")
+    models, corpora = {"base": "a/model", "tuned": "b/model"}, {"nl": "c/train", "en": "d/train"}
+    assert calls[1] == ("evaluate", {"models": models, "corpora": corpora})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint
 from puna.core.stage import get_stage
-from puna.run import fingerprints, inputs, machine
-from puna.run.execute import execute, finish_interrupted
-from puna.run.recipe import load
+from puna.run import fingerprints, inputs, machine, processes
+from puna.run.execute import execute, finish_interrupted, follow
+from puna.run.lock import locked
+from puna.run.recipe import Recipe, StageEntry, load
 from puna.run.record import StageRecord
+from puna.run.references import INPUT_NAME, Reference, default_names
 
 
 def run_stage(
@@ -29,7 +32,8 @@ def run_stage(
     """Run the stage ``verb`` and leave its folder at ``out``; an unchanged one is not run again.
 
     ``given`` maps inputs to paths, assets or hub ids, as ``in`` does in a recipe; ``settings`` are
-    its parameters, dotted where they are nested. The folder holds the outputs and ``stage.json``.
+    its parameters, dotted where they are nested. The folder holds the outputs and ``stage.json``. A
+    second run is kept out of it, and under ``torchrun`` all processes join in a distributed stage.
     """
     name = get_stage(verb).name.replace("-", "_")
     overrides = {f"{name}.in.{key}": value for key, value in given.items()}
@@ -38,6 +42,28 @@ def run_stage(
     recipe = load(bare, None, overrides, seed=seed, device=device, dtype=dtype)
     entry = recipe.stages[name]
     final = Path(out)
+    where = machine.choose_device(recipe.header.device)
+    given_to = partial(inputs.given_to, entry, {})
+    with processes.joined(where) as others:
+        if not processes.is_first():
+            return follow(entry, final, given_to, recipe.header, where, others)
+        with locked(final, final.absolute().with_name(f".{final.absolute().name}.lock")):
+            ready = partial(others.tell, entry.id, "join") if entry.stage.distributed else None
+            record = _lead(recipe, entry, final, where, force=force, ready=ready)
+        others.tell(entry.id, "done")
+    return record
+
+
+def _lead(
+    recipe: Recipe,
+    entry: StageEntry,
+    final: Path,
+    device: str,
+    *,
+    force: bool,
+    ready: Callable[[], None] | None,
+) -> StageRecord:
+    """Run the stage unless it has been run, as the first process and with the folder for itself."""
     if final.exists() and not (final / "stage.json").is_file():
         empty = final.is_dir() and not any(final.iterdir())
         if not empty:
@@ -45,15 +71,15 @@ def run_stage(
         final.rmdir()
     finish_interrupted(final)
     prints, _ = inputs.fingerprints_of(entry, {})
-    where = machine.choose_device(recipe.header.device)
     parts = fingerprints.parts_of(
-        entry, prints, seed=recipe.header.seed, device=where, dtype=recipe.header.dtype
+        entry, prints, seed=recipe.header.seed, device=device, dtype=recipe.header.dtype
     )
     old = StageRecord.open(final)
     if old is not None and old.fingerprint == fingerprint(parts) and not old.damage() and not force:
         return old
     described = inputs.written_down(entry, prints)
-    return execute(entry, final, inputs.given_to(entry, {}), parts, described=described, afresh=force)
+    given = inputs.given_to(entry, {})
+    return execute(entry, final, given, parts, described=described, afresh=force, ready=ready)
 
 
 def parse_inputs(verb: str, items: Sequence[str]) -> dict[str, Any]:
@@ -81,3 +107,29 @@ def parse_inputs(verb: str, items: Sequence[str]) -> dict[str, Any]:
         else:
             found[name] = reference
     return found
+
+
+def named(items: Sequence[str]) -> list[str] | dict[str, str]:
+    """References from the command line, some of them with a name: ``name=reference``.
+
+    Those without a name get the one they would have in a recipe; without any name it is a list.
+    """
+    pairs = [_name_and_reference(item) for item in items]
+    without = [reference for name, reference in pairs if name is None]
+    if len(without) == len(pairs):
+        return without
+    given = iter(default_names([Reference(text, "path") for text in without]))
+    found: dict[str, str] = {}
+    for name, reference in pairs:
+        label = next(given) if name is None else name
+        if label in found:
+            raise PunaError(f"two are called {label!r}", where=reference, fix="name them: name=path")
+        found[label] = reference
+    return found
+
+
+def _name_and_reference(item: str) -> tuple[str | None, str]:
+    name, equals, reference = item.partition("=")
+    if not equals or not INPUT_NAME.fullmatch(name) or Path(item).expanduser().exists():
+        return None, item
+    return name, reference

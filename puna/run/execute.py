@@ -16,7 +16,8 @@ from puna.core.progress import console
 from puna.core.stage import Context, Kind, Outcome
 from puna.run import fingerprints
 from puna.run.machine import PeakMemory
-from puna.run.recipe import StageEntry
+from puna.run.processes import Processes
+from puna.run.recipe import Header, StageEntry
 from puna.run.record import StageRecord
 
 
@@ -84,11 +85,26 @@ def execute(
     return finished
 
 
-def join(
-    entry: StageEntry, final: Path, inputs: Mapping[str, Any], seed: int, device: str, dtype: str
-) -> None:
-    """Run this process's part of a distributed stage that the first process executes; leaves no record."""
-    entry.stage.function(_context(entry, _work_folder(final), inputs, seed, device, dtype), entry.parameters)
+def follow(
+    entry: StageEntry,
+    final: Path,
+    inputs: Callable[[], Mapping[str, Any]],
+    header: Header,
+    device: str,
+    others: Processes,
+) -> StageRecord:
+    """Wait, as another process than the first, until that has a stage done; take part if it is distributed.
+
+    ``inputs`` is called for what the stage is given. Nothing is written.
+    """
+    if others.hear(entry.id) == "join":
+        work = _work_folder(final)
+        context = _context(entry, work, inputs(), header.seed, device, header.dtype)
+        entry.stage.function(context, entry.parameters)
+    others.wait(entry.id)
+    record = StageRecord.open(final)
+    assert record is not None
+    return record
 
 
 def _context(

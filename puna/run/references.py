@@ -14,7 +14,8 @@ from puna.core.errors import PunaError, nearest, unknown_name
 from puna.core.stage import Input, Kind, Stage
 from puna.run.source import Source
 
-_INPUT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+INPUT_NAME = re.compile(r"[A-Za-z0-9_-]+")
+"""What a name of one input among several looks like."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ON_HUB: tuple[Kind, ...] = ("model", "tokenizer")
 _MARKS: dict[Kind, tuple[str, ...]] = {
@@ -82,17 +83,17 @@ class InputBuilder:
         if not declared.many or not isinstance(value, (list, Mapping)):
             wanted = "one reference, a list, or a mapping from names" if declared.many else "one reference"
             raise PunaError("not an input", where=self._where(name), found=value, expected=wanted)
-        named = isinstance(value, Mapping)
-        places = [self._where(name, str(key)) if named else self._where(name) for key in value]
+        named = [str(key) for key in value] if isinstance(value, Mapping) else None
+        places = [self._where(name, key) for key in named] if named else [self._where(name)] * len(value)
         found: list[Reference] = []
-        for text, where in zip(value.values() if named else value, places, strict=True):
+        for text, where in zip(value.values() if isinstance(value, Mapping) else value, places, strict=True):
             if not isinstance(text, str):
                 raise PunaError("not a reference", where=where, found=text)
             found.append(self._refer(text, declared, where))
-        labels = [str(key) for key in value] if named else default_names(found)
+        labels = named or default_names(found)
         references: dict[str, Reference] = {}
         for label, reference, where in zip(labels, found, places, strict=True):
-            if not _INPUT_NAME.fullmatch(label):
+            if not INPUT_NAME.fullmatch(label):
                 raise PunaError(
                     f"{label!r} cannot name an input", where=where, expected="letters, digits, - and _"
                 )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from puna.core.errors import PunaError, unknown_name
+from puna.core.errors import unknown_name
 from puna.core.files import fingerprint, write_json, write_text
 from puna.core.progress import console
 from puna.run import fingerprints, inputs, machine, processes, source
-from puna.run.execute import execute, finish_interrupted, interrupted, join
+from puna.run.execute import execute, finish_interrupted, follow, interrupted
+from puna.run.lock import locked
 from puna.run.recipe import Recipe, StageEntry, find, load
 from puna.run.record import Run, StageRecord, metrics_lines
 
@@ -53,7 +51,7 @@ def run(
     default. ``set`` overrides settings: ``set={"lora.learning_rate": 1e-3}``. ``from_stage`` makes
     that stage and all after it run again.
 
-    >>> run = puna.run("chocollama", out="runs/dutch", set={"lora.steps": 50})
+    >>> run = puna.run("chocollama", out="runs/dutch", set={"lora.max_steps": 50})
     >>> run["evaluate"]["bpb.nl.lora"]
     """
     resolved = load(recipe, scale, set, seed=seed, device=device, dtype=dtype)
@@ -118,7 +116,7 @@ class Runner:
         """
         with processes.joined(self.device) as self._others:
             if processes.is_first():
-                with _locked(self.folder):
+                with locked(self.folder, self.folder / ".lock"):
                     self._lead()
                 self._others.tell("", "done")
             else:
@@ -144,15 +142,16 @@ class Runner:
 
     def _follow(self) -> None:
         """What a process other than the first does: its part of distributed stages, and nothing on disk."""
+        header = self.recipe.header
         for entry in self.entries:
-            if self._others.hear(entry.id) == "join":
-                header = self.recipe.header
-                given = inputs.given_to(entry, self.records)
-                join(entry, self.folder / entry.id, given, header.seed, self.device, header.dtype)
-            self._others.wait(entry.id)
-            record = StageRecord.open(self.folder / entry.id)
-            assert record is not None
-            self.records[entry.id] = record
+            self.records[entry.id] = follow(
+                entry,
+                self.folder / entry.id,
+                partial(inputs.given_to, entry, self.records),
+                header,
+                self.device,
+                self._others,
+            )
         self._others.wait("")
 
     def _stage(self, entry: StageEntry, label: str) -> None:
@@ -263,29 +262,6 @@ def write_cards_and_report(run: Run) -> Path:
             if output["kind"] == "model" and (record.output(name) / "config.json").is_file():
                 write_card(run.folder, record.output(name))
     return Path(write_report(run.folder))
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second runner out of ``folder``. The system drops the lock with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise PunaError(
-                "another run works in this folder",
-                where=folder,
-                found=f"process {owner}" if owner else None,
-                fix="wait for it, or choose another --out",
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _headline(record: StageRecord) -> str:

@@ -7,6 +7,7 @@ GPUs. A single process needs no group, and every operation is then a no-op.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from puna.core.errors import PunaError
+
+# Groups this process has joined. Every process counts alike: none takes addresses of an earlier group for
+# those of the next.
+_groups = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,10 @@ def world(device: str = "cpu") -> Iterator[World]:
         torch.cuda.set_device(own)
     joined_here = not dist.is_initialized()
     if joined_here:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        store, rank, size = next(iter(rendezvous("env://")))
+        store = dist.PrefixStore(f"puna/{next(_groups)}", store)  # type: ignore[attr-defined]
+        backend = "nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), own)
     finally:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from puna.core.errors import PunaError
-from puna.run.alone import parse_inputs, run_stage
+from puna.run.alone import named, parse_inputs, run_stage
+from puna.run.lock import locked
 
 pytestmark = pytest.mark.usefixtures("little")
 
@@ -67,6 +68,35 @@ def test_mistakes_are_told_as_they_were_given() -> None:
         run_stage("learn", {"corpus": "nowhere"}, "out")
     with pytest.raises(PunaError, match="which input is this"):
         parse_inputs("measure", ["a"])
+
+
+def test_a_second_stage_is_kept_out_of_the_folder_and_no_other() -> None:
+    with locked(Path("here/out"), Path("here/.out.lock")):
+        with pytest.raises(PunaError, match="here/out: another run works in this folder"):
+            run_stage("letters", {}, "here/out")
+        run_stage("letters", {}, "here/other")
+    run_stage("letters", {}, "here/out")
+
+
+@pytest.mark.parametrize(
+    ("items", "found"),
+    [
+        (["a/model", "b/model"], ["a/model", "b/model"]),
+        (["base=a/model", "b/model"], {"base": "a/model", "model": "b/model"}),
+        (["base=x", "a/model", "b/model"], {"base": "x", "a": "a/model", "b": "b/model"}),
+        (["a=b/model"], ["a=b/model"]),
+        (["k=v=w"], {"k": "v=w"}),
+        (["runs/x=1"], ["runs/x=1"]),
+    ],
+)
+def test_models_and_corpora_can_be_named_on_the_command_line(items: list[str], found: Any) -> None:
+    Path("a=b/model").mkdir(parents=True)  # What is there is a path, whatever it looks like.
+    assert named(items) == found
+
+
+def test_two_of_one_name_on_the_command_line_are_a_mistake() -> None:
+    with pytest.raises(PunaError, match="two are called 'a'"):
+        named(["a=x", "a=y"])
 
 
 def test_a_folder_that_holds_something_else_is_not_touched() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import puna
 from puna.core.errors import PunaError
+from puna.run.lock import locked
 from puna.run.recipe import load
 from puna.run.record import Run
 from puna.run.runner import Runner
@@ -224,9 +225,8 @@ def test_work_that_was_whole_when_the_process_died_is_taken(recipe: Recipe, exec
 
 
 def test_a_second_runner_is_kept_out_of_the_folder(recipe: Recipe) -> None:
-    from puna.run.runner import _locked
-
-    with _locked(Path("runs/little")), pytest.raises(PunaError, match="another run works in this folder"):
+    folder = Path("runs/little")
+    with locked(folder, folder / ".lock"), pytest.raises(PunaError, match="another run works in this folder"):
         puna.run(recipe())
     puna.run(recipe())
 
@@ -325,7 +325,11 @@ def test_processes_of_torchrun_join_in_distributed_stages_and_the_first_keeps_th
         "import puna\n"
         "first = puna.run('recipe.yaml')\n"
         "again = puna.run('recipe.yaml', from_stage='d')\n"  # Reuses three stages, joins in one.
-        "print(first['b']['total'], again['d']['total'])\n"
+        "from puna.run.alone import run_stage\n"
+        "given = {'corpora': 'runs/many/a/train'}\n"
+        "alone = [run_stage('together', given, 'alone/out') for _ in range(2)]\n"  # And reuses it.
+        "totals = [first['b']['total'], again['d']['total'], *(record.metrics['total'] for record in alone)]\n"
+        "sys.stdout.write(''.join(f'{total} ' for total in totals))\n"  # In one piece: two processes write.
     )
     command = [
         sys.executable,
@@ -337,6 +341,7 @@ def test_processes_of_torchrun_join_in_distributed_stages_and_the_first_keeps_th
         "script.py",
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.split() == ["3.0"] * 4
+    assert done.stdout.split() == ["3.0"] * 8
+    assert (tmp_path / "alone/executed.log").read_text().split() == ["together"]
     assert (tmp_path / "runs/many/executed.log").read_text().split() == ["a", "b", "c", "d", "d"]
     assert done.stderr.count("[1/4] a: letters, never ran") == 1
