@@ -129,7 +129,7 @@ def _run(run: Run) -> Iterator[RenderableType]:
     about = run.about
     yield Text(
         f"{about['name']}: {about['title']} ({about['scale']} scale, {about['status']}, {about['started']}, "
-        f"{duration(about['seconds'])})",
+        f"{duration(run.stage_seconds)} in all stages)",
         style="bold",
     )
     table = Table()

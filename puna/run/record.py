@@ -158,9 +158,19 @@ class Run:
         return self.folder / "report.html"
 
     @property
+    def stage_seconds(self) -> float:
+        """Time of all finished stages, whichever session of the run they were made in."""
+        return seconds_of(self.stages)
+
+    @property
     def metrics(self) -> dict[str, Metrics]:
         """Metrics of every finished stage."""
         return {name: record.metrics for name, record in self.stages.items()}
+
+
+def seconds_of(records: Mapping[str, StageRecord]) -> float:
+    """The time that stages took, together."""
+    return round(sum(record.seconds for record in records.values()), 3)
 
 
 def metrics_lines(records: Mapping[str, StageRecord], reused: Mapping[str, bool]) -> str:

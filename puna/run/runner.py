@@ -18,7 +18,7 @@ from puna.run import fingerprints, inputs, machine, processes, source
 from puna.run.execute import execute, finish_interrupted, follow, interrupted
 from puna.run.lock import locked
 from puna.run.recipe import Recipe, StageEntry, find, load
-from puna.run.record import Run, StageRecord, metrics_lines
+from puna.run.record import Run, StageRecord, metrics_lines, seconds_of
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,13 @@ class Runner:
                 "git": machine.commit(),
             }
         finished = None if status == "running" else _now()
-        times = {"status": status, "started": started, "finished": finished, "seconds": round(seconds, 3)}
+        times = {
+            "status": status,
+            "started": started,
+            "finished": finished,
+            "seconds": round(seconds, 3),
+            "stage_seconds": seconds_of(self.records),
+        }
         write_json(self.folder / "run.json", {**self._about, **times})
 
     @staticmethod

@@ -68,6 +68,12 @@ def test_a_second_run_reuses_everything(recipe: Recipe, executed: Executed) -> N
     assert all(json.loads(line)["reused"] for line in lines)
 
 
+def test_the_time_of_all_stages_stays_when_a_later_run_reuses_them(recipe: Recipe) -> None:
+    first = puna.run(recipe(), set={"lora.pause": 0.05})
+    again = puna.run(recipe(), set={"lora.pause": 0.05})
+    assert first.about["stage_seconds"] == again.about["stage_seconds"] == again.stage_seconds >= 0.1
+
+
 def test_a_changed_parameter_runs_its_stage_and_what_follows_from_it(
     recipe: Recipe, executed: Executed
 ) -> None:
@@ -328,7 +334,8 @@ def test_processes_of_torchrun_join_in_distributed_stages_and_the_first_keeps_th
         "from puna.run.alone import run_stage\n"
         "given = {'corpora': 'runs/many/a/train'}\n"
         "alone = [run_stage('together', given, 'alone/out') for _ in range(2)]\n"  # And reuses it.
-        "totals = [first['b']['total'], again['d']['total'], *(record.metrics['total'] for record in alone)]\n"
+        "totals = [first['b']['total'], again['d']['total']]\n"
+        "totals += [record.metrics['total'] for record in alone]\n"
         "sys.stdout.write(''.join(f'{total} ' for total in totals))\n"  # In one piece: two processes write.
     )
     command = [
