@@ -370,9 +370,9 @@ def _print(*parts: Any) -> None:
         return
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(markup=False, highlight=False, width=160)
+        console = Console(markup=False, emoji=False, highlight=False, width=160)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 

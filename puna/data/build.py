@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.errors import PunaError
-from puna.core.progress import console
+from puna.core.progress import say
 from puna.core.stage import Outcome
 from puna.data.corpus import Corpus, write_corpus
 from puna.data.describe import counts_table, drops_table, leak_table, metrics
@@ -37,7 +37,7 @@ class Built:
         report.setdefault("tables", []).extend([counts_table(self.corpora), drops_table(self.corpora)])
         if "held_out" in self.corpora:
             report["tables"].append(leak_table(self.leak))
-            console.print(str(self.leak))
+            say(str(self.leak))
         outputs = {side: corpus.path for side, corpus in self.corpora.items()}
         return Outcome(outputs=outputs, metrics=metrics(self.corpora, self.leak))
 
@@ -57,7 +57,7 @@ def build(recipe: CorpusParameters, out: Path, *, seed: int) -> Built:
             )
         except PunaError:
             for name, tally in work.ledger.items():
-                console.print(f"  {name}: {tally.as_json()}")
+                say(f"  {name}: {tally.as_json()}")
             raise
     return built
 

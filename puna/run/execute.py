@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.files import fingerprint, read_json, sha256_of, write_json
-from puna.core.progress import console
+from puna.core.progress import say
 from puna.core.stage import Context, Kind, Outcome
 from puna.run import fingerprints
 from puna.run.machine import PeakMemory
@@ -50,10 +50,8 @@ def execute(
         with PeakMemory(parts["device"]) as peak:
             outcome = entry.stage.function(context, entry.parameters)
     except BaseException:
-        console.print(
+        say(
             f"{entry.id}: stopped; {work} is kept, and the same run continues there",
-            markup=False,
-            soft_wrap=True,
         )
         raise
     seconds = time.monotonic() - clock
@@ -137,9 +135,7 @@ def _prepare(work: Path, final: Path, stamp: str, afresh: bool) -> int:
         for folder in (work, final):
             shutil.rmtree(folder, ignore_errors=True)
     elif work.exists() and old != stamp:
-        console.print(
-            f"{work.name}: was begun with other settings or inputs; wiped", markup=False, soft_wrap=True
-        )
+        say(f"{work.name}: was begun with other settings or inputs; wiped")
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "work.json"
@@ -191,5 +187,5 @@ def _metrics(entry: StageEntry, outcome: Outcome) -> dict[str, float | None]:
         number = float(value)
         values[name] = number if math.isfinite(number) else None
         if values[name] is None:
-            console.print(f"{entry.id}: metric {name} is {number}", style="red", markup=False, soft_wrap=True)
+            say(f"{entry.id}: metric {name} is {number}", style="red")
     return values

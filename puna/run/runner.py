@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from puna.core.errors import unknown_name
 from puna.core.files import fingerprint, write_json, write_text
-from puna.core.progress import console
+from puna.core.progress import say
 from puna.run import fingerprints, inputs, machine, processes, source
 from puna.run.execute import execute, finish_interrupted, follow, interrupted
 from puna.run.lock import locked
@@ -138,7 +138,7 @@ class Runner:
             status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             self._write_about(status, started, time.monotonic() - clock)
             raise
-        self._say(f"{self.folder}: done in {time.monotonic() - clock:.1f} s")
+        say(f"{self.folder}: done in {time.monotonic() - clock:.1f} s")
 
     def _follow(self) -> None:
         """What a process other than the first does: its part of distributed stages, and nothing on disk."""
@@ -159,10 +159,10 @@ class Runner:
         finish_interrupted(final)
         decision = self._decide(entry)
         if decision.action == "reuse":
-            self._say(f"{label}: reused, {decision.reason}")
+            say(f"{label}: reused, {decision.reason}")
             record = StageRecord.open(final)
         else:
-            self._say(f"{label}: {entry.stage.name}, {decision.reason}")
+            say(f"{label}: {entry.stage.name}, {decision.reason}")
             record = execute(
                 entry,
                 final,
@@ -172,9 +172,7 @@ class Runner:
                 afresh=entry.id in self.forced,
                 ready=partial(self._others.tell, entry.id, "join") if entry.stage.distributed else None,
             )
-            self._say(
-                f"{label}: {record.seconds:.1f} s, peak {record.peak_memory / 1e9:.2f} GB{_headline(record)}"
-            )
+            say(f"{label}: {record.seconds:.1f} s, peak {record.peak_memory / 1e9:.2f} GB{_headline(record)}")
         assert record is not None
         self.records[entry.id] = record
         self.reused[entry.id] = decision.action == "reuse"
@@ -215,7 +213,7 @@ class Runner:
             found = {name: record.metrics for name, record in self.records.items()}
             judged = claims.judge(self.recipe, {self.recipe.header.seed: found})
             claims.write(judged, self.recipe, self.folder)
-        self._say(f"report: {write_cards_and_report(Run.open(self.folder))}")
+        say(f"report: {write_cards_and_report(Run.open(self.folder))}")
 
     def _resolved(self) -> dict[str, Any]:
         return {**self.recipe.resolved(), "device": self.device}
@@ -252,10 +250,6 @@ class Runner:
             "stage_seconds": seconds_of(self.records),
         }
         write_json(self.folder / "run.json", {**self._about, **times})
-
-    @staticmethod
-    def _say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
 
 
 def write_cards_and_report(run: Run) -> Path:

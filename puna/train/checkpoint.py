@@ -20,7 +20,7 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside, read_json, sha256_of, write_json
-from puna.core.progress import console
+from puna.core.progress import say
 from puna.train.distributed import World
 from puna.train.optimizer import Optimizer
 
@@ -92,7 +92,7 @@ class Checkpoints:
                 content = _read_whole(folder)
             except PunaError as error:
                 if self.world.is_main:
-                    console.print(f"A checkpoint is broken and is passed over. {error}", markup=False)
+                    say(f"A checkpoint is broken and is passed over. {error}")
                 continue
             self._same_recipe(content["recipe"], folder)
             weights, moments, generators = (load_file(folder / name) for name in _FILES)

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from puna.core import progress
-from puna.core.progress import Track
+from puna.core.progress import Track, say
 
 
 class Clock:
@@ -72,3 +72,11 @@ def test_a_terminal_gets_a_bar_and_the_note(monkeypatch: pytest.MonkeyPatch) -> 
     shown = screen.getvalue()
     assert "reading" in shown and "100%" in shown and "rows/s" in shown and "loss 2.5" in shown
     assert track.done == 4
+
+
+def test_a_line_of_a_log_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=written, force_terminal=False, width=20))
+    line = "left out: [red]a row[/] that is much longer than the terminal is wide :cat:"
+    say(line)
+    assert written.getvalue() == f"{line}\n"

@@ -11,7 +11,7 @@ import pydantic
 
 from puna.core import assets
 from puna.core.errors import PunaError, nearest
-from puna.core.progress import console
+from puna.core.progress import say
 from puna.core.stage import Parameters
 from puna.data.kinds import UNDETERMINED, BadRowError, Kind
 from puna.data.ledger import Tally
@@ -103,7 +103,7 @@ class Reading:
                 fix="mend the row, or leave such rows out: on_bad_row: skip",
             )
         if self.tally.dropped["bad row"] < _EXAMPLES_SHOWN:
-            console.print(f"bad row left out: {place}: {message}")
+            say(f"bad row left out: {place}: {message}")
         self.tally.drop("bad row")
 
     def bad_row(self, error: BadRowError, *, where: str) -> None:

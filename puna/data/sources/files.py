@@ -16,7 +16,7 @@ from typing import IO, Any, Literal
 import pydantic
 
 from puna.core.errors import PunaError
-from puna.core.progress import console
+from puna.core.progress import say
 from puna.data.detect import Detection, Languages, detect
 from puna.data.kinds import UNDETERMINED, BadRowError
 from puna.data.sources.common import Item, Reading, SourceSettings, source
@@ -169,7 +169,7 @@ def _detected(
         if first:
             raise
         raise BadRowError(error.message, "(row)", error.found) from None
-    console.print(f"{document.rpartition(':')[0]}: {found}")
+    say(f"{document.rpartition(':')[0]}: {found}")
     return found
 
 

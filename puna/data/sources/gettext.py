@@ -18,7 +18,7 @@ import pydantic
 
 from puna.core import archives
 from puna.core.errors import PunaError
-from puna.core.progress import Track, console
+from puna.core.progress import Track, say
 from puna.data.kinds import UNDETERMINED, BadRowError
 from puna.data.sources.common import (
     AssetName,
@@ -191,7 +191,7 @@ def _plural_rule(headers: dict[str, str], where: str) -> int:
     try:
         return int(gettext.c2py(match[1])(1))
     except ValueError as error:
-        console.print(f"{where}: Plural-Forms cannot be read ({error}); form 0 is taken for one")
+        say(f"{where}: Plural-Forms cannot be read ({error}); form 0 is taken for one")
         return 0
 
 
@@ -284,7 +284,7 @@ def _of_language(catalogues: list[_Catalogue], language: str, *, where: str) -> 
         chosen = [catalogue for catalogue in catalogues if catalogue.language.startswith(f"{wanted}-")]
         regions = sorted({catalogue.language for catalogue in chosen})
         if regions:
-            console.print(f"{where}: no catalogue of {language}; reading {', '.join(regions)}")
+            say(f"{where}: no catalogue of {language}; reading {', '.join(regions)}")
     if not chosen:
         there = sorted({catalogue.language for catalogue in catalogues})
         raise PunaError(
