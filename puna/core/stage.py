@@ -77,7 +77,8 @@ class Cost:
     ``memory`` is that of weights, gradients, optimiser, activations and data; the planner adds what
     the process itself takes. ``seconds`` of 0 means: ``flops`` at the device's achieved rate.
     ``spec`` is the decoder of the model it writes, if that differs from the one it was given, and
-    ``corpora`` says how many tokens each of several output corpora holds.
+    ``corpora`` says how many tokens each of several output corpora holds; ``kind`` is the kind of
+    rows of all of them.
     """
 
     tokens: float = 0.0
@@ -87,6 +88,7 @@ class Cost:
     seconds: float = 0.0
     spec: Any = None
     corpora: Mapping[str, float] = field(default_factory=dict)
+    kind: str | None = None
 
 
 StageFunction = Callable[[Context, Any], Outcome]

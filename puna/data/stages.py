@@ -31,13 +31,15 @@ def _corpus_cost(parameters: CorpusParameters, shapes: Any) -> Cost:
         sizes = (file.stat().st_size for source in parameters.sources for file in source.files())
         tokens["train"] = sum(sizes) / _BYTES_PER_TOKEN
     total = sum(tokens.values())
-    return Cost(tokens=total, seconds=total / _TOKENS_PER_SECOND, corpora=tokens)
+    return Cost(tokens=total, seconds=total / _TOKENS_PER_SECOND, corpora=tokens, kind=parameters.kind)
 
 
 def _instructions_cost(parameters: InstructionsParameters, shapes: Any) -> Cost:
     """As many tokens as the recipe expects, or as the corpora hold that go in."""
     return Cost(
-        tokens=parameters.expected_tokens or shapes.tokens, seconds=shapes.tokens / _TOKENS_PER_SECOND
+        tokens=parameters.expected_tokens or shapes.tokens,
+        seconds=shapes.tokens / _TOKENS_PER_SECOND,
+        kind="messages",
     )
 
 
@@ -62,7 +64,11 @@ def _sample_cost(parameters: SampleParameters, shapes: Any) -> Cost:
     """As many tokens as the recipe expects or the bytes drawn usually make, and not more than there are."""
     drawn = shapes.tokens if parameters.bytes is None else parameters.bytes / _BYTES_PER_DRAWN_TOKEN
     drawn = parameters.expected_tokens or drawn
-    return Cost(tokens=min(shapes.tokens, drawn), seconds=shapes.tokens / _TOKENS_PER_SECOND)
+    return Cost(
+        tokens=min(shapes.tokens, drawn),
+        seconds=shapes.tokens / _TOKENS_PER_SECOND,
+        kind=shapes.kinds.get("corpus"),
+    )
 
 
 @stage(

@@ -161,4 +161,4 @@ def _score(model: Llama, batch: list[_Window], nats: Floats) -> None:
     hidden = model.hidden(input_ids.to(model.device))
     losses = linear_cross_entropy(hidden, model.head_weight, labels.to(model.device)).tokens
     documents = numpy.repeat([piece.document for piece in batch], [len(piece.targets) for piece in batch])
-    numpy.add.at(nats, documents, losses.double().cpu().numpy())
+    numpy.add.at(nats, documents, losses.cpu().double().numpy())

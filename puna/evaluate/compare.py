@@ -36,6 +36,15 @@ def evaluate_models(
     """
     _check_names(models, corpora, settings)
     opened = {name: Corpus.open(path) for name, path in corpora.items()}
+    for name in settings.untouched:
+        if opened[name].kind != "documents":
+            raise PunaError(
+                f"corpus {name!r} cannot show what was forgotten",
+                where="evaluate, untouched",
+                found=f"a corpus of {opened[name].kind}",
+                expected="a corpus of documents",
+                fix="take it out of untouched; its translation scores are told in any case",
+            )
     result = Result(
         models=list(models),
         baseline=settings.baseline or next(iter(models)),

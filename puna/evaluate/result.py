@@ -11,8 +11,6 @@ from puna.evaluate.fertility import Fertility
 from puna.evaluate.statistics import Interval, ratio, relative_change, sign_test
 from puna.evaluate.translation import Scored
 
-_TRANSLATIONS_SHOWN = 3
-
 
 @dataclass(frozen=True)
 class Documents:
@@ -106,12 +104,11 @@ class Result:
         """Change of bits of all untouched corpora together, by model (the baseline left out)."""
         import numpy
 
-        texts = [corpus for corpus in self.untouched if corpus in self.documents]
-        if not texts:
+        if not self.untouched:
             return {}
 
         def joined(model: str) -> Any:
-            return numpy.concatenate([self.bits[corpus, model].bits for corpus in texts])
+            return numpy.concatenate([self.bits[corpus, model].bits for corpus in self.untouched])
 
         before = joined(self.baseline)
         return {

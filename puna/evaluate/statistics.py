@@ -96,13 +96,6 @@ def relative_change(after: Floats, before: Floats, *, draws: int, seed: int, lev
     return Interval(paired.value - 1, paired.low - 1, paired.high - 1, level)
 
 
-def mean_difference(after: Floats, before: Floats, *, draws: int, seed: int, level: float = 0.95) -> Interval:
-    """Paired interval of ``mean(after - before)``, both ``[items]`` measured on the same items."""
-    _check(draws, level, after, before)
-    differences = after - before
-    return ratio(differences, numpy.ones_like(differences), draws=draws, seed=seed, level=level)
-
-
 def sign_test(differences: Floats) -> float:
     """Exact two-sided p-value that positive and negative differences are equally likely.
 

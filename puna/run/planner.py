@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError
 from puna.core.files import read_json
+from puna.core.rows import corpus_kind
 from puna.core.stage import Cost
 from puna.model.spec import LlamaSpec
 from puna.run import shapes
@@ -31,7 +32,8 @@ class Shapes:
     """What a stage's ``plan`` is told: shapes of its input models, tokens of its input corpora, the device.
 
     Of a tokenizer it is the shape of the model that was planned with its vocabulary. Keys of ``models``
-    and ``corpora`` are ``input`` or, where an input takes several, ``input.name``.
+    and ``corpora`` are ``input`` or, where an input takes several, ``input.name``; ``kinds`` says by
+    the same keys of which kind the corpora are, where that is known.
     """
 
     models: Mapping[str, LlamaSpec]
@@ -39,6 +41,7 @@ class Shapes:
     inputs: tuple[str, ...]
     device: DeviceProfile
     dtype: str
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spec(self) -> LlamaSpec | None:
@@ -181,6 +184,7 @@ class _Planner:
     def _shapes(self, entry: StageEntry) -> Shapes:
         models: dict[str, LlamaSpec] = {}
         corpora: dict[str, float] = {}
+        kinds: dict[str, str] = {}
         for name, reference in entry.references():
             kind = entry.stage.inputs[name.partition(".")[0]].kind
             if kind == "model":
@@ -193,7 +197,10 @@ class _Planner:
                     models[name] = spec
             elif kind == "corpus":
                 corpora[name] = self._tokens(reference)
-        return Shapes(models, corpora, tuple(entry.stage.inputs), self.device, self.dtype)
+                rows = self._kind(reference)
+                if rows is not None:
+                    kinds[name] = rows
+        return Shapes(models, corpora, tuple(entry.stage.inputs), self.device, self.dtype, kinds)
 
     def _spec(self, reference: Reference) -> LlamaSpec | None:
         if reference.stage is not None:
@@ -226,6 +233,15 @@ class _Planner:
             return _corpus_bytes(folder) / BYTES_PER_TOKEN
         self.assumed.append(f"{reference.text}: its size is not known here and counts as nothing")
         return 0.0
+
+    def _kind(self, reference: Reference) -> str | None:
+        """The kind of rows of a corpus, if the stage that makes it tells or it lies here."""
+        if reference.stage is not None:
+            cost = self.costs[reference.stage]
+            return None if cost is None else cost.kind
+        folder = Path(reference.text).expanduser()
+        here = reference.origin == "path" and (folder / "corpus.json").is_file()
+        return corpus_kind(folder) if here else None
 
 
 def _corpus_bytes(folder: Path) -> float:

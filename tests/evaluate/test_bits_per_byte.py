@@ -49,6 +49,20 @@ def naive(model: Any, texts: list[str]) -> list[float]:
     return bits
 
 
+def test_a_device_without_float64_gives_the_same_bits(
+    model: Any, monkeypatch: pytest.MonkeyPatch, without_float64: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    expected = bits_per_byte.measure(model, TEXTS).bits
+    real = bits_per_byte.linear_cross_entropy
+
+    def there(*arguments: Any) -> Any:
+        found = real(*arguments)
+        return dataclasses.replace(found, tokens=without_float64(found.tokens))
+
+    monkeypatch.setattr(bits_per_byte, "linear_cross_entropy", there)
+    assert bits_per_byte.measure(model, TEXTS).bits.tolist() == expected.tolist()
+
+
 def test_bits_equal_those_of_transformers_document_by_document(model: Any) -> None:
     found = bits_per_byte.measure(model, TEXTS)
     expected = naive(model, TEXTS)

@@ -154,6 +154,12 @@ def test_sentence_pairs_are_translated_and_scored(tmp_path: Path, models: dict[s
         run(tmp_path, inputs)
 
 
+def test_forgetting_is_measured_on_documents_alone(tmp_path: Path, models: dict[str, str]) -> None:
+    corpora = {"a": corpus(tmp_path / "a", TEXTS), "pairs": pairs(tmp_path / "pairs")}
+    with pytest.raises(PunaError, match="corpus 'pairs' cannot show what was forgotten"):
+        run(tmp_path, {"models": models, "corpora": corpora}, translation={}, untouched=["a", "pairs"])
+
+
 def test_limits_draw_documents_by_seed_and_never_by_model(tmp_path: Path, models: dict[str, str]) -> None:
     path = corpus(tmp_path / "a", [f"{text} {n}" for n in range(8) for text in TEXTS])
 
@@ -224,6 +230,7 @@ def test_the_plan_counts_what_all_models_read_and_write(tiny_llama: Callable[...
         corpora={"corpora.nl": 1000.0, "corpora.en": 50.0},
         device=Device(),
         dtype="float32",
+        kinds={"corpora.nl": "documents"},
     )
 
     plan = get_stage("evaluate").plan
@@ -236,4 +243,8 @@ def test_the_plan_counts_what_all_models_read_and_write(tiny_llama: Callable[...
     assert sampled.seconds > bare.seconds > 0
     translated = plan(Evaluate(max_bytes=300, translation={"rows": 5, "max_tokens": 10}), shapes)
     assert translated.tokens == bare.tokens + 2 * 5 * 10
+    shapes.corpora |= {"corpora.a": 500.0, "corpora.b": 500.0}
+    shapes.kinds |= {"corpora.a": "sentence_pairs", "corpora.b": "sentence_pairs"}
+    twice = plan(Evaluate(max_bytes=300, translation={"rows": 5, "max_tokens": 10}), shapes)
+    assert twice.tokens == bare.tokens + 2 * 2 * 5 * 10  # and nothing of them is read as documents
     assert bare.memory > spec.parameter_count() * 4

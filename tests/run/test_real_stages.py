@@ -167,3 +167,21 @@ def test_a_plan_follows_a_new_vocabulary_through_the_recipe(place: Path) -> None
     made = plan(recipe, device="h100")
     assert "words: a vocabulary as large as the model's" in made.assumptions
     assert {stage.stage: stage.cost for stage in made.stages}["tuned"] == old
+
+
+def test_the_kind_of_a_corpus_follows_it_through_the_stages(tmp_path: Path) -> None:
+    """Of sentence pairs nothing is read for bits per byte; each corpus of them is translated."""
+    (tmp_path / "pairs.jsonl").write_text('{"source_text": "a cat", "target_text": "een kat"}\n' * 50)
+    about: dict[str, Any] = {"name": "little", "title": "t", "stages": {}}
+    for name in ("one", "two"):
+        source = {"path": str(tmp_path / "pairs.jsonl")}
+        about["stages"][name] = {"use": "corpus", "kind": "sentence_pairs", "sources": [source]}
+    about["stages"]["drawn"] = {"use": "sample", "in": {"corpus": "two.train"}, "rows": 5}
+    inputs = {"models": {"base": "meta-llama/Llama-2-7b-hf"}, "corpora": {"one": "one.train"}}
+    translation = {"rows": 4, "max_tokens": 8}
+    about["stages"]["scores"] = {"use": "evaluate", "in": inputs, "translation": translation}
+    alone = plan(about, device="h100").stages[-1].cost
+    inputs["corpora"]["drawn"] = "drawn"
+    both = plan(about, device="h100").stages[-1].cost
+    assert alone is not None and both is not None
+    assert (alone.tokens, both.tokens) == (4 * 8, 2 * 4 * 8)
