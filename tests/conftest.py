@@ -55,6 +55,25 @@ def tiny_llama(tiny_config: dict[str, Any]) -> Callable[..., Any]:
     return build
 
 
+class WithoutFloat64(torch.Tensor):
+    """A tensor as on a device that has no float64, such as Apple's: it must come to the CPU first."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.Tensor.cpu:
+            return arguments[0].as_subclass(torch.Tensor)
+        result = super().__torch_function__(function, types, arguments, options or {})
+        if isinstance(result, cls) and result.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return result
+
+
+@pytest.fixture
+def without_float64() -> Callable[[torch.Tensor], torch.Tensor]:
+    """``without_float64(tensor)`` is the tensor as on a device that has no float64."""
+    return lambda tensor: tensor.as_subclass(WithoutFloat64)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level tokenizer for ``tiny_llama``: ids 0 to 3 special, 256 bytes, then some English merges."""
@@ -72,7 +91,8 @@ def tiny_tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(["the cat and the other cat sat on that mat in the end, and then it went in again"] * 9, trainer)
+    text = "the cat and the other cat sat on that mat in the end, and then it went in again"
+    core.train_from_iterator([text] * 9, trainer)
     config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
     return Tokenizer(core, config, stop_tokens=["<|end|>"])
 

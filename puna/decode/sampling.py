@@ -77,7 +77,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     Top-k keeps the k likeliest; top-p then keeps the shortest run of likeliest tokens whose
     probability reaches ``top_p``. Ties keep the lower id.
     """
-    scaled = logits.double().cpu() / sampling.temperature
+    scaled = logits.cpu().double() / sampling.temperature
     ordered, ids = scaled.sort(descending=True, stable=True)
     if sampling.top_k:
         ordered, ids = ordered[: sampling.top_k], ids[: sampling.top_k]

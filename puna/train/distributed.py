@@ -43,6 +43,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of float64 ``values`` over all processes, on the CPU as they are.
+
+        Only a device that joins in is given float64: Apple's has none.
+        """
+        return self.sum_(values.to(self.device)).cpu() if self.size > 1 else values
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """``tensor`` (of one shape everywhere) of every process, by rank."""
         if self.size == 1:

@@ -60,5 +60,5 @@ class HeldOut:
             hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
             loss = clm(hidden, model.head_weight, batch.labels)
             sums += torch.tensor([float(loss.total), loss.targets], dtype=torch.float64)
-        total = self.world.sum_(sums.to(self.world.device))
+        total = self.world.total(sums)
         return float(total[0]), int(total[1])

@@ -38,17 +38,6 @@ from puna.train.summary import fill_report, metrics_of, start_table
 if TYPE_CHECKING:
     from puna.model.llama import Llama
 
-# Parameters that may change when a run is resumed, since the weights do not depend on them.
-_FREE = {
-    "logging_steps",
-    "eval_steps",
-    "eval_tokens",
-    "save_steps",
-    "report_to",
-    "save_adapter",
-    "save_dtype",
-}
-
 
 def run(context: Context, parameters: Train) -> Outcome:
     """Run the stage; under ``torchrun`` each process calls this and the first one writes."""
@@ -92,6 +81,8 @@ def run(context: Context, parameters: Train) -> Outcome:
         outputs = _write(context, parameters, model, optimizer.weights(), seed, here)
         here.wait()
         loop.checkpoints.remove()
+    if not here.is_main:  # From here on the first process may move the folder.
+        return Outcome(outputs)
     lines = read_metrics(context.out / "metrics.jsonl")
     fill_report(context.report, lines, packed.report, optimizer.count)
     metrics = metrics_of(lines, state, optimizer.count)
@@ -239,10 +230,10 @@ def _optimizer_settings(parameters: Train) -> OptimizerSettings:
 
 
 def _recipe(model: Llama, context: Context, parameters: Train, seed: int) -> dict[str, Any]:
-    """All that the trained weights depend on, for a resumed run to compare."""
+    """All parameters, and what else the trained weights depend on, for a resumed run to compare."""
     template, tokenizer = model.template, model.tokenizer
     return {
-        **parameters.model_dump(mode="json", exclude=_FREE),
+        **parameters.model_dump(mode="json"),
         "packing": _packing(parameters),
         "dtype": str(model.dtype),
         "seed": seed,

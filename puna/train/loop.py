@@ -178,8 +178,8 @@ class Loop:
         for micro in self.feed.micro_batches(step):
             losses.append(self._backward(micro))
             rows.append(micro.rows)
-        own = torch.stack(losses).double() if losses else torch.zeros(1, dtype=torch.float64)
-        total = float(self.world.sum_(own.sum().to(self.world.device)))
+        own = torch.stack(losses).cpu().double() if losses else torch.zeros(1, dtype=torch.float64)
+        total = float(self.world.total(own.sum()))
         if not math.isfinite(total):
             bad = own.isfinite().logical_not().tolist()
             raise self._not_finite(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,3 +91,14 @@ def test_a_request_draws_the_same_for_the_same_seed_and_index_only() -> None:
     assert draw(0, 0) == draw(0, 0)
     assert draw(0, 0) != draw(0, 1)
     assert draw(0, 0) != draw(1, 0)
+
+
+def test_a_device_without_float64_draws_the_same(
+    without_float64: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="no float64"):
+        without_float64(logits).double()
+    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=20, top_p=0.9, seed=3)):
+        there = choose(without_float64(logits), sampling, sampling.generator(0))
+        assert there == choose(logits, sampling, sampling.generator(0))

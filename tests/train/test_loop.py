@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_loss_is_the_mean_over_the_targets_of_the_whole_step(make_loop: MakeLoop
     loop.run()
     assert losses(tmp_path) == pytest.approx([float(expected.detach())], rel=1e-6)
     assert loop.state.tokens == sum(MIXED) and loop.state.targets == batch.targets
+
+
+def test_a_device_without_float64_gives_the_same_losses(
+    make_loop: MakeLoop, tmp_path: Path, without_float64: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    make_loop(tmp_path / "here").run()
+    loop = make_loop(tmp_path / "there")
+    real = loop.objective
+    loop.objective = lambda *given: dataclasses.replace(
+        real(*given), total=without_float64(real(*given).total)
+    )
+    loop.run()
+    assert losses(tmp_path / "there") == losses(tmp_path / "here")
+    sums = torch.ones(2, dtype=torch.float64)
+    assert World(device=torch.device("mps")).total(sums) is sums
 
 
 def test_packed_rows_give_the_loss_of_separate_documents(make_loop: MakeLoop, tmp_path: Path) -> None:

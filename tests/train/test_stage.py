@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import Corpus, write_corpus
 from puna.text import pretrained
 from puna.text.template import Template
+from puna.train.distributed import World
 from puna.train.metrics import read_metrics
 from puna.train.stages import Lora, Train
 
@@ -252,13 +254,14 @@ def test_resume_refuses_another_recipe_and_finishes_with_the_same(
         ({"lora": {**LORA, "r": 4}}, "lora"),
         ({"seed": 9}, "seed"),
         ({"dtype": "bfloat16"}, "dtype"),
+        ({"save_steps": 3}, "save_steps"),
     ):
         with pytest.raises(PunaError, match=f"'{key}' has changed"):
-            train(places, tmp_path / "run", **{"lora": LORA, **changed})
+            train(places, tmp_path / "run", **{"lora": LORA, "save_steps": 2, **changed})
     other = {**places, "documents": places["held_out"]}
     with pytest.raises(PunaError, match="'corpus' has changed"):
-        train(other, tmp_path / "run", lora=LORA)
-    resumed, _ = train(places, tmp_path / "run", lora=LORA, save_steps=3, logging_steps=2)
+        train(other, tmp_path / "run", lora=LORA, save_steps=2)
+    resumed, _ = train(places, tmp_path / "run", lora=LORA, save_steps=2)
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
 
 
@@ -422,3 +425,19 @@ def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path
     assert plan_train(Train(**{**SMALL, "max_steps": None, "max_tokens": 70}), Shapes()).tokens == 70
     often = plan_train(Train(**{**SMALL, "eval_steps": 1}), Shapes())
     assert often.flops > plan_train(Train(**SMALL), Shapes()).flops
+
+
+def test_another_process_than_the_first_reads_nothing_that_the_first_may_have_moved(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.train import job
+
+    @contextlib.contextmanager
+    def second(_: str) -> Iterator[World]:
+        yield World(rank=1)
+
+    monkeypatch.setattr(job, "world", second)
+    outcome, context = train(places, tmp_path / "gone", lora=LORA)
+    assert outcome.outputs["model"] == tmp_path / "gone" / "model"
+    assert outcome.metrics == context.report == {}
+    assert not (tmp_path / "gone").exists()
