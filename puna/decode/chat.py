@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from puna.core.errors import PunaError, unknown_name
-from puna.core.files import write_json
+from puna.core.files import write_text
 from puna.decode.engine import Engine
 from puna.decode.sampling import Sampling
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/system": "/system TEXT  set the system message and start anew (without TEXT: none)",
     "/reset": "/reset        forget the conversation",
-    "/save": "/save FILE    write the conversation as JSON (one row of a messages corpus)",
+    "/save": "/save FILE    write the conversation to a .jsonl file, as a row that a corpus is made of",
     "/help": "/help         show this list",
     "/quit": "/quit         leave (also end of input)",
 }
@@ -75,11 +76,21 @@ class Chat:
     def _save(self, name: str) -> None:
         if not name:
             raise PunaError("/save needs a file name", expected="/save FILE")
+        file = Path(name).expanduser()
+        file = file if file.suffix else file.with_suffix(".jsonl")
+        if file.suffix != ".jsonl":
+            raise PunaError(
+                "a conversation is saved as a row of a .jsonl file",
+                found=name,
+                fix=f"/save {file.with_suffix('.jsonl')}",
+            )
+        if not self.messages:
+            raise PunaError("there is nothing to save yet")
         try:
-            write_json(Path(name).expanduser(), {"messages": self.messages})
+            write_text(file, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise PunaError("the conversation could not be saved", where=name, found=error.strerror) from None
-        self._write(f"{len(self.messages)} messages saved to {name}\n")
+            raise PunaError("the conversation could not be saved", where=file, found=error.strerror) from None
+        self._write(f"{len(self.messages)} messages saved to {file}\n")
 
     def _write(self, text: str) -> None:
         self.out.write(text)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import pytest
 
 from puna.core.errors import PunaError
+from puna.core.stage import Context, get_stage, validate
+from puna.data.corpus import Corpus
 from puna.decode.chat import chat
 from puna.decode.engine import Engine
 from puna.decode.sampling import Sampling
@@ -51,19 +52,29 @@ def test_the_system_message_stays_and_the_rest_is_forgotten(model: Any) -> None:
     assert talk(model, "/system", system="that")[0] == []
 
 
-def test_quit_ends_and_save_writes_a_row_of_messages(model: Any, tmp_path: Path) -> None:
-    file = tmp_path / "chats" / "one.json"
-    messages, printed = talk(model, "the cat", f"/save {file}", "/quit", "never said")
-    assert json.loads(file.read_text()) == {"messages": messages}
-    assert len(messages) == 2
-    assert "2 messages saved" in printed
+@pytest.mark.parametrize("name", ["one", "one.jsonl"])
+def test_quit_ends_and_save_writes_what_a_corpus_is_made_of(model: Any, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "chats" / name
+    messages, printed = talk(model, "the cat\u2028 sat", f"/save {file}", "/quit", "never said", system="é")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert f"3 messages saved to {tmp_path / 'chats' / 'one.jsonl'}" in printed
+    stage = get_stage("corpus")
+    settings = {"kind": "messages", "sources": [{"path": str(tmp_path / "chats" / "*.jsonl")}]}
+    outcome = stage.function(
+        Context("talks", tmp_path / "talks", {}), validate(stage.parameters, settings, where="test")
+    )
+    rows = list(Corpus.open(outcome.outputs["train"]).rows())
+    assert [row["messages"] for row in rows] == [messages]
 
 
 def test_mistakes_are_told_and_the_chat_goes_on(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    messages, printed = talk(model, "/rest", "/save", "the cat " * 200, "/help", "a cat")
+    mistakes = ("/rest", "/save", "/save a.json", "/save a", "the cat " * 200)
+    messages, printed = talk(model, *mistakes, "/help", "a cat")
     errors = capsys.readouterr().err
     assert "did you mean '/reset'" in errors
     assert "/save needs a file name" in errors
+    assert "/save a.jsonl" in errors
+    assert "nothing to save yet" in errors
     assert "does not fit the model's context" in errors
     assert [message["content"] for message in messages if message["role"] == "user"] == ["a cat"]
     assert "/system TEXT" in printed
