@@ -1,16 +1,17 @@
 """Shows what a model is trained on: tokens coloured by whether they are learnt, and what was lost.
 
-All functions return rich renderables; nothing is printed here.
+In a file or a pipe, which have no colours, learnt tokens stand in brackets: ⟦ ⟧. All functions return
+rich renderables; nothing is printed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -25,11 +26,24 @@ from puna.text.tokenizer import Tokenizer
 LEARNT = "black on green3"
 NOT_LEARNT = "grey62"
 SPECIAL = "bold magenta"
+OPEN, CLOSE = "⟦", "⟧"
 # Control characters as their pictures (a corpus must not steer the terminal), white space as signs.
 _SHOWN = {code: chr(0x2400 + code) for code in range(32)} | {
     code: f"\\x{code:02x}" for code in range(127, 160)
 }
 _SHOWN |= {ord(" "): "·", ord("\n"): "⏎\n", ord("\t"): "⇥", 0xA0: "⍽"}
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A text in colours, and the same for where there are none."""
+
+    coloured: Text
+    plain: Text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Print the one that this console can show."""
+        yield self.plain if console.color_system is None or console.no_color else self.coloured
 
 
 @dataclass(frozen=True)
@@ -64,21 +78,31 @@ def inspect_corpus(
     packed = pack(encoded, length, mode=mode or usual_mode(kind))
     parts: list[RenderableType] = [legend()]
     for number, row in enumerate(packed[:samples]):
-        parts.append(Panel(show_row(tokenizer, row), title=f"row {number}: {row.source}", title_align="left"))
+        shown = marked(show_row(tokenizer, row))
+        parts.append(Panel(shown, title=f"row {number}: {row.source}", title_align="left"))
     parts.append(report_table(packed.report))
     return Inspection(packed, encoded, Group(*parts))
 
 
-def legend() -> Text:
-    """What the colours mean."""
-    return Text.assemble(
-        ("learnt", LEARNT),
-        " ",
-        ("not learnt", NOT_LEARNT),
-        " ",
-        ("<special>", SPECIAL),
-        "  · space  ⏎ newline",
+def legend() -> Marked:
+    """What colours, brackets and signs mean."""
+    signs = "  · space  ⏎ newline"
+    coloured = Text.assemble(
+        ("learnt", LEARNT), " ", ("not learnt", NOT_LEARNT), " ", ("<special>", SPECIAL), signs
     )
+    return Marked(coloured, Text(f"{OPEN}learnt{CLOSE} not learnt{signs}"))
+
+
+def marked(shown: Text) -> Marked:
+    """Tokens as :func:`show_tokens` colours them, and with brackets around those that are learnt."""
+    plain, inside = Text(), False
+    for span in shown.spans:
+        learnt = LEARNT in str(span.style)
+        if learnt != inside:
+            plain.append(OPEN if learnt else CLOSE)
+        plain.append(shown.plain[span.start : span.end])
+        inside = learnt
+    return Marked(shown, plain.append(CLOSE) if inside else plain)
 
 
 def show_row(tokenizer: Tokenizer, row: Row) -> Text:
@@ -161,8 +185,9 @@ def _example(tokenizer: Tokenizer, template: Template) -> Panel:
         encoded = encode_rows([{"id": "example", "messages": messages}], "messages", tokenizer, template)[0]
     except PunaError as error:
         return Panel(Text(str(error)), title="the chat template cannot be trained with", title_align="left")
-    shown = show_tokens(tokenizer, encoded.ids, encoded.trained)
-    return Panel(shown, title=f"chat template {template.fingerprint}", title_align="left", subtitle=legend())
+    shown = marked(show_tokens(tokenizer, encoded.ids, encoded.trained))
+    title = f"chat template {template.fingerprint}"
+    return Panel(Group(shown, legend()), title=title, title_align="left")
 
 
 def _visible(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -10,7 +10,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from puna.core.errors import PunaError
 from puna.text.encode import encode_document
-from puna.text.inspect import LEARNT, NOT_LEARNT, SPECIAL, inspect_corpus, inspect_model, show_tokens
+from puna.text.inspect import (
+    LEARNT,
+    NOT_LEARNT,
+    SPECIAL,
+    inspect_corpus,
+    inspect_model,
+    marked,
+    show_tokens,
+)
 from puna.text.packing import NO_TARGET
 from puna.text.template import Template
 from puna.text.tokenizer import Tokenizer
@@ -30,8 +38,8 @@ ROWS = [
 ]
 
 
-def printed(view: RenderableType) -> str:
-    console = Console(width=160, force_terminal=False)
+def printed(view: RenderableType, **options: Any) -> str:
+    console = Console(width=160, **{"force_terminal": False, **options})
     with console.capture() as capture:
         console.print(view)
     return capture.get()
@@ -52,6 +60,39 @@ def test_learnt_tokens_have_one_colour_and_the_rest_another(
     assert rest == "<|im_start|>user⏎\nDe·kat?<|im_end|>⏎\n<|im_start|>assistant⏎\n⏎\n"
     specials = [text.plain[span.start : span.end] for span in text.spans if SPECIAL in str(span.style)]
     assert specials == ["<|im_start|>", "<|im_end|>"] * 2
+
+
+TERMINAL = {"force_terminal": True, "color_system": "truecolor"}
+
+
+@pytest.mark.parametrize("options", [{}, {**TERMINAL, "no_color": True}])
+def test_without_colours_learnt_tokens_stand_in_brackets(
+    chat_tokenizer: Tokenizer, template_named: TemplateNamed, options: dict[str, Any]
+) -> None:
+    view = inspect_corpus(
+        ROWS[:2], "messages", chat_tokenizer, template_named("chatml"), length=128, mode="fit"
+    ).view
+    shown = printed(view, **options)
+    assert "⟦learnt⟧ not learnt" in shown
+    assert shown.count("⟦Ja,·de·kat.⏎") == 2
+    assert "⟧⏎" in shown and "⟦<|im_start|>" not in shown
+    assert shown.count("⟦") == shown.count("⟧") == 3
+    coloured = printed(view, **TERMINAL)
+    assert "⟦" not in coloured and "learnt" in coloured
+
+
+def test_a_run_of_learnt_tokens_has_one_pair_of_brackets(chat_tokenizer: Tokenizer) -> None:
+    ids = chat_tokenizer.encode("De kat zit")
+    for trained, expected in (
+        ([True] * len(ids), "⟦De·kat·zit⟧"),
+        ([False] * len(ids), "De·kat·zit"),
+        ([True, *[False] * (len(ids) - 1)], None),
+    ):
+        shown = show_tokens(chat_tokenizer, ids, trained)
+        plain = marked(shown).plain.plain
+        assert plain.replace("⟦", "").replace("⟧", "") == shown.plain
+        assert expected is None or plain == expected
+        assert plain.count("⟦") == int(any(trained))
 
 
 @given(text=tricky_text.filter(lambda text: "\ufffd" not in text and "‥" not in text))
