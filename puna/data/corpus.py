@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint, folder_aside, read_json, sha256_of, write_json
+from puna.core.rows import META, read_shards
 from puna.data.kinds import COLUMNS, BadRowError, Kind, check_row, known_kind, languages_of, texts_of
 from puna.data.ledger import Ledger, unbalanced
 
@@ -19,7 +20,6 @@ KINDS: tuple[Kind, ...] = tuple(COLUMNS)
 _FORMAT = 1
 _ROWS_PER_GROUP = 2_000
 _ROWS_PER_SHARD = 200_000
-_META = "corpus.json"
 _NEEDED = {"format": int, "kind": str, "counts": dict, "shards": list, "provenance": list, "ledger": dict}
 
 
@@ -39,14 +39,14 @@ class Corpus:
         Sizes of the shards are compared with ``corpus.json``; :meth:`verify` compares their bytes.
         """
         folder = Path(path)
-        if not (folder / _META).is_file():
+        if not (folder / META).is_file():
             fix = "make a corpus first: puna stage corpus" if folder.exists() else "check the path"
             raise PunaError(
                 "not a corpus: a folder with corpus.json and Parquet shards", where=folder, fix=fix
             )
-        meta = read_json(folder / _META)
-        _check_meta(folder / _META, meta)
-        found = known_kind(meta["kind"], where=folder / _META)
+        meta = read_json(folder / META)
+        _check_meta(folder / META, meta)
+        found = known_kind(meta["kind"], where=folder / META)
         if kind is not None and found != kind:
             raise PunaError(
                 "a corpus of another kind is needed here", where=folder, found=found, expected=kind
@@ -76,19 +76,10 @@ class Corpus:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows in order, as dictionaries with the columns of the kind."""
-        for shard in self.meta["shards"]:
-            file = self.path / shard["file"]
-            try:
-                with pyarrow.parquet.ParquetFile(file) as opened:
-                    for batch in opened.iter_batches(columns=list(COLUMNS[self.kind])):
-                        yield from batch.to_pylist()
-            except (pyarrow.ArrowException, OSError) as error:
-                raise PunaError(
-                    "a shard of the corpus cannot be read",
-                    where=file,
-                    found=error,
-                    fix="make the corpus again",
-                ) from None
+        columns = list(COLUMNS[self.kind])
+        shards = (self.path / shard["file"] for shard in self.meta["shards"])
+        for values in read_shards(shards, columns):
+            yield dict(zip(columns, values, strict=True))
 
     def texts(self) -> Iterator[str]:
         """The text of every document; a corpus of another kind is an error."""
@@ -154,7 +145,7 @@ def write_corpus(
             "ledger": counted,
             "shards": writer.shards,
         }
-        write_json(aside / _META, meta)
+        write_json(aside / META, meta)
     return Corpus.open(folder)
 
 
