@@ -52,7 +52,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", READ, ids=name_of)
 def test_every_relative_link_leads_somewhere(page: Path) -> None:
-    """A page that `make docs` writes counts as there; whether it is fresh is that command's business."""
+    """A page that `make docs` writes counts; tests/run/test_docs_generated.py asks if it is fresh."""
     generated = docs.pages()
     for link in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
