@@ -100,7 +100,7 @@ def gather(folder: Path | str) -> View:
             (name, tables) for name, record in run.stages.items() if (tables := _data_tables(record))
         ],
         intervals=[(item["title"], chart) for item in drawn if (chart := _interval_chart(item))],
-        tiles=[tile for item in drawn for tile in _tiles(item)],
+        tiles=[tile for item in drawn[-1:] for tile in _tiles(item)],  # of the last evaluation
         samples=[sample for record in run.stages.values() for sample in record.report.get("samples", [])],
         claims=run.claims,
         fingerprints=_fingerprints(run),
