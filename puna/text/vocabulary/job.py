@@ -124,8 +124,17 @@ def _build(
             f"builder {name!r} takes " + ("no pairs" if pairs else "pairs"), where="in.pairs", found=found
         )
     if name == "alignment":
-        settings = ("fallback", "evidence", "floor", "position", "symmetrisation", "iterations")
-        return builders.alignment(old, new, pairs, **{key: getattr(parameters, key) for key in settings})
+        return builders.alignment(
+            old,
+            new,
+            pairs,
+            fallback=parameters.fallback,
+            evidence=parameters.evidence,
+            floor=parameters.floor,
+            position=parameters.position,
+            symmetrisation=parameters.symmetrisation,
+            iterations=parameters.iterations,
+        )
     if name == "identity":
         return builders.identity(rows)
     if name == "random":
