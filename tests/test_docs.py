@@ -164,6 +164,9 @@ def test_support_names_everything_that_can_be_chosen() -> None:
     formats = [source.format for source in SOURCES.values()]
     storage = [kind.name for kind in STORAGE.values()]
     rules = [rule.names[0] for rule in RULES]
-    names = [*formats, *storage, *rules, *get_args(RopeKind), *OBJECTIVES, *stage.all_stages()]
+    stages = [
+        name for name, found in stage.all_stages().items() if found.function.__module__.startswith("puna.")
+    ]  # without those that other tests registered
+    names = [*formats, *storage, *rules, *get_args(RopeKind), *OBJECTIVES, *stages]
     missing = [name for name in names if f"`{name}`" not in text]
     assert not missing
