@@ -106,7 +106,7 @@ def test_changed_text_is_noticed(place: Path) -> None:
 
 @pytest.mark.slow
 def test_training_that_is_killed_ends_in_the_weights_it_would_have_had(place: Path) -> None:
-    command = [sys.executable, "-m", "puna.cli", "run", "recipe.yaml", "--set", "tuned.max_steps=300"]
+    command = [sys.executable, "-m", "puna.cli", "run", "recipe.yaml", "--set", "tuned.max_steps=120"]
     log = place / "runs/tiny/tuned.work/metrics.jsonl"
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
@@ -119,9 +119,9 @@ def test_training_that_is_killed_ends_in_the_weights_it_would_have_had(place: Pa
         process.kill()
         process.wait()
     assert not (place / "runs/tiny/tuned").exists()
-    resumed = puna.run("recipe.yaml", set={"tuned.max_steps": 300})
+    resumed = puna.run("recipe.yaml", set={"tuned.max_steps": 120})
     assert resumed.stages["tuned"].sessions == 2
-    straight = puna.run("recipe.yaml", set={"tuned.max_steps": 300}, out="runs/straight")
+    straight = puna.run("recipe.yaml", set={"tuned.max_steps": 120}, out="runs/straight")
     assert weights(resumed) == weights(straight)
 
 
