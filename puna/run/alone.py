@@ -11,7 +11,7 @@ from puna.core.errors import PunaError
 from puna.core.files import fingerprint
 from puna.core.stage import get_stage
 from puna.run import fingerprints, inputs, machine, processes
-from puna.run.execute import execute, finish_interrupted, follow
+from puna.run.execute import check_place, execute, finish_interrupted, follow
 from puna.run.lock import locked
 from puna.run.recipe import Recipe, StageEntry, load
 from puna.run.record import StageRecord
@@ -64,11 +64,7 @@ def _lead(
     ready: Callable[[], None] | None,
 ) -> StageRecord:
     """Run the stage unless it has been run, as the first process and with the folder for itself."""
-    if final.exists() and not (final / "stage.json").is_file():
-        empty = final.is_dir() and not any(final.iterdir())
-        if not empty:
-            raise PunaError("holds something that no stage made", where=final, fix="choose another --out")
-        final.rmdir()
+    check_place(final)
     finish_interrupted(final)
     prints, _ = inputs.fingerprints_of(entry, {})
     parts = fingerprints.parts_of(

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from puna.core.errors import PunaError
 from puna.core.files import fingerprint, read_json, sha256_of, write_json
 from puna.core.progress import say
 from puna.core.stage import Context, Kind, Outcome
@@ -111,6 +112,24 @@ def _context(
     return Context(entry.id, work.absolute(), inputs, seed=seed, device=device, dtype=dtype)
 
 
+def check_place(final: Path) -> None:
+    """Refuse to put a stage where something lies that no stage made: it would be replaced."""
+    for folder, mark in ((final, "stage.json"), (_work_folder(final), "work.json")):
+        if not folder.exists() or any((folder / name).is_file() for name in (mark, "stage.json")):
+            continue
+        # A stage that was killed as it began leaves its folder empty, or half a work.json in it.
+        found = (
+            [] if folder.is_file() else [f for f in folder.iterdir() if not f.name.startswith(".work.json")]
+        )
+        if folder.is_file() or found:
+            raise PunaError(
+                "holds something that no stage made, and would be replaced",
+                where=folder,
+                found="a file" if folder.is_file() else ", ".join(sorted(file.name for file in found)[:5]),
+                fix="choose another --out, or move it away",
+            )
+
+
 def interrupted(final: Path) -> str | None:
     """Fingerprint of the work that was interrupted on its way to ``final``, or None."""
     file = _work_folder(final) / "work.json"
@@ -133,10 +152,10 @@ def _prepare(work: Path, final: Path, stamp: str, afresh: bool) -> int:
     old = interrupted(final)
     if afresh:
         for folder in (work, final):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     elif work.exists() and old != stamp:
         say(f"{work.name}: was begun with other settings or inputs; wiped")
-        shutil.rmtree(work)
+        _remove(work)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "work.json"
     sessions = read_json(file)["sessions"] + 1 if file.is_file() else 1
@@ -147,12 +166,23 @@ def _prepare(work: Path, final: Path, stamp: str, afresh: bool) -> int:
 def _take_place(work: Path, final: Path) -> None:
     """Rename ``work`` to ``final``; an older ``final`` goes."""
     (work / "work.json").unlink(missing_ok=True)
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.rename(final, old)
+    old = _put_aside(final)
     os.rename(work, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage's folder; a kill meanwhile leaves no half of it in its place."""
+    shutil.rmtree(_put_aside(folder), ignore_errors=True)
+
+
+def _put_aside(folder: Path) -> Path:
+    """Rename ``folder``, if it is there, to the name returned."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    return old
 
 
 def _describe_output(entry: StageEntry, name: str, path: Path, work: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from puna.core.errors import unknown_name
 from puna.core.files import fingerprint, write_json, write_text
 from puna.core.progress import say
 from puna.run import fingerprints, inputs, machine, processes, source
-from puna.run.execute import execute, finish_interrupted, follow, interrupted
+from puna.run.execute import check_place, execute, finish_interrupted, follow, interrupted
 from puna.run.lock import locked
 from puna.run.recipe import Recipe, StageEntry, find, load
 from puna.run.record import Run, StageRecord, metrics_lines, seconds_of
@@ -102,6 +102,7 @@ class Runner:
         self.records = {}
         decisions = []
         for entry in self.entries:
+            check_place(self.folder / entry.id)
             decision = self._decide(entry)
             decisions.append(decision)
             record = StageRecord.open(self.folder / entry.id)
@@ -124,6 +125,8 @@ class Runner:
         return Run.open(self.folder)
 
     def _lead(self) -> None:
+        for entry in self.entries:
+            check_place(self.folder / entry.id)
         started, clock = _now(), time.monotonic()
         self._write_about("running", started, 0.0)
         write_text(self.folder / "run.yaml", source.dump(self._resolved()))

@@ -226,12 +226,13 @@ def _base_name(model: Llama, target: Path, within: str | Path | None) -> str:
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuse to replace a folder that holds something else than a checkpoint."""
+    """Refuse to replace a folder that holds something else than a checkpoint, or folders beside one."""
     if target.is_file():
         raise PunaError("there is a file of this name", where=target, expected="a folder, or none yet")
     if target.is_dir() and any(target.iterdir()):
         marks = ("config.json", "puna.json", ADAPTER_CONFIG)
-        if not any((target / mark).is_file() for mark in marks):
+        folders = any(file.is_dir() for file in target.iterdir())
+        if folders or not any((target / mark).is_file() for mark in marks):
             raise PunaError(
                 "this folder holds something else than a checkpoint and would be replaced",
                 where=target,

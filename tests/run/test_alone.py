@@ -105,6 +105,11 @@ def test_a_folder_that_holds_something_else_is_not_touched() -> None:
     with pytest.raises(PunaError, match="holds something that no stage made"):
         run_stage("letters", {}, "out")
     assert Path("out/thesis.txt").read_text() == "years of work"
+    Path("new.work").mkdir()
+    Path("new.work/thesis.txt").write_text("years of work")
+    with pytest.raises(PunaError, match=r"new\.work: holds something that no stage made"):
+        run_stage("letters", {}, "new")
+    assert Path("new.work/thesis.txt").read_text() == "years of work"
     Path("empty").mkdir()
     run_stage("letters", {}, "empty")
     assert Path("empty/stage.json").is_file()

@@ -267,6 +267,14 @@ def test_saving_again_replaces_the_checkpoint_whole(model: Any, tmp_path: Path) 
     }
 
 
+def test_a_checkpoint_with_folders_beside_it_is_not_replaced(model: Any, tmp_path: Path) -> None:
+    puna.save(model, tmp_path / "out")
+    (tmp_path / "out" / "thesis").mkdir()
+    with pytest.raises(PunaError, match="would be replaced"):
+        puna.save(model, tmp_path / "out")
+    assert (tmp_path / "out" / "thesis").is_dir()
+
+
 @pytest.mark.smollm
 def test_the_asset_opens_with_everything_set(smollm: Any) -> None:
     assert smollm.source == "smollm2-135m-instruct"
