@@ -21,9 +21,11 @@ ROOMS_WITH_STAGES = ("text", "data", "train", "evaluate", "run")
 
 
 class Parameters(pydantic.BaseModel):
-    """Base of every stage's parameters: frozen, and an unknown key is an error."""
+    """Base of every stage's parameters: frozen; an unknown key is an error, and so are nan and infinity."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class PlanOnly:

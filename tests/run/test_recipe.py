@@ -268,6 +268,7 @@ def test_mistakes_name_file_line_and_key(
             r"setting lora.lerning_rate=1, stage lora: unknown key[\s\S]*'learning_rate'",
         ),
         ({"lora.learning_rate": "x"}, "setting lora.learning_rate=x, stage lora: key 'learning_rate'"),
+        ({"lora.learning_rate": float("inf")}, "setting lora.learning_rate=inf, .*finite number"),
         ({"lara.steps": 1}, "setting lara.steps=1: unknown stage 'lara'"),
         ({"sede": 1}, "setting sede=1: setting 'sede' names no stage"),
         ({"dtype": "int8"}, "setting dtype=int8: key 'dtype'"),

@@ -278,10 +278,10 @@ def test_an_output_a_stage_did_not_write_is_missed_by_name(recipe: Recipe) -> No
 def test_a_metric_that_is_no_number_is_kept_as_null(
     recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = puna.run(recipe(), set={"scores.factor": float("nan")})
+    run = puna.run(recipe(), set={"scores.factor": 1e308})
     assert run["scores"]["size.nl.tuned"] != run["scores"]["size.nl.tuned"]
     assert json.loads((run.folder / "scores/stage.json").read_text())["metrics"]["size.nl.tuned"] is None
-    assert "is nan" in capsys.readouterr().err
+    assert "is inf" in capsys.readouterr().err
     assert run.claims is not None and not run.claims["passed"]
 
 
@@ -352,3 +352,20 @@ def test_processes_of_torchrun_join_in_distributed_stages_and_the_first_keeps_th
     assert (tmp_path / "alone/executed.log").read_text().split() == ["together"]
     assert (tmp_path / "runs/many/executed.log").read_text().split() == ["a", "b", "c", "d", "d"]
     assert done.stderr.count("[1/4] a: letters, never ran") == 1
+
+
+@pytest.mark.parametrize("name", ["dutch", "scores", "lora.work"])
+def test_folders_that_no_stage_made_are_not_replaced(recipe: Recipe, executed: Executed, name: str) -> None:
+    thesis = Path("mine") / name / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    with pytest.raises(PunaError, match=f"{name}: holds something that no stage made"):
+        puna.run(recipe(), out="mine")
+    assert thesis.read_text() == "years of work"
+    assert executed() == []
+
+
+def test_a_stage_that_was_killed_as_it_began_is_run(recipe: Recipe) -> None:
+    Path("runs/little/lora.work").mkdir(parents=True)
+    Path("runs/little/lora.work/.work.json.12345678.part").write_text("{")
+    assert puna.run(recipe()).about["status"] == "done"
