@@ -86,6 +86,12 @@ def test_a_column_that_only_some_rows_have_is_used_where_it_stands(read: Any, wr
         ("a.jsonl", '{"text": "een"}\n\n{"text": 3}\n', "a.jsonl:3, field text", "not a text"),
         ("a.jsonl", '{"text": "een"}\n{"txt": "x"}\n', "a.jsonl:2", "no format of documents"),
         ("a.jsonl", '{"text": "een"}\n{"text": "\\ud800"}\n', "a.jsonl:2, field text", "surrogate"),
+        (
+            "a.jsonl",
+            '{"text": "een"}\n{"n": ' + "9" * 5000 + "}\n",
+            "a.jsonl:2, field (line)",
+            "not valid JSON",
+        ),
         ("a.csv", "text,url\neen,x\ntwee\n", "a.csv:3", "another number of values"),
         ("a.csv", "text,url\neen,x\n ,y\n", "a.csv:3, field text", "empty"),
     ],
@@ -118,6 +124,7 @@ def test_a_bad_parquet_row_is_found_by_its_number(read: Any, tmp_path: Path) -> 
         ("a.csv", "text,text\neen,twee\n", "two columns have the same name"),
         ("a.parquet", b"PAR1", "not a readable Parquet"),
         ("a.jsonl", '{"body": "een"}\n', "no format of documents"),
+        ("a.json", "[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_broken_file_is_told_whatever_the_policy(
@@ -152,3 +159,8 @@ def test_the_limit_counts_rows_that_are_looked_at(
     write("b.jsonl", GOOD)
     items, _ = read("documents", path=str(tmp_path / "*.jsonl"), limit=3)
     assert [item.document for item in items] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+
+
+def test_a_text_cannot_be_cut_at_nothing(read: Any, write: Any) -> None:
+    with pytest.raises(PunaError, match="at least 1 character"):
+        read("documents", path=str(write("a.txt", "een")), split_on="")

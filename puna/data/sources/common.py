@@ -100,7 +100,7 @@ class Reading:
                 message,
                 where=place,
                 found=shown,
-                fix="mend the row, or leave such rows out: on_bad_row: skip",
+                fix="mend the row, or leave such rows out: {path: ..., on_bad_row: skip}",
             )
         if self.tally.dropped["bad row"] < _EXAMPLES_SHOWN:
             say(f"bad row left out: {place}: {message}")

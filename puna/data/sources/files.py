@@ -49,7 +49,7 @@ class TextSettings(FileSettings):
     """Plain UTF-8 text."""
 
     format: Literal["text"] = "text"
-    split_on: str | None = None
+    split_on: str | None = pydantic.Field(None, min_length=1)
     """Cut each file into rows at this string, such as an empty line ("\\n\\n"); else a file is one row."""
 
 
@@ -229,6 +229,8 @@ def _json_list(file: Path, text: str) -> Iterator[tuple[str, Any]]:
         raise PunaError(
             "not valid JSON", where=f"{file}:{error.lineno}:{error.colno}", found=error.msg
         ) from None
+    except (ValueError, RecursionError) as error:  # A number or a nesting beyond what Python reads.
+        raise PunaError("not valid JSON", where=file, found=error) from None
     if not isinstance(values, list):
         raise PunaError("a .json file must hold a list of rows", where=file, found=type(values).__name__)
     yield from ((str(number), value) for number, value in enumerate(values, start=1))
@@ -237,7 +239,7 @@ def _json_list(file: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _json_or_error(line: str) -> Any:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Broken, or a number or nesting beyond what Python reads.
         return BadRowError(f"not valid JSON: {error}", "(line)", line.strip())
 
 
