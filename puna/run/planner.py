@@ -206,7 +206,7 @@ class _Planner:
         if reference.stage is not None:
             return self.specs[reference.stage]
         name = self.model or reference.text
-        spec = shapes.of_model(name, assumed=self.recipe.shape)
+        spec = shapes.of_model(name, assumed=None if self.model else self.recipe.shape)
         millions = spec.parameter_count() / 1e6
         self.assumed.append(
             f"{reference.text}: {millions:,.1f}M parameters"

@@ -100,6 +100,8 @@ def test_a_model_that_is_not_here_takes_the_shape_of_the_scale(recipe: Recipe) -
     path = recipe(strange, ("demo: {set", "demo: {shape: llama-3-8b, set"))
     made = plan(path, device="h100")
     assert any("8,030.3M parameters" in line for line in made.assumptions)
+    with pytest.raises(PunaError, match="shape of model 'nothing' is not known here"):
+        plan(path, device="h100", model="nothing")
 
 
 def test_a_corpus_that_lies_here_counts_by_its_bytes(recipe: Recipe, tmp_path: Path) -> None:
