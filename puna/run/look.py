@@ -11,7 +11,6 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from puna.core.files import read_json
 from puna.run import claims
 from puna.run.planner import duration, size
 from puna.run.recipe import Recipe, StageEntry, load, system_names
@@ -146,9 +145,8 @@ def _run(run: Run) -> Iterator[RenderableType]:
     for record in run.stages.values():
         if record.metrics:
             yield metrics_table(record)
-    judged = run.folder / claims.FILE
-    if judged.is_file():
-        yield claims.table(read_json(judged)["claims"], "claims")
+    if run.claims is not None:
+        yield claims.table(run.claims["claims"], "claims")
 
 
 def metrics_table(record: StageRecord) -> Table:

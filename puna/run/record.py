@@ -25,6 +25,8 @@ from typing import Any
 from puna.core.errors import PunaError, unknown_name
 from puna.core.files import read_json
 
+_ABOUT = ("name", "title", "scale", "status", "started", "stages")
+
 
 class Metrics(dict[str, float]):
     """Metrics of a stage by name; an unknown name is an error that tells the nearest one."""
@@ -127,6 +129,14 @@ class Run:
         if not (root / "run.json").is_file():
             raise PunaError("not a run folder: it has no run.json", where=root, expected="runs/<name>")
         about = read_json(root / "run.json")
+        missing = [key for key in _ABOUT if key not in about] if isinstance(about, dict) else list(_ABOUT)
+        if missing or not isinstance(about["stages"], list):
+            raise PunaError(
+                "not the record of a run",
+                where=root / "run.json",
+                found=f"no {', '.join(missing)}" if missing else f"stages {about['stages']!r}",
+                fix="run the recipe again with this folder as --out",
+            )
         records = {name: StageRecord.open(root / name) for name in about["stages"]}
         return cls(root, about, {name: record for name, record in records.items() if record is not None})
 
@@ -134,7 +144,12 @@ class Run:
     def claims(self) -> dict[str, Any] | None:
         """What claims.json holds, or None if the claims were not judged."""
         file = self.folder / "claims.json"
-        return read_json(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        said = read_json(file)
+        if not isinstance(said, dict) or not isinstance(said.get("claims"), list):
+            raise PunaError("not the judged claims of a run", where=file, fix="remove it and run again")
+        return said
 
     @property
     def recipe_text(self) -> str:

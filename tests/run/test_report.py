@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
 from puna.run.card import write_card
+from puna.run.look import look_at
 from puna.run.report import charts, plot_before_after, write_report
 from puna.run.report.gather import gather
 
@@ -151,6 +152,18 @@ def test_a_run_without_its_recipe_still_has_a_report(run: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PunaError, match="not a run folder"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("run.json", "{}"), ("run.json", "[1]"), ("claims.json", "[]"), ("claims.json", '{"claims": 1}')],
+)
+def test_a_broken_run_is_told_with_its_file(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    with pytest.raises(PunaError, match=rf"{name}: not the "):
+        write_report(run)
+    with pytest.raises(PunaError, match=rf"{name}: not the "):
+        list(look_at(str(run)))
 
 
 def test_a_report_written_twice_is_the_same(run: Path) -> None:
