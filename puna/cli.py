@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -390,17 +391,31 @@ def main() -> None:
     try:
         app()
     except PunaError as error:
-        if os.environ.get("PUNA_DEBUG") == "1":
-            traceback.print_exc()
-        red, plain = (
-            ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-        )
-        print(f"{red}{error}{plain}", file=sys.stderr)
-        sys.exit(2)
+        _told(error)
+    except OSError as error:
+        # The system refuses a file: no permission, a full disk, a folder where a file should be.
+        file = error.filename2 or error.filename
+        if error.strerror is None or (file is None and error.errno != errno.ENOSPC):
+            _bug()
+        _told(PunaError(error.strerror, where=file, fix="PUNA_DEBUG=1 shows what wanted it"))
     except Exception:
+        _bug()
+
+
+def _told(error: PunaError) -> NoReturn:
+    """Print a mistake and exit with 2; to be called while an error is handled."""
+    if os.environ.get("PUNA_DEBUG") == "1":
         traceback.print_exc()
-        print("this is a bug in puna: please report it with the lines above", file=sys.stderr)
-        sys.exit(70)
+    red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    print(f"{red}{error}{plain}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _bug() -> NoReturn:
+    """Print the error that is being handled with its traceback and exit with 70."""
+    traceback.print_exc()
+    print("this is a bug in puna: please report it with the lines above", file=sys.stderr)
+    sys.exit(70)
 
 
 if __name__ == "__main__":

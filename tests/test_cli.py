@@ -198,6 +198,15 @@ def test_a_bug_keeps_its_traceback_and_says_so(
     assert err.rstrip().endswith("this is a bug in puna: please report it with the lines above")
 
 
+def test_a_file_that_the_system_refuses_is_a_mistake_and_no_bug(puna: Puna, recipe: Recipe) -> None:
+    Path("folder").mkdir()
+    Path("file").write_text("")
+    for arguments in (["schema", "--out", "folder"], ["run", str(recipe()), "--out", "file"]):
+        code, out, err = puna(*arguments)
+        assert code == 2 and "Traceback" not in out + err
+        assert err.startswith(f"{arguments[-1]}: ")
+
+
 def test_an_interrupt_exits_with_130_and_the_run_is_marked(
     puna: Puna, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
