@@ -67,6 +67,7 @@ def pieces(archive: zipfile.ZipFile, member: str, *, limit: int) -> Iterator[byt
                 yield piece
     except KeyError:
         raise PunaError("no such member in the archive", where=where) from None
+    # zipfile says NotImplementedError of a compression it lacks, and RuntimeError of an encrypted member.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise PunaError("the member cannot be unpacked", where=where, found=error) from None
 

@@ -14,6 +14,7 @@ from pydantic_core import to_jsonable_python
 from puna.core import assets
 from puna.core.errors import PunaError
 from puna.core.files import read_json, write_text
+from puna.core.rows import META
 from puna.core.stage import get_stage
 from puna.run.record import Run, StageRecord
 from puna.run.report.gather import references
@@ -108,7 +109,7 @@ def _corpus(run: Run, reference: str) -> dict[str, Any] | None:
     record = run.stages.get(stage)
     if record is None or record.outputs.get(output, {}).get("kind") != "corpus":
         return None
-    file = record.output(output) / "corpus.json"
+    file = record.output(output) / META
     found: dict[str, Any] | None = read_json(file) if file.is_file() else None
     return found
 

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from puna.core.rows import META
 from puna.run import claims
 from puna.run.planner import duration, size
 from puna.run.recipe import Recipe, StageEntry, load, system_names
@@ -38,7 +39,7 @@ def look_at(
         yield from _recipe(target, scale, samples)
     elif (path / "run.json").is_file():
         yield from _run(Run.open(path))
-    elif (path / "corpus.json").is_file():
+    elif (path / META).is_file():
         yield from _corpus(path, model, samples, length)
     else:
         yield from _model(target)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError
 from puna.core.files import read_json
-from puna.core.rows import corpus_kind
+from puna.core.rows import META, corpus_kind
 from puna.core.stage import Cost
 from puna.model.spec import LlamaSpec
 from puna.run import shapes
@@ -228,7 +228,7 @@ class _Planner:
                 return 0.0
             return cost.corpora.get(reference.output or "", cost.tokens)
         folder = Path(reference.text).expanduser()
-        if reference.origin == "path" and (folder / "corpus.json").is_file():
+        if reference.origin == "path" and (folder / META).is_file():
             self.assumed.append(f"{reference.text}: {BYTES_PER_TOKEN:g} bytes of text a token")
             return _corpus_bytes(folder) / BYTES_PER_TOKEN
         self.assumed.append(f"{reference.text}: its size is not known here and counts as nothing")
@@ -240,12 +240,12 @@ class _Planner:
             cost = self.costs[reference.stage]
             return None if cost is None else cost.kind
         folder = Path(reference.text).expanduser()
-        here = reference.origin == "path" and (folder / "corpus.json").is_file()
+        here = reference.origin == "path" and (folder / META).is_file()
         return corpus_kind(folder) if here else None
 
 
 def _corpus_bytes(folder: Path) -> float:
-    counts = read_json(folder / "corpus.json").get("counts", {})
+    counts = read_json(folder / META).get("counts", {})
     written = sum(file.stat().st_size for file in folder.glob("*.parquet"))
     return float(counts.get("bytes", written))
 

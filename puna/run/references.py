@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from puna.core import assets
 from puna.core.errors import PunaError, nearest, unknown_name
+from puna.core.rows import META
 from puna.core.stage import Input, Kind, Stage
 from puna.run.source import Source
 
@@ -19,7 +20,7 @@ INPUT_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _ON_HUB: tuple[Kind, ...] = ("model", "tokenizer")
 _MARKS: dict[Kind, tuple[str, ...]] = {
-    "corpus": ("corpus.json",),
+    "corpus": (META,),
     "model": ("config.json", "puna.json", "adapter_config.json"),
     "tokenizer": ("tokenizer.json", "tokenizer.model", "spiece.model"),
 }

@@ -13,7 +13,7 @@ class Export(Parameters):
     """Parameters of the stage ``export``."""
 
     format: Literal["hf", "gguf"] = "gguf"
-    """gguf is one file for llama.cpp; hf a folder that transformers and vLLM open."""
+    """gguf is one file for llama.cpp; hf a folder that transformers opens."""
     kind: Literal["f16", "q8_0"] = "f16"
     """How a GGUF file stores the large matrices."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

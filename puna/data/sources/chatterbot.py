@@ -6,42 +6,30 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import pydantic
 import yaml
 
 from puna.core import archives
 from puna.core.errors import PunaError
 from puna.data.kinds import BadRowError, check_messages
 from puna.data.sources.common import (
-    AssetName,
     Item,
+    PlacedSettings,
     Reading,
-    SourceSettings,
     asset_or_path,
-    exactly_one,
     source,
 )
 
 _LARGEST_FILE = 16 << 20  # bytes
 
 
-class ChatterbotSettings(SourceSettings):
-    """Conversations of one language out of a wheel or folder."""
+class ChatterbotSettings(PlacedSettings):
+    """Conversations of one language out of a wheel, a folder, or one YAML file."""
 
     format: Literal["chatterbot"] = "chatterbot"
-    asset: AssetName | None = None
-    """Name of an asset that is a wheel."""
-    path: str | None = None
-    """A wheel, a folder, or one YAML file."""
     folder: str | None = None
     """Only files in folders of this name: the corpus names its folders by languages, such as "dutch"."""
     language: str | None = None
     """Language tag of the conversations."""
-
-    @pydantic.model_validator(mode="after")
-    def _one_place(self) -> ChatterbotSettings:
-        exactly_one(asset=self.asset, path=self.path)
-        return self
 
     def default_name(self) -> str:
         """The asset or the file's name."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 
@@ -31,9 +32,9 @@ class SourceSettings(Parameters):
     limit: pydantic.PositiveInt | None = None
     """Look at no more than this many source documents (catalogues, files, or rows of a table)."""
 
+    @abstractmethod
     def default_name(self) -> str:
         """The name of the source when none is given."""
-        raise NotImplementedError
 
     def files(self) -> list[Path]:
         """Local files the source reads, assets apart: the corpus depends on their content."""
@@ -121,6 +122,24 @@ def known_asset(name: str) -> str:
 
 AssetName = Annotated[str, pydantic.AfterValidator(known_asset)]
 """Name of a declared asset."""
+
+
+class PlacedSettings(SourceSettings):
+    """Settings of a source that is either an asset or lies at a path."""
+
+    asset: AssetName | None = None
+    """Name of an asset that holds it."""
+    path: str | None = None
+    """Where it lies: a file or folder of this format."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_place(self) -> Self:
+        exactly_one(**self.places())
+        return self
+
+    def places(self) -> dict[str, str | None]:
+        """The settings of which exactly one says where the source is."""
+        return {"asset": self.asset, "path": self.path}
 
 
 Settings = TypeVar("Settings", bound=SourceSettings)

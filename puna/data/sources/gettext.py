@@ -21,12 +21,10 @@ from puna.core.errors import PunaError
 from puna.core.progress import Track, say
 from puna.data.kinds import UNDETERMINED, BadRowError
 from puna.data.sources.common import (
-    AssetName,
     Item,
+    PlacedSettings,
     Reading,
-    SourceSettings,
     asset_or_path,
-    exactly_one,
     source,
 )
 
@@ -36,14 +34,12 @@ _DEFAULT_COMMENT = re.compile(r'Default:\s*"(.*)"', re.DOTALL)
 _SYMBOL = re.compile(r"[a-z0-9]+(?:[_.\-:][a-z0-9]+)+")
 
 
-class GettextSettings(SourceSettings):
-    """Catalogues of one language. The English (original) side is the msgid, the other the msgstr."""
+class GettextSettings(PlacedSettings):
+    """Catalogues of one language in a wheel, a folder, one file, or an installed package.
+
+    The English (original) side is the msgid, the other the msgstr."""
 
     format: Literal["gettext"] = "gettext"
-    asset: AssetName | None = None
-    """Name of an asset that is a wheel."""
-    path: str | None = None
-    """A wheel, a folder with catalogues below it, or one .po or .mo file."""
     installed: str | None = None
     """Name of an installed Python package."""
     language: str | None = None
@@ -55,10 +51,9 @@ class GettextSettings(SourceSettings):
     strip_accelerator: str | None = pydantic.Field(default=None, min_length=1, max_length=1)
     """The character that marks the access key in a label, such as "&" or "_", taken out if given here."""
 
-    @pydantic.model_validator(mode="after")
-    def _one_place(self) -> GettextSettings:
-        exactly_one(asset=self.asset, path=self.path, installed=self.installed)
-        return self
+    def places(self) -> dict[str, str | None]:
+        """An installed package is a third place."""
+        return {**super().places(), "installed": self.installed}
 
     def default_name(self) -> str:
         """The asset, the package, or the file's name up to its first dash or dot."""

@@ -15,10 +15,9 @@ from puna.core.progress import Track
 from puna.data.sources.common import (
     AssetName,
     Item,
+    PlacedSettings,
     Reading,
-    SourceSettings,
     asset_or_path,
-    exactly_one,
     source,
 )
 
@@ -31,14 +30,10 @@ _HIDDEN = re.compile(r"\shidden\b")
 _DEFAULT = re.compile(r'\sid="default')
 
 
-class LibreofficeHelpSettings(SourceSettings):
-    """The help of one language, and for pairs also of the original one."""
+class LibreofficeHelpSettings(PlacedSettings):
+    """The help of one language, a folder, and for pairs also of the original one."""
 
     format: Literal["libreoffice_help"] = "libreoffice_help"
-    asset: AssetName | None = None
-    """Name of an asset that is the folder of one language."""
-    path: str | None = None
-    """The folder of one language."""
     original_asset: AssetName | None = None
     """The asset in the original language: needed for pairs; for documents it shows what is untranslated."""
     original_path: str | None = None
@@ -49,8 +44,7 @@ class LibreofficeHelpSettings(SourceSettings):
     """Language tag of the original."""
 
     @pydantic.model_validator(mode="after")
-    def _one_place(self) -> LibreofficeHelpSettings:
-        exactly_one(asset=self.asset, path=self.path)
+    def _one_original(self) -> LibreofficeHelpSettings:
         if self.original_asset is not None and self.original_path is not None:
             raise ValueError("give original_asset or original_path, not both")
         return self

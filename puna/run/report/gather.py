@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from puna.core import assets
 from puna.core.files import read_json
+from puna.core.rows import META
 from puna.run.record import Run, StageRecord
 from puna.run.report.charts import Row, interval_chart, line_chart
 
@@ -233,7 +234,7 @@ def _corpora(run: Run) -> list[CorpusView]:
     views = []
     for stage, record in run.stages.items():
         for name, output in record.outputs.items():
-            file = record.output(name) / "corpus.json"
+            file = record.output(name) / META
             if output["kind"] != "corpus" or not file.is_file():
                 continue
             meta = read_json(file)
