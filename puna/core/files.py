@@ -98,12 +98,3 @@ def fingerprint(value: Any) -> str:
     """16 hexadecimal digits that change with the content of a JSON-like ``value``."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def fingerprint_path(path: Path | str) -> str:
-    """Fingerprint of a file's bytes or of all files of a folder with their relative names."""
-    root = Path(path)
-    if root.is_file():
-        return sha256_of(root)[:16]
-    files = sorted(file for file in root.rglob("*") if file.is_file() and not file.name.endswith(".part"))
-    return fingerprint([(file.relative_to(root).as_posix(), sha256_of(file)) for file in files])

@@ -27,11 +27,6 @@ class Tally:
         self.read += 1
         self.dropped[reason] += 1
 
-    @property
-    def balanced(self) -> bool:
-        """Whether the counts add up."""
-        return self.read == self.kept + self.dropped.total()
-
     def as_json(self) -> dict[str, Any]:
         """The counts as plain values, reasons sorted by name."""
         counts = {"unit": self.unit, "read": self.read, "kept": self.kept}

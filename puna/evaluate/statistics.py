@@ -39,11 +39,6 @@ class Interval:
         """Whether the interval could be computed."""
         return not (math.isnan(self.low) or math.isnan(self.high))
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
-
     def metrics(self, name: str) -> dict[str, float]:
         """The value under ``name`` and, where known, its ends under ``name.low`` and ``name.high``."""
         found = {name: self.value}

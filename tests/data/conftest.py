@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from puna.core.stage import Context, Outcome, validate
-from puna.data.ledger import Tally
+from puna.data.ledger import Tally, unbalanced
 from puna.data.settings import CorpusParameters
 from puna.data.sources import SOURCES, Item, Reading
 from puna.data.stages import corpus
@@ -61,7 +61,7 @@ def read() -> Callable[..., tuple[list[Item], Reading]]:
             language=language,
         )
         items = list(SOURCES[type(source)].read(source, reading))
-        assert reading.tally.balanced and reading.tally.kept == len(items)
+        assert unbalanced({"read": reading.tally.as_json()}) is None and reading.tally.kept == len(items)
         return items, reading
 
     return read_source
