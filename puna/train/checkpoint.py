@@ -24,7 +24,7 @@ from puna.core.progress import say
 from puna.train.distributed import World
 from puna.train.optimizer import Optimizer
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 _PREFIX = "checkpoint-"
 _FILES = ("weights.safetensors", "moments.safetensors", "generators.safetensors")
@@ -35,9 +35,11 @@ class Window:
     """Sums since the last logged line."""
 
     loss: float = 0.0
+    units: int = 0
     targets: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

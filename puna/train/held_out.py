@@ -11,7 +11,7 @@ import torch
 
 from puna.text.packing import Packed, collate
 from puna.train.distributed import World
-from puna.train.objectives import clm
+from puna.train.objectives import linear_cross_entropy
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -58,7 +58,7 @@ class HeldOut:
             start += len(rows)
             batch = collate(rows).to(self.world.device)
             hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
-            loss = clm(hidden, model.head_weight, batch.labels)
+            loss = linear_cross_entropy(hidden, model.head_weight, batch.labels)
             sums += torch.tensor([float(loss.total), loss.targets], dtype=torch.float64)
         total = self.world.total(sums)
         return float(total[0]), int(total[1])

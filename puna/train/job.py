@@ -29,7 +29,7 @@ from puna.train.held_out import HeldOut, HeldOutCorpus
 from puna.train.loader import Feed
 from puna.train.loop import Loop, LoopSettings
 from puna.train.metrics import read_metrics
-from puna.train.objectives import OBJECTIVES
+from puna.train.objectives import OBJECTIVES, CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
 from puna.train.schedule import Schedule
 from puna.train.stages import Lora, Train, method_of
@@ -53,6 +53,7 @@ def run(context: Context, parameters: Train) -> Outcome:
             seed=seed,
             rank=here.rank,
             size=here.size,
+            unit=OBJECTIVES[parameters.objective].unit,
         )
         settings = _settings(parameters, feed, seed)
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
@@ -68,7 +69,7 @@ def run(context: Context, parameters: Train) -> Outcome:
         loop = Loop(
             model,
             feed,
-            OBJECTIVES[parameters.objective].function,
+            CrossEntropy(),
             optimizer,
             settings,
             out=context.out,

@@ -22,8 +22,10 @@ import numpy
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.text.packing import Batch, Row, collate
+from puna.train.objectives import Unit
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
 
@@ -34,18 +36,29 @@ class MicroBatch:
     batch: Batch
     rows: NDArray[numpy.int64]
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with its tensors on another device."""
+        return MicroBatch(self.batch.to(device), self.rows)
+
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: its rows, over all processes, and how many tokens and targets they hold."""
+    """One optimiser step: its rows, over all processes, and how many tokens and targets they hold.
+
+    Its loss is the mean over ``units``: its targets, or its pairs where preferences are learnt.
+    """
 
     rows: NDArray[numpy.int64]
     tokens: int
     targets: int
+    units: int
 
 
 class Feed:
     """Feeds ``rows`` to the loop. See the module's docstring for the order.
+
+    ``unit`` is what a step's loss is the mean of; of pairs a row holds both documents, one after
+    the other.
 
     ``rank`` and ``size`` are this process's place among all; ``pad_id`` fills up shorter rows (it is
     never looked at). A step without any target is refused when its epoch is drawn.
@@ -61,6 +74,7 @@ class Feed:
         rank: int = 0,
         size: int = 1,
         pad_id: int = 0,
+        unit: Unit = "tokens",
     ) -> None:
         if not rows:
             raise PunaError("no rows to train on", fix="look at what packing dropped and why")
@@ -73,6 +87,8 @@ class Feed:
         self.size = size
         self.lengths = numpy.array([row.tokens for row in rows], dtype=numpy.int64)  # in tokens
         self.targets = numpy.array([row.targets for row in rows], dtype=numpy.int64)
+        pairs = [len(row.slices) // 2 for row in rows]
+        self.units = self.targets if unit == "tokens" else numpy.array(pairs, dtype=numpy.int64)
         self._epoch = -1
         self._steps: list[Step] = []
         longest = int(self.lengths.max())
@@ -102,7 +118,8 @@ class Feed:
             used = ends[start - 1] if start else 0
             end = max(start + 1, int(numpy.searchsorted(ends, used + self.batch_tokens, side="right")))
             chosen = order[start:end]
-            steps.append(Step(chosen, int(self.lengths[chosen].sum()), int(self.targets[chosen].sum())))
+            counts = (int(count[chosen].sum()) for count in (self.lengths, self.targets, self.units))
+            steps.append(Step(chosen, *counts))
             start = end
         empty = next((step for step in steps if not step.targets), None)
         if empty is not None:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.progress import Track
@@ -27,7 +26,7 @@ from puna.train.checkpoint import Checkpoints, TrainState, Window
 from puna.train.distributed import World
 from puna.train.loader import Feed, MicroBatch, Step
 from puna.train.metrics import MetricsLog, peak_memory
-from puna.train.objectives import ObjectiveFunction
+from puna.train.objectives import Loss, Objective
 from puna.train.optimizer import Optimizer
 from puna.train.schedule import Schedule, factor
 
@@ -61,9 +60,10 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class _Done:
-    """What one step gave: the sum of its token losses over all processes, and figures to log."""
+    """What one step gave: the sum of its losses over all processes, and figures to log."""
 
     loss: float
+    figures: dict[str, float]
     learning_rate: float
     gradient_norm: float
     seconds: float
@@ -81,7 +81,7 @@ class Loop:
         self,
         model: Llama,
         feed: Feed,
-        objective: ObjectiveFunction,
+        objective: Objective,
         optimizer: Optimizer,
         settings: LoopSettings,
         *,
@@ -136,7 +136,7 @@ class Loop:
                 done = self._step(step)
                 self._count(step, done)
                 if track is not None:
-                    mean = done.loss / step.targets
+                    mean = done.loss / step.units
                     track.note(f"step {state.step}/{settings.total_steps} loss {mean:.4f}")
                     track.advance(step.tokens)
                 self._after_step()
@@ -163,37 +163,38 @@ class Loop:
     def _step(self, step: Step) -> _Done:
         """One optimiser step: gradients of all its tokens, their mean, clipping, update."""
         start = time.perf_counter()
-        loss = self._accumulate(step)
+        loss, figures = self._accumulate(step)
         self.world.sum_(self.optimizer.gradient)
-        norm = self.optimizer.gradient_norm(step.targets)
+        norm = self.optimizer.gradient_norm(step.units)
         if not math.isfinite(norm):
             raise self._not_finite("the gradient", norm, [step.rows])
-        rate = self.optimizer.step(factor(self.state.step, self.settings.schedule), step.targets, norm)
-        return _Done(loss, rate, norm, time.perf_counter() - start)
+        rate = self.optimizer.step(factor(self.state.step, self.settings.schedule), step.units, norm)
+        return _Done(loss, figures, rate, norm, time.perf_counter() - start)
 
-    def _accumulate(self, step: Step) -> float:
-        """Gradients of the summed token losses of this process's share; the sum over all processes."""
-        losses: list[Tensor] = []
+    def _accumulate(self, step: Step) -> tuple[float, dict[str, float]]:
+        """Gradients of the summed losses of this process's share; the sums over all processes."""
+        names = self.objective.figures
+        found: list[torch.Tensor] = []
         rows: list[NDArray[numpy.int64]] = []
         for micro in self.feed.micro_batches(step):
-            losses.append(self._backward(micro))
+            loss = self._backward(micro)
+            found.append(torch.stack([loss.total.detach(), *(loss.figures[name] for name in names)]))
             rows.append(micro.rows)
-        own = torch.stack(losses).cpu().double() if losses else torch.zeros(1, dtype=torch.float64)
-        total = float(self.world.total(own.sum()))
-        if not math.isfinite(total):
-            bad = own.isfinite().logical_not().tolist()
+        # A process may have no share of a small step.
+        own = torch.stack(found).cpu().double() if found else torch.zeros(1, 1 + len(names)).double()
+        sums = self.world.total(own.sum(0)).tolist()
+        if not math.isfinite(sums[0]):
+            bad = own[:, 0].isfinite().logical_not().tolist() if rows else []
             raise self._not_finite(
-                "the loss", total, [part for part, wrong in zip(rows, bad, strict=False) if wrong]
+                "the loss", sums[0], [part for part, wrong in zip(rows, bad, strict=True) if wrong]
             )
-        return total
+        return sums[0], dict(zip(names, sums[1:], strict=True))
 
-    def _backward(self, micro: MicroBatch) -> Tensor:
-        batch = micro.batch.to(self.world.device)
-        hidden = self.model.hidden(batch.input_ids, batch.positions, batch.segments)
-        loss = self.objective(hidden, self.model.head_weight, batch.labels)
+    def _backward(self, micro: MicroBatch) -> Loss:
+        loss = self.objective(self.model, micro.to(self.world.device))
         if loss.targets:  # a row of a long prompt may hold none; the step as a whole does
             loss.total.backward()  # type: ignore[no-untyped-call]
-        return loss.total.detach()
+        return loss
 
     def _not_finite(self, what: str, value: float, rows: list[NDArray[numpy.int64]]) -> PunaError:
         place = f"rows {self.feed.names(numpy.concatenate(rows))}" if rows else "rows of another process"
@@ -215,6 +216,9 @@ class Loop:
         state.targets += step.targets
         state.seconds += done.seconds
         window.loss += done.loss
+        window.units += step.units
+        for name, value in done.figures.items():
+            window.figures[name] = window.figures.get(name, 0.0) + value
         window.tokens += step.tokens
         window.targets += step.targets
         window.seconds += done.seconds
@@ -226,7 +230,8 @@ class Loop:
             {
                 "tokens": state.tokens,
                 "targets": state.targets,
-                "loss": window.loss / window.targets,
+                "loss": window.loss / window.units,
+                **{name: value / window.units for name, value in window.figures.items()},
                 "learning_rate": done.learning_rate,
                 "grad_norm": done.gradient_norm,
                 "tokens_per_second": window.tokens / window.seconds,

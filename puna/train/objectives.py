@@ -1,19 +1,24 @@
-"""Training objectives: pure functions of hidden states, head weight and labels.
+"""The loss at the head, and what an objective is to the loop.
 
-The head is applied and the loss taken only at positions that have a label, a chunk of positions at
-a time, so that the logits of a whole batch never exist. The gradients are made chunk by chunk in the
-forward pass, when the logits are at hand, as fused linear cross-entropy kernels do; the backward pass
-only scales them.
+An objective gives the summed loss of a micro-batch (:class:`Loss`): sums, so that neither the cut
+into micro-batches nor the number of processes matters. The head is applied and the loss taken only
+at positions that have a label, a chunk of positions at a time, so that the logits of a whole batch
+never exist. The gradients are made chunk by chunk in the forward pass, when the logits are at hand,
+as fused linear cross-entropy kernels do; the backward pass only scales them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from puna.model.llama import Llama
+    from puna.train.loader import MicroBatch
 
 IGNORED = -100
 """The label of a position at which nothing is learnt."""
@@ -28,13 +33,15 @@ _ROWS_IN_CACHE = 16  # positions whose float32 softmax fits a CPU core's cache a
 class Loss:
     """What an objective returns for one batch.
 
-    ``total`` is the sum of the token losses in nats (a differentiable float32 scalar), ``tokens``
-    the loss of each labelled position in reading order (float32, [targets], not differentiable).
-    Sums, not means: the step divides by the targets of all its micro-batches on all processes.
+    ``total`` is the sum of the losses of its units, tokens or pairs (a differentiable float32
+    scalar), ``tokens`` the cross-entropy of each labelled position in nats, in reading order
+    (float32, [targets], not differentiable). ``figures`` are sums over the units of what else is
+    logged, scalars. The step divides by the units of all its micro-batches on all processes.
     """
 
     total: Tensor
     tokens: Tensor
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def targets(self) -> int:
@@ -92,6 +99,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, None
 
 
+def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """Log-probability of each label under ``softmax(hidden @ weight.T)``, in reading order.
+
+    Arguments as in :func:`linear_cross_entropy`; float32 [targets], differentiable token by token. A
+    token's gradient towards ``hidden`` is made in the forward pass and scaled in the backward pass;
+    that towards ``weight``, if it is needed, takes the logits a second time.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    log_probs: Tensor = _LinearLogProbs.apply(flat, weight, labels.reshape(-1), chunk)  # type: ignore[no-untyped-call]
+    return log_probs
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        places = (labels != IGNORED).nonzero()[:, 0]  # [targets]
+        rows, wanted = hidden[places], labels[places]
+        losses = torch.empty(len(places), dtype=torch.float32, device=hidden.device)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        row_gradient = torch.empty_like(rows) if needs_hidden else None
+        for start in range(0, len(places), chunk):
+            part = slice(start, start + chunk)
+            logits = rows[part] @ weight.T  # [chunk, vocabulary]
+            _softmax_minus_one_hot_(logits, wanted[part], losses[part])
+            if row_gradient is not None:
+                torch.mm(logits, weight, out=row_gradient[part])
+        kept = (rows, weight, wanted) if needs_weight else (None, None, None)
+        ctx.save_for_backward(places, row_gradient, *kept)
+        ctx.shape, ctx.chunk = hidden.shape, chunk
+        return losses.neg_()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        places, row_gradient, rows, weight, wanted = ctx.saved_tensors
+        to_hidden = to_weight = None
+        if row_gradient is not None:
+            to_hidden = row_gradient.new_zeros(ctx.shape)
+            to_hidden[places] = (row_gradient * -gradient[:, None]).to(row_gradient.dtype)
+        if rows is not None:
+            for start in range(0, len(places), ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                logits = rows[part] @ weight.T
+                _softmax_minus_one_hot_(logits, wanted[part], torch.empty_like(gradient[part]))
+                scaled = (rows[part] * -gradient[part, None]).to(rows.dtype)
+                to_weight = _sum(to_weight, logits.T @ scaled)
+            to_weight = torch.zeros_like(weight) if to_weight is None else to_weight.to(weight.dtype)
+        return to_hidden, to_weight, None, None
+
+
 def _sum(so_far: Tensor | None, product: Tensor) -> Tensor:
     """Sum over chunks in float32; a single chunk stays what it is."""
     if so_far is None:
@@ -119,31 +176,52 @@ def _softmax_minus_one_hot_(logits: Tensor, wanted: Tensor, losses: Tensor) -> N
         part.copy_(probabilities)
 
 
-ObjectiveFunction = Callable[[Tensor, Tensor, Tensor], Loss]
+Unit = Literal["tokens", "pairs"]
+"""What a step's loss is the mean of."""
 
 
-def clm(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Loss:
-    """Causal language modelling: cross-entropy at every token of every document."""
-    return linear_cross_entropy(hidden, head_weight, labels)
+class Objective(Protocol):
+    """What the loop asks of an objective: the loss of one micro-batch.
 
-
-def sft(hidden: Tensor, head_weight: Tensor, labels: Tensor) -> Loss:
-    """Supervised fine-tuning: cross-entropy at the tokens of the trained roles, end of turn included.
-
-    The labels already say which tokens those are; the formula is that of :func:`clm`.
+    ``figures`` names what it logs beside the loss: the keys of every :class:`Loss` it returns.
     """
-    return linear_cross_entropy(hidden, head_weight, labels)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures of each loss."""
+        ...
+
+    def __call__(self, model: Llama, micro: MicroBatch) -> Loss:
+        """The summed loss of the units in ``micro``, on the model's device."""
+        ...
 
 
 @dataclass(frozen=True)
-class Objective:
-    """An objective with the kind of corpus whose rows it learns from."""
+class CrossEntropy:
+    """Cross-entropy at every labelled token; which tokens have labels, the rows say.
 
-    function: ObjectiveFunction
-    kind: Literal["documents", "messages"]
+    Of documents every token is learnt (``clm``), of conversations the turns of the trained roles,
+    end of turn included (``sft``).
+    """
+
+    figures: tuple[str, ...] = ()
+
+    def __call__(self, model: Llama, micro: MicroBatch) -> Loss:
+        """Sum over the labelled tokens."""
+        batch = micro.batch
+        hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
+        return linear_cross_entropy(hidden, model.head_weight, batch.labels)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "clm": Objective(clm, "documents"),
-    "sft": Objective(sft, "messages"),
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """An objective's name stands for this: the corpus it learns from, and what its loss is the mean of."""
+
+    kind: Literal["documents", "messages", "preferences"]
+    unit: Unit
+
+
+OBJECTIVES: dict[str, ObjectiveKind] = {
+    "clm": ObjectiveKind("documents", "tokens"),
+    "sft": ObjectiveKind("messages", "tokens"),
 }

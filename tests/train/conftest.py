@@ -12,7 +12,7 @@ from little_rows import MIXED, rows
 from puna.text.packing import Packed
 from puna.train.loader import Feed
 from puna.train.loop import Loop, LoopSettings
-from puna.train.objectives import clm
+from puna.train.objectives import CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
 from puna.train.schedule import Schedule
 
@@ -48,7 +48,7 @@ def make_loop(tiny_llama: Callable[..., Any]) -> Callable[..., Loop]:
         return Loop(
             model,
             feed,
-            clm,
+            CrossEntropy(),
             Optimizer(model.named_parameters(), optimizer or OptimizerSettings(3e-3)),
             LoopSettings(total_steps=steps, total_tokens=tokens, **settings),
             out=out,

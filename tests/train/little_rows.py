@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from puna.core.seeds import numpy_generator
@@ -10,6 +11,17 @@ from puna.text.encode import Encoded
 from puna.text.packing import Packed, pack
 
 VOCABULARY = 320
+
+
+@dataclass
+class Replaced:
+    """An objective that is a plain function of model and micro-batch."""
+
+    function: Callable[[Any, Any], Any]
+    figures: tuple[str, ...] = ()
+
+    def __call__(self, model: Any, micro: Any) -> Any:
+        return self.function(model, micro)
 
 
 def documents(lengths: Sequence[int], seed: int = 0, share: float = 1.0) -> list[Encoded]:

@@ -29,7 +29,7 @@ SCRIPT = """
     from puna.train.held_out import HeldOut, HeldOutCorpus
     from puna.train.loader import Feed
     from puna.train.loop import Loop, LoopSettings
-    from puna.train.objectives import clm
+    from puna.train.objectives import CrossEntropy
     from puna.train.optimizer import Optimizer, OptimizerSettings
     from puna.train.schedule import Schedule
 
@@ -44,7 +44,8 @@ SCRIPT = """
         settings = LoopSettings(steps, tokens, Schedule("cosine", steps), eval_steps=4, save_steps=3)
         held_out = HeldOut({"nl": HeldOutCorpus(rows([9, 20, 31, 6, 14], mode="wrap"), 100)}, 32, here)
         optimizer = Optimizer(model.named_parameters(), OptimizerSettings(3e-3))
-        loop = Loop(model, feed, clm, optimizer, settings, out=Path(sys.argv[2]), recipe={}, world=here,
+        loop = Loop(model, feed, CrossEntropy(), optimizer, settings,
+                    out=Path(sys.argv[2]), recipe={}, world=here,
                     evaluate=held_out.measure)
         loop.run()
 """

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from little_rows import MIXED, rows
+from little_rows import MIXED, Replaced, rows
 from torch.nn import functional
 
 from puna.core.errors import PunaError
@@ -72,8 +72,8 @@ def test_a_device_without_float64_gives_the_same_losses(
     make_loop(tmp_path / "here").run()
     loop = make_loop(tmp_path / "there")
     real = loop.objective
-    loop.objective = lambda *given: dataclasses.replace(
-        real(*given), total=without_float64(real(*given).total)
+    loop.objective = Replaced(
+        lambda *given: dataclasses.replace(real(*given), total=without_float64(real(*given).total))
     )
     loop.run()
     assert losses(tmp_path / "there") == losses(tmp_path / "here")
@@ -172,16 +172,18 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
     third = loop.feed.steps(0)[2]
     calls = 0
 
-    def objective(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Any:
+    def objective(model: Any, micro: Any) -> Any:
         nonlocal calls
         calls += loop.state.step == 2
+        loss = plain(model, micro)
         if loop.state.step < 2:
-            return plain(hidden, weight, labels)
+            return loss
         if spoilt == "gradient":
-            hidden.register_hook(lambda gradient: gradient * float("nan"))
-        return plain(hidden if spoilt == "gradient" else hidden * float("nan"), weight, labels)
+            loss.total.register_hook(lambda gradient: gradient * float("nan"))
+            return loss
+        return dataclasses.replace(loss, total=loss.total * float("nan"))
 
-    loop.objective = objective
+    loop.objective = Replaced(objective)
     with pytest.raises(PunaError, match=f"{spoilt} is not finite") as error:
         loop.run()
     assert "step 3" in str(error.value) and calls > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from puna.core.seeds import torch_generator
-from puna.train.objectives import IGNORED, clm, linear_cross_entropy, sft
+from puna.train.objectives import IGNORED, linear_cross_entropy, linear_log_probs
 
 
 def make(rows: int, width: int, vocabulary: int, share: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +54,44 @@ def test_value_and_gradients_equal_the_plain_formula(
         assert mine.grad is not None
         reference = torch.zeros_like(mine) if other.grad is None else other.grad
         torch.testing.assert_close(mine.grad, reference, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    vocabulary=st.integers(2, 60),
+    chunk=st.integers(1, 40),
+    share=st.floats(0.0, 1.0),
+    seed=st.integers(0, 1000),
+    needs=st.sampled_from([(True, True), (True, False), (False, True)]),
+)
+def test_log_probs_and_their_gradients_equal_the_plain_formula_token_by_token(
+    rows: int, vocabulary: int, chunk: int, share: float, seed: int, needs: tuple[bool, bool]
+) -> None:
+    tensors = make(rows, 8, vocabulary, share, seed)
+    labels = tensors[2]
+    ours = [tensor.clone().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=False)]
+    theirs = [tensor.clone().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=False)]
+    found = linear_log_probs(*ours, labels, chunk=chunk)
+    every = (theirs[0] @ theirs[1].T).log_softmax(-1)
+    wanted = every.gather(1, labels.clamp(min=0)[:, None])[:, 0][labels != IGNORED]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    scales = torch.linspace(-2, 3, len(wanted))  # every token its own
+    (found * scales).sum().backward()
+    (wanted * scales).sum().backward()
+    for mine, other, need in zip(ours, theirs, needs, strict=True):
+        assert (mine.grad is not None) == need
+        if need:
+            reference = torch.zeros_like(other) if other.grad is None else other.grad
+            torch.testing.assert_close(mine.grad, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_log_probs_are_the_losses_of_the_fused_cross_entropy_to_the_bit() -> None:
+    hidden, weight, labels = make(40, 16, 97, 0.7, 1)
+    assert torch.equal(
+        -linear_log_probs(hidden, weight, labels, chunk=7),
+        linear_cross_entropy(hidden, weight, labels, chunk=7).tokens,
+    )
 
 
 def test_float32_gradients_agree_to_a_millionth() -> None:
@@ -124,8 +161,7 @@ def test_bfloat16_sums_the_heads_gradient_over_chunks_in_float32() -> None:
     assert weight.grad.tolist() == [[-512.0], [512.0]]
 
 
-@pytest.mark.parametrize("objective", [clm, sft])
-def test_tied_embeddings_get_both_gradients(objective: Any, tiny_llama: Any) -> None:
+def test_tied_embeddings_get_both_gradients(tiny_llama: Any) -> None:
     ids = torch.randint(320, (2, 12), generator=torch_generator(0, "ids"))
     labels = torch.roll(ids, -1, dims=1)
     labels[:, -1] = IGNORED
@@ -134,7 +170,7 @@ def test_tied_embeddings_get_both_gradients(objective: Any, tiny_llama: Any) -> 
         model = tiny_llama(tie_word_embeddings=tied)
         if not tied:
             model.load_state_dict({**tiny_llama().state_dict(), "lm_head.weight": tiny_llama().head_weight})
-        loss = objective(model.hidden(ids), model.head_weight, labels)
+        loss = linear_cross_entropy(model.hidden(ids), model.head_weight, labels)
         loss.total.backward()
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
     embedding = "model.embed_tokens.weight"

@@ -13,7 +13,7 @@ from puna.core.seeds import torch_generator
 from puna.model.adapters import LoraSettings, add_lora
 from puna.train import plan
 from puna.train.dropout import quicken
-from puna.train.objectives import CHUNK, clm
+from puna.train.objectives import CHUNK, linear_cross_entropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
 
 FULL = plan.Method()
@@ -85,7 +85,7 @@ def test_operations_are_those_torch_counts(tiny_llama: Callable[..., Any], name:
     model = prepared(tiny_llama, METHODS[name], tie_word_embeddings=tied, num_hidden_layers=12)
     tokens = ids(40, length)
     with FlopCounterMode(display=False) as counter:
-        loss = clm(model.hidden(tokens), model.head_weight, tokens)
+        loss = linear_cross_entropy(model.hidden(tokens), model.head_weight, tokens)
         forward = counter.get_total_flops()
         loss.total.backward()
     total = counter.get_total_flops()
@@ -119,7 +119,7 @@ def test_activations_are_what_autograd_keeps(tiny_llama: Callable[..., Any], nam
     segments = torch.bucketize(torch.arange(64), torch.tensor([10, 40])).expand(4, 64).contiguous()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.hidden(tokens, None, segments)
-        loss = clm(hidden, model.head_weight, tokens)
+        loss = linear_cross_entropy(hidden, model.head_weight, tokens)
     kept[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
     measured = sum(storage.nbytes() for storage in kept.values())
     method = METHODS[name]
