@@ -41,7 +41,7 @@ Settings = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Every random draw derives from it.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 @app.command()
@@ -270,15 +270,16 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Talk to a model."""
     from puna.decode.chat import chat as talk
     from puna.decode.sampling import Sampling
-    from puna.run.machine import choose_device
+    from puna.run.machine import choose_device, choose_dtype
     from puna.text.pretrained import load
 
-    loaded = load(model, dtype=dtype, device=choose_device(device))
+    where = choose_device(device)
+    loaded = load(model, dtype=choose_dtype(dtype, where), device=where)
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     talk(loaded, sampling=sampling, system=system)
 

@@ -43,13 +43,14 @@ def run_stage(
     entry = recipe.stages[name]
     final = Path(out)
     where = machine.choose_device(recipe.header.device)
+    kind = machine.choose_dtype(recipe.header.dtype, where)
     given_to = partial(inputs.given_to, entry, {})
     with processes.joined(where) as others:
         if not processes.is_first():
-            return follow(entry, final, given_to, recipe.header, where, others)
+            return follow(entry, final, given_to, recipe.header, where, kind, others)
         with locked(final, final.absolute().with_name(f".{final.absolute().name}.lock")):
             ready = partial(others.tell, entry.id, "join") if entry.stage.distributed else None
-            record = _lead(recipe, entry, final, where, force=force, ready=ready)
+            record = _lead(recipe, entry, final, where, kind, force=force, ready=ready)
         others.tell(entry.id, "done")
     return record
 
@@ -59,6 +60,7 @@ def _lead(
     entry: StageEntry,
     final: Path,
     device: str,
+    dtype: str,
     *,
     force: bool,
     ready: Callable[[], None] | None,
@@ -67,9 +69,7 @@ def _lead(
     check_place(final)
     finish_interrupted(final)
     prints, _ = inputs.fingerprints_of(entry, {})
-    parts = fingerprints.parts_of(
-        entry, prints, seed=recipe.header.seed, device=device, dtype=recipe.header.dtype
-    )
+    parts = fingerprints.parts_of(entry, prints, seed=recipe.header.seed, device=device, dtype=dtype)
     old = StageRecord.open(final)
     if old is not None and old.fingerprint == fingerprint(parts) and not old.damage() and not force:
         return old

@@ -38,6 +38,11 @@ class DeviceProfile:
     process: float
     measured: bool = False
 
+    @property
+    def quicker_dtype(self) -> str:
+        """What "auto" means there: bfloat16 unless its products run no faster than those of float32."""
+        return "bfloat16" if self.flops["bfloat16"] > self.flops["float32"] else "float32"
+
     def rate(self, dtype: str) -> float:
         """Operations per second that training achieves in ``dtype``."""
         known = dtype if dtype in self.flops else "float32"

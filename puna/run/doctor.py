@@ -9,7 +9,6 @@ import shutil
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from puna import __version__
@@ -62,20 +61,10 @@ def _torch() -> list[Finding]:
     else:
         findings.append(Finding("gpu", "note", "none that torch sees; everything runs on the processor"))
     capability = torch.backends.cpu.get_cpu_capability()
-    flags = _cpu_flags()
-    unit = next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), None)
-    speed = f"in hardware ({unit})" if unit else "without a unit of its own: float32 may be quicker"
+    unit = machine.bfloat16_unit()
+    speed = f"in hardware ({unit})" if unit else "without a unit of its own: dtype auto is float32"
     findings.append(Finding("bfloat16", "works" if unit else "note", f"{speed}; torch uses {capability}"))
     return findings
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    found = re.search(r"^flags\s*:\s*(.*)$", text, re.MULTILINE)
-    return set(found.group(1).split()) if found else set()
 
 
 def _packages() -> list[Finding]:

@@ -90,6 +90,7 @@ def follow(
     inputs: Callable[[], Mapping[str, Any]],
     header: Header,
     device: str,
+    dtype: str,
     others: Processes,
 ) -> StageRecord:
     """Wait, as another process than the first, until that has a stage done; take part if it is distributed.
@@ -98,7 +99,7 @@ def follow(
     """
     if others.hear(entry.id) == "join":
         work = _work_folder(final)
-        context = _context(entry, work, inputs(), header.seed, device, header.dtype)
+        context = _context(entry, work, inputs(), header.seed, device, dtype)
         entry.stage.function(context, entry.parameters)
     others.wait(entry.id)
     record = StageRecord.open(final)

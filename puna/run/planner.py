@@ -152,7 +152,7 @@ class _Planner:
         self.recipe = recipe
         self.device = device
         self.model = model
-        self.dtype = recipe.header.dtype
+        self.dtype = device.quicker_dtype if recipe.header.dtype == "auto" else recipe.header.dtype
         self.specs: dict[str, LlamaSpec | None] = {}  # by stage: the decoder of the model it writes
         self.costs: dict[str, Cost | None] = {}
         self.assumed: list[str] = []

@@ -19,7 +19,7 @@ from puna.run.source import KeyPath, Source
 
 SYSTEMS = Path(__file__).parent.parent / "systems"
 ScaleName = Literal["demo", "paper"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _RUN_KEYS = ("seed", "device", "dtype")
 _STAGE_ID = re.compile(r"[a-z][a-z0-9_]*")
@@ -91,8 +91,8 @@ class Header(Parameters):
     """Every random draw derives from it."""
     device: str = pydantic.Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """Where tensors live; "auto" takes a GPU if there is one."""
-    dtype: Dtype = "bfloat16"
-    """Number format of the computations."""
+    dtype: Dtype = "auto"
+    """What computations run in; "auto" is bfloat16, or float32 on a CPU that has no unit for bfloat16."""
     scale: ScaleName | None = None
     """Written into a resolved recipe: the scale its settings were resolved for."""
     stages: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)

@@ -94,6 +94,7 @@ class Runner:
             raise unknown_name("stage", from_stage, ids, where="--from")
         self.forced = ids[ids.index(from_stage) :] if from_stage is not None else []
         self.device = machine.choose_device(recipe.header.device)
+        self.dtype = machine.choose_dtype(recipe.header.dtype, self.device)
         self.records: dict[str, StageRecord] = {}
         self.reused: dict[str, bool] = {}
 
@@ -153,6 +154,7 @@ class Runner:
                 partial(inputs.given_to, entry, self.records),
                 header,
                 self.device,
+                self.dtype,
                 self._others,
             )
         self._others.wait("")
@@ -195,7 +197,7 @@ class Runner:
             never = "never ran" if old is None else "again if that gives something else"
             return decision("run", f"waits for {', '.join(waiting)}; {never}")
         header = self.recipe.header
-        parts = fingerprints.parts_of(entry, prints, seed=header.seed, device=self.device, dtype=header.dtype)
+        parts = fingerprints.parts_of(entry, prints, seed=header.seed, device=self.device, dtype=self.dtype)
         print_ = fingerprint(parts)
         if entry.id in self.forced:
             return decision("run", "forced by --from")
@@ -219,7 +221,7 @@ class Runner:
         say(f"report: {write_cards_and_report(Run.open(self.folder))}")
 
     def _resolved(self) -> dict[str, Any]:
-        return {**self.recipe.resolved(), "device": self.device}
+        return {**self.recipe.resolved(), "device": self.device, "dtype": self.dtype}
 
     def _fingerprints(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -237,7 +239,7 @@ class Runner:
                 "recipe": self.recipe.origin,
                 "seed": header.seed,
                 "device": self.device,
-                "dtype": header.dtype,
+                "dtype": self.dtype,
                 "stages": [entry.id for entry in self.entries],
                 "command": sys.argv,
                 "versions": machine.versions(),

@@ -159,6 +159,11 @@ def test_the_measurement_gives_rates_and_a_share_of_them() -> None:
     assert found.memory > found.process > 1e7
 
 
+def test_auto_plans_bfloat16_only_where_it_is_quicker() -> None:
+    for name, found in devices.published().items():
+        assert found.quicker_dtype == ("bfloat16" if name.startswith("cuda") else "float32")
+
+
 def test_figures_are_written_for_people() -> None:
     assert [quantity(value) for value in (0, 12, 1234, 5.6e9, 7e21)] == [
         "-",

@@ -94,7 +94,7 @@ def test_a_stage_whose_inputs_came_out_the_same_does_not_run_again(
     assert executed() == ["lora"]
 
 
-@pytest.mark.parametrize("option", [{"seed": 1}, {"dtype": "float32"}])
+@pytest.mark.parametrize("option", [{"seed": 1}, {"dtype": "float16"}])
 def test_seed_and_number_format_belong_to_every_fingerprint(
     recipe: Recipe, executed: Executed, option: dict[str, object]
 ) -> None:
@@ -102,6 +102,18 @@ def test_seed_and_number_format_belong_to_every_fingerprint(
     executed()
     puna.run(recipe(), **option)
     assert executed() == ALL
+
+
+@pytest.mark.parametrize(("unit", "chosen"), [("avx512_bf16", "bfloat16"), (None, "float32")])
+def test_auto_computes_in_what_the_processor_has_a_unit_for(
+    recipe: Recipe, executed: Executed, monkeypatch: pytest.MonkeyPatch, unit: str | None, chosen: str
+) -> None:
+    monkeypatch.setattr("puna.run.machine.bfloat16_unit", lambda: unit)
+    run = puna.run(recipe(), device="cpu")
+    assert run.about["dtype"] == chosen
+    executed()
+    puna.run(recipe(), device="cpu", dtype=chosen)
+    assert executed() == []  # "auto" says nothing of its own
 
 
 def test_a_file_a_parameter_points_at_is_part_of_the_fingerprint(
