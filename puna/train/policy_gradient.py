@@ -1,7 +1,7 @@
 """Policy-gradient objectives of GRPO: pure functions of token log-probabilities with a mask.
 
 Several answers are drawn for each prompt, and an answer's advantage is its reward against the others
-of its prompt (2402.03300, Eqs. 3 and 4). The policy follows it within a clipped ratio to the policy
+of its prompt (DeepSeekMath 2402.03300). The policy follows it within a clipped ratio to the policy
 that drew them. The distance from a reference is the exact divergence over the reference's likeliest
 tokens (Baichuan Alignment 2410.14940; :func:`puna.train.distillation.linear_top_k_kl`, reverse),
 which is never negative, and not an estimate from the drawn token. Simplified against that paper: the

@@ -6,8 +6,8 @@ and divide once. Where the sigmoid of a margin is meant, it is taken as ``logsig
 
 Sources: DPO 2305.18290 (Eq. 7), its conservative form with uncertain labels in the DPO authors' note
 on noisy preferences; length-normalised DPO of FuseChat-3.0 2503.04222, after WRPO 2412.03187;
-IPO 2310.12036 (Eq. 17); KTO 2402.01306 (Eqs. 7 and 8); ORPO 2403.07691 (Eqs. 6 and 7);
-SimPO 2405.14734 (Eq. 6); CPO 2401.08417 (Eq. 5 and 6).
+IPO 2310.12036 (Eq. 17); KTO 2402.01306 (Eq. 7); ORPO 2403.07691 (Eq. 7);
+SimPO 2405.14734; CPO 2401.08417.
 """
 
 from __future__ import annotations
