@@ -25,12 +25,30 @@ from torch.nn.functional import cosine_similarity
 
 from puna.core.errors import PunaError, unknown_name
 from puna.train.arguments import precise, precise_dtype, require_positive, require_setting, require_shape
-from puna.train.objectives import CHUNK, Loss
+from puna.train.objectives import CHUNK
 
 Direction = Literal["forward", "reverse"]
 DIRECTIONS = ("forward", "reverse")
 
 _ROWS_IN_CACHE = 16  # positions whose float32 distributions fit a CPU core's cache at a 49k vocabulary
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """What an objective over positions returns for one batch.
+
+    ``total`` is the sum over the positions, weighted where weights are given (a differentiable
+    scalar), ``positions`` the loss of each that was not left out, in reading order and unweighted
+    ([count], not differentiable); both float32. Sums, not means, as in :mod:`puna.train.objectives`.
+    """
+
+    total: Tensor
+    positions: Tensor
+
+    @property
+    def count(self) -> int:
+        """How many positions were not left out."""
+        return self.positions.numel()
 
 
 @dataclass(frozen=True)
@@ -128,12 +146,9 @@ def top_k_kl(
         teacher = top_tokens(teacher, _require_k(k))
     support = teacher.first(k)
     require_shape("the teacher's tokens", support.ids[..., 0], student.shape[:-1])
-    return kl(
-        student.gather(-1, support.ids.long()),
-        support.log_probs.to(student.device),
-        direction,
-        temperature=temperature,
-    )
+    _check_ids(support.ids, student.shape[-1])
+    scores = student.gather(-1, support.ids.long())
+    return kl(scores, support.log_probs, direction, temperature=temperature)
 
 
 def linear_kl(
@@ -145,14 +160,13 @@ def linear_kl(
     weights: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int = CHUNK,
-) -> Loss:
+) -> PositionLoss:
     """:func:`kl` of ``hidden @ weight.T`` from the teacher over the whole vocabulary.
 
     ``hidden`` is [..., width], ``weight`` [vocabulary, width] in the same dtype; the teacher's
     positions are the same [...] and it gets no gradient. ``weights`` [...], bool or floating-point,
     multiply the positions' divergences in ``total``; where they are 0 nothing is computed, and
-    nothing there matters. ``tokens`` are the divergences of the other positions, unweighted.
-    Products run in the dtype of ``hidden``, the rest in float32.
+    nothing there matters. Products run in the dtype of ``hidden``, the rest in float32.
     """
     return _linear(hidden, weight, teacher, direction, None, weights, temperature, chunk)
 
@@ -167,7 +181,7 @@ def linear_top_k_kl(
     weights: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int = CHUNK,
-) -> Loss:
+) -> PositionLoss:
     """:func:`top_k_kl` of ``hidden @ weight.T``; arguments otherwise as in :func:`linear_kl`.
 
     ``k`` may be left out if the teacher is given as its tokens.
@@ -180,13 +194,13 @@ def linear_top_k_kl(
     return _linear(hidden, weight, teacher, direction, k, weights, temperature, chunk)
 
 
-def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Loss:
+def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> PositionLoss:
     """1 - cosine of the angle between hidden states [..., width], at positions of ``mask`` (bool [...])."""
     ours, theirs = _masked_pair(student, teacher, mask)
     return _summed(1 - cosine_similarity(ours, theirs, dim=-1))
 
 
-def hidden_mean_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Loss:
+def hidden_mean_squared_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> PositionLoss:
     """Mean over the width of squared differences of hidden states [..., width], at positions of ``mask``."""
     ours, theirs = _masked_pair(student, teacher, mask)
     return _summed(((ours - theirs) ** 2).mean(-1))
@@ -200,8 +214,8 @@ def _masked_pair(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple
     return precise(student[mask]), precise(teacher.detach()[mask])
 
 
-def _summed(losses: Tensor) -> Loss:
-    return Loss(losses.sum(), losses.detach())
+def _summed(losses: Tensor) -> PositionLoss:
+    return PositionLoss(losses.sum(), losses.detach())
 
 
 def _linear(
@@ -213,7 +227,7 @@ def _linear(
     weights: Tensor | None,
     temperature: float,
     chunk: int,
-) -> Loss:
+) -> PositionLoss:
     _check_settings(direction, temperature)
     require_setting(chunk >= 1, "distillation", "chunk", chunk, "at least 1")
     positions = hidden.shape[:-1]
@@ -222,10 +236,10 @@ def _linear(
         weights = torch.ones(positions, device=hidden.device)
     require_shape("weights", weights, positions)
     job = _Job(_flat(teacher), direction, k, temperature, chunk)
-    total, tokens = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
+    total, kept = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]), weight, weights.detach().reshape(-1), job
     )
-    return Loss(total, tokens)
+    return PositionLoss(total, kept)
 
 
 @dataclass(frozen=True)
@@ -341,6 +355,7 @@ def _flat(teacher: Teacher) -> Teacher:
 def _check_teacher(teacher: Teacher, positions: torch.Size, vocabulary: int) -> None:
     if isinstance(teacher, TopTokens):
         require_shape("the teacher's tokens", teacher.ids[..., 0], positions)
+        _check_ids(teacher.ids, vocabulary)
         return
     if isinstance(teacher, LinearTeacher):
         require_shape("the teacher's hidden states", teacher.hidden[..., 0], positions)
@@ -353,6 +368,15 @@ def _check_teacher(teacher: Teacher, positions: torch.Size, vocabulary: int) -> 
             "teacher and student must share one vocabulary",
             found=f"{size} tokens of the teacher, {vocabulary} of the student",
             fix="take a teacher with the student's tokenizer",
+        )
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    if bool(((ids < 0) | (ids >= vocabulary)).any()):
+        raise PunaError(
+            "teacher and student must share one vocabulary",
+            found=f"ids {int(ids.min())} to {int(ids.max())} among the teacher's tokens",
+            expected=f"0 to {vocabulary - 1}",
         )
 
 

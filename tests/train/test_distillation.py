@@ -96,8 +96,8 @@ def test_fused_divergence_equals_trl_in_value_and_gradients(
         BETA[direction],
         temperature=temperature,
     )
-    assert found.targets == int(count) < 14
-    mean = found.total / found.targets
+    assert found.count == int(count) < 14
+    mean = found.total / found.count
     assert abs(float((mean - expected).detach())) < 1e-6
     mean.backward()
     expected.backward()
@@ -154,8 +154,8 @@ def test_top_k_divergence_is_never_negative_and_whole_at_the_vocabulary(
     everywhere = top_k_kl(student, teacher, direction, k=vocabulary)
     torch.testing.assert_close(everywhere, whole, rtol=1e-5, atol=1e-5 * max(1.0, scale))
     fused = linear_top_k_kl(student, torch.eye(vocabulary), teacher, direction, k=k)
-    assert (fused.tokens >= 0).all()
-    torch.testing.assert_close(fused.tokens, some, rtol=1e-5, atol=1e-5 * max(1.0, scale))
+    assert (fused.positions >= 0).all()
+    torch.testing.assert_close(fused.positions, some, rtol=1e-5, atol=1e-5 * max(1.0, scale))
 
 
 def test_the_support_is_the_teachers() -> None:
@@ -208,7 +208,7 @@ def test_fused_equals_plain_whatever_the_chunk(
             each = top_k_kl(logits, logits_of(teacher), direction, k=top, temperature=temperature)
         (3 * loss.total).backward()
         (3 * (each * weights).sum()).backward()
-        torch.testing.assert_close(loss.tokens, each.detach()[weights > 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss.positions, each.detach()[weights > 0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(loss.total, (each * weights).sum(), rtol=1e-4, atol=1e-4)
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
@@ -261,7 +261,7 @@ def test_masked_positions_never_matter(seed: int, garbage: float, direction: Dir
         distance.backward()
         assert ours.grad is not None and states.grad is not None
         assert not ours.grad[~mask].any() and not states.grad[~mask].any()
-        results.append((loss.total, loss.tokens, ours.grad, head.grad, distance, states.grad))
+        results.append((loss.total, loss.positions, ours.grad, head.grad, distance, states.grad))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
 
@@ -309,8 +309,8 @@ def test_bfloat16_takes_its_divergence_in_float32(direction: Direction) -> None:
     half = LinearTeacher(teacher.hidden.bfloat16(), teacher.weight.bfloat16())
     loss = linear_kl(hidden, weight, half, direction, chunk=16)
     exact = kl((hidden @ weight.T).float(), logits_of(half).float(), direction)
-    assert loss.tokens.dtype == loss.total.dtype == torch.float32
-    torch.testing.assert_close(loss.tokens, exact, rtol=1e-5, atol=1e-5)
+    assert loss.positions.dtype == loss.total.dtype == torch.float32
+    torch.testing.assert_close(loss.positions, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_top_tokens_are_true_log_probabilities_likeliest_first() -> None:
@@ -333,10 +333,10 @@ def test_hidden_distances_are_what_they_say() -> None:
     student = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-2.0, 0.0]])
     teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
     cosine = hidden_cosine(student, teacher)
-    torch.testing.assert_close(cosine.tokens, torch.tensor([0.0, 1 - 2**-0.5, 2.0]))
+    torch.testing.assert_close(cosine.positions, torch.tensor([0.0, 1 - 2**-0.5, 2.0]))
     squared = hidden_mean_squared_error(student, teacher, torch.tensor([True, False, True]))
-    torch.testing.assert_close(squared.tokens, torch.tensor([2.0, 4.5]))
-    assert float(squared.total) == 6.5 and squared.targets == 2
+    torch.testing.assert_close(squared.positions, torch.tensor([2.0, 4.5]))
+    assert float(squared.total) == 6.5 and squared.count == 2
 
 
 @settings(max_examples=25, deadline=None)
@@ -384,14 +384,14 @@ def test_a_cached_teacher_gives_the_loss_of_the_teacher_at_hand(tmp_path: Path, 
     for k in (3, 8):
         live = linear_top_k_kl(hidden, weight, teacher, direction, k=k)
         cached = linear_top_k_kl(hidden, weight, TeacherCache(tmp_path / "top").row("a"), direction, k=k)
-        torch.testing.assert_close(cached.tokens, live.tokens, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cached.positions, live.positions, rtol=1e-5, atol=1e-6)
         half = linear_top_k_kl(hidden, weight, TeacherCache(tmp_path / "half").row("a"), direction, k=k)
-        torch.testing.assert_close(half.tokens, live.tokens, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(half.positions, live.positions, rtol=0.02, atol=0.02)
     row = TeacherCache(tmp_path / "whole").row("a")
     assert isinstance(row, Tensor)
     live = linear_kl(hidden, weight, teacher, direction, temperature=1.5)
     cached = linear_kl(hidden, weight, row, direction, temperature=1.5)
-    torch.testing.assert_close(cached.tokens, live.tokens, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cached.positions, live.positions, rtol=1e-5, atol=1e-6)
 
 
 def test_a_cache_that_is_not_whole_is_refused(tmp_path: Path) -> None:
@@ -455,6 +455,8 @@ def test_bad_settings_and_inputs_are_refused() -> None:
         (lambda: linear_kl(hidden, weight, teacher, "forward", chunk=0), "chunk"),
         (lambda: linear_kl(hidden, weight[:9], teacher, "forward"), "share one vocabulary"),
         (lambda: linear_kl(hidden, weight, logits[:, :9], "forward"), "share one vocabulary"),
+        (lambda: linear_top_k_kl(hidden, weight[:1], kept.first(1), "forward"), "share one vocabulary"),
+        (lambda: top_k_kl(logits[:, :1], kept, "forward"), "share one vocabulary"),
         (lambda: linear_kl(hidden[:3], weight, teacher, "forward"), "the teacher's hidden states"),
         (lambda: linear_kl(hidden, weight, teacher, "forward", weights=torch.ones(3)), "weights"),
         (lambda: hidden_cosine(hidden, teacher.hidden), "the teacher's hidden states"),

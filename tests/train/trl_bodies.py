@@ -19,6 +19,7 @@ class Accelerator:
 
     device = torch.device("cpu")
     num_processes = 1
+    is_main_process = True
 
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor
