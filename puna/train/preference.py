@@ -12,6 +12,7 @@ SimPO 2405.14734; CPO 2401.08417.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -197,7 +198,7 @@ class SimpoSettings:
 
     def __post_init__(self) -> None:
         require_positive("simpo", "beta", self.beta)
-        require_setting(0 <= self.gamma < float("inf"), "simpo", "gamma", self.gamma, "at least 0")
+        require_setting(0 <= self.gamma < math.inf, "simpo", "gamma", self.gamma, "at least 0")
 
 
 def simpo(pairs: AnswerPairs, settings: SimpoSettings) -> PreferenceLoss:
@@ -218,7 +219,7 @@ class CpoSettings:
     def __post_init__(self) -> None:
         require_positive("cpo", "beta", self.beta)
         weight = self.likelihood_weight
-        require_setting(0 <= weight < float("inf"), "cpo", "likelihood_weight", weight, "at least 0")
+        require_setting(0 <= weight < math.inf, "cpo", "likelihood_weight", weight, "at least 0")
         _require_smoothing("cpo", self.label_smoothing)
 
 
@@ -312,7 +313,7 @@ def _log_one_minus_exp(values: Tensor) -> Tensor:
     A probability that rounds to 1 is taken as the largest below it, so loss and gradient stay finite.
     """
     values = values.clamp(max=-torch.finfo(values.dtype).eps)
-    near = values > -0.6931471805599453  # log 2
+    near = values > -math.log(2)
     # Each form sees only values that are safe for it: the gradient of an unused infinity would be NaN.
     by_expm1 = torch.log(-torch.expm1(torch.where(near, values, -0.5)))
     by_log1p = torch.log1p(-torch.exp(torch.where(near, -1.0, values)))
