@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,18 @@ from torch import Tensor, nn
 from puna.core.errors import PunaError, unknown_name
 from puna.core.seeds import torch_generator
 from puna.model.llama import Llama
+from puna.model.nf4 import (
+    NF4Linear,
+    dequantize_base,
+    parameter_count,
+    quantised_layers,
+    quantize_base,
+    replace_layer,
+)
 from puna.model.weights import EMBEDDING, HEAD, set_parameter
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BASES = ("as_is", "nf4")
 NAME = "default"  # PEFT names adapters; a decoder carries one
 
 
@@ -31,7 +41,9 @@ class LoraSettings:
 
     ``target`` names projections by the end of their name ("q_proj", "layers.0.mlp.up_proj").
     ``full`` names modules, in the same way, whose own weights are trained ("embed_tokens",
-    "lm_head", "norm"). ``dora`` adds a learnt magnitude for each row of W (2402.09353).
+    "lm_head", "norm"). ``rslora`` is 2312.03732; ``dora`` adds a learnt magnitude for each row of W
+    (2402.09353). With ``base`` "nf4" all projections that are not trained in full are held in NF4
+    (QLoRA, 2305.14314); embeddings, head, norms and biases are not.
     """
 
     r: int = 8
@@ -41,6 +53,7 @@ class LoraSettings:
     rslora: bool = False
     full: tuple[str, ...] = ()
     dora: bool = False
+    base: str = "as_is"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -49,6 +62,8 @@ class LoraSettings:
             raise PunaError("alpha of a LoRA must be positive", found=self.alpha)
         if not 0 <= self.dropout < 1:
             raise PunaError("dropout of a LoRA must be at least 0 and below 1", found=self.dropout)
+        if self.base not in BASES:
+            raise unknown_name("base of a LoRA", self.base, BASES)
         if not self.target:
             raise PunaError("a LoRA needs a target", expected=f"for instance {', '.join(PROJECTIONS)}")
 
@@ -112,6 +127,7 @@ def add_lora(
 ) -> LoraReport:
     """Add a LoRA in place and freeze everything else. B is zero, so logits do not change by a bit.
 
+    Only a base that is put into NF4 here changes them, by its rounding; :func:`quantize_for` does that alone.
     A is drawn as PEFT draws it (Kaiming uniform), but from a generator for each layer's name and
     ``seed``. New parameters take ``dtype`` (None: the model's). ``keep_base`` keeps a copy of what
     is trained in full, which :func:`adapter_disabled` needs.
@@ -120,20 +136,8 @@ def add_lora(
     from peft import LoraConfig
 
     refuse_second(model)
-    targets = _matches(model, settings.target, "target of LoRA", nn.Linear)
-    outside = [name for name in targets if not name.startswith("model.layers.")]
-    if outside:
-        raise PunaError(
-            "a LoRA goes on the projections of the layers",
-            found=outside[0],
-            fix=f"train it in full instead: full=({outside[0].rpartition('.')[2]!r},)",
-        )
-    full = parameters_in_full(model, settings.full)
-    both = [name for name in full if name.rpartition(".")[0] in targets]
-    if both:
-        raise PunaError(
-            "a module cannot have a LoRA and be trained in full", found=both[0].rpartition(".")[0]
-        )
+    full = _check_names(model, settings)
+    quantize_for(model, settings)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
@@ -152,17 +156,48 @@ def add_lora(
     return report(model)
 
 
+def quantize_for(model: Llama, settings: LoraSettings) -> int:
+    """Put the base into the form that ``settings`` ask for, before the adapter comes; counts what changed."""
+    if settings.base == "as_is":
+        return 0
+    full = _check_names(model, settings)
+    return quantize_base(model, leave=frozenset(name.rpartition(".")[0] for name in full))
+
+
+def _check_names(model: Llama, settings: LoraSettings) -> tuple[str, ...]:
+    """The parameters trained in full; refuse names that match nothing or do not go together."""
+    targets = _matches(model, settings.target, "target of LoRA", nn.Linear, NF4Linear)
+    outside = [name for name in targets if not name.startswith("model.layers.")]
+    if outside:
+        raise PunaError(
+            "a LoRA goes on the projections of the layers",
+            found=outside[0],
+            fix=f"train it in full instead: full=({outside[0].rpartition('.')[2]!r},)",
+        )
+    full = parameters_in_full(model, settings.full)
+    both = [name for name in full if name.rpartition(".")[0] in targets]
+    if both:
+        raise PunaError(
+            "a module cannot have a LoRA and be trained in full", found=both[0].rpartition(".")[0]
+        )
+    return full
+
+
 def inject(
     model: Llama, config: Any, full: tuple[str, ...], *, dtype: torch.dtype | None, keep_base: bool
 ) -> None:
     """Put PEFT's layers in; freeze all parameters but theirs and those trained in full."""
     from peft import inject_adapter_in_model
+    from peft.tuners.lora import Linear
 
     parameters = dict(model.named_parameters())
     base = None
     if keep_base:
         base = {name: parameters[name].detach().to("cpu", copy=True) for name in full}
-    with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+    config._register_custom_module({NF4Linear: Linear})
+    # PEFT draws from the global generator, and warns of a layer that is not its own.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type.*NF4Linear")
         inject_adapter_in_model(config, model, adapter_name=NAME)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -177,8 +212,7 @@ def report(model: Llama) -> LoraReport:
     trained = {
         name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return LoraReport(sum(trained.values()), total, tuple(trained))
+    return LoraReport(sum(trained.values()), parameter_count(model), tuple(trained))
 
 
 def lora_layers(model: Llama) -> Iterator[tuple[str, Any]]:
@@ -194,6 +228,14 @@ def parameters_in_full(model: Llama, names: tuple[str, ...]) -> tuple[str, ...]:
     """The parameters of the modules called ``names``; a tied head stands for the embedding."""
     own = [name for name in names if not (model.spec.tied and name == "lm_head")]
     found = dict.fromkeys(_matches(model, tuple(own), "module to train in full", nn.Module))
+    for held, _ in quantised_layers(model):
+        if any(held == module or held.startswith(f"{module}.") for module in found):
+            raise PunaError(
+                "a matrix held in NF4 cannot be trained in full",
+                where=model.source,
+                found=held,
+                fix="add the LoRA to the plain model with base nf4, which leaves it as it is",
+            )
     parameters = [
         f"{module}.{name}" for module in found for name, _ in model.get_submodule(module).named_parameters()
     ]
@@ -202,9 +244,9 @@ def parameters_in_full(model: Llama, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(parameters))
 
 
-def _matches(model: Llama, names: tuple[str, ...], kind: str, of_type: type[nn.Module]) -> list[str]:
+def _matches(model: Llama, names: tuple[str, ...], kind: str, *types: type[nn.Module]) -> list[str]:
     """Modules whose dotted name ends in one of ``names``; each name must match."""
-    modules = [name for name, module in model.named_modules() if name and isinstance(module, of_type)]
+    modules = [name for name, module in model.named_modules() if name and isinstance(module, types)]
     found: list[str] = []
     for wanted in names:
         hits = [name for name in modules if f".{name}".endswith(f".{wanted}")]
@@ -218,33 +260,37 @@ def _matches(model: Llama, names: tuple[str, ...], kind: str, of_type: type[nn.M
 
 
 def _merge(layer: Any) -> None:
-    """Add the adapter to the base weight, computed in float32 and rounded once."""
+    """Add the adapter to the base weight, in float32 and rounded once; a base in NF4 becomes plain."""
     base = layer.get_base_layer()
+    dtype = base.weight.dtype if isinstance(base, nn.Linear) else base.dtype
+    if isinstance(base, NF4Linear):
+        layer.base_layer = base.plain(torch.float32)
     dtypes = {name: parameter.dtype for name, parameter in layer.named_parameters()}
     layer.float()
     layer.merge()
     for name, parameter in layer.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
-    assert base.weight.dtype == dtypes["base_layer.weight"]
+        parameter.data = parameter.data.to(dtype if name.startswith("base_layer.") else dtypes[name])
 
 
 def merge_lora(model: Llama) -> None:
     """Add the adapter to the weights and go back to plain layers, in place; nothing stays frozen.
 
     Sums are made in float32: logits stay within 1e-5 in a float32 model, and within one rounding of
-    the weights otherwise.
+    the weights otherwise. What is held in NF4 is decoded, adapted or not: the adapter belongs to the
+    decoded weights, for with them it was trained.
     """
     adapter_of(model, "merge")
     for _, layer in lora_layers(model):
         _merge(layer)
     remove(model)
+    dequantize_base(model)
+    model.requires_grad_(True)
 
 
 def remove(model: Llama) -> None:
-    """Take PEFT's layers out, whatever they hold, leaving plain modules and nothing frozen."""
+    """Take PEFT's layers out, whatever they hold, leaving what they lie over and no parameter frozen."""
     for name, layer in lora_layers(model):
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+        replace_layer(model, name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
     model.adapter = None
@@ -259,15 +305,17 @@ def adapter_merged(model: Llama) -> Iterator[Llama]:
     """
     adapter_of(model, "merge")
     layers = [layer for _, layer in lora_layers(model)]
+    bases = [layer.get_base_layer() for layer in layers]
     copies = [{name: part.detach().clone() for name, part in layer.named_parameters()} for layer in layers]
     try:
         for layer in layers:
             _merge(layer)
         yield model
     finally:
-        for layer, copy in zip(layers, copies, strict=True):
+        for layer, base, copy in zip(layers, bases, copies, strict=True):
             if layer.merged:
                 layer.unmerge()
+            layer.base_layer = base  # another one if it is held in NF4
             for name, parameter in layer.named_parameters():
                 parameter.data.copy_(copy[name])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside, read_json, write_json
 from puna.model.llama import Llama
+from puna.model.nf4 import quantised_layers
 from puna.model.spec import LlamaSpec
 from puna.model.weights import EMBEDDING, HEAD, check_finite, fill_llama, progress
 
@@ -221,7 +222,15 @@ def write_hf(
 
 
 def plain_parameters(model: Llama, where: object) -> dict[str, Tensor]:
-    """All parameters by name, refused while an adapter is in the model, each checked to be finite."""
+    """All parameters by name, each checked to be finite; refused with an adapter or a base in NF4."""
+    held = next(quantised_layers(model), None)
+    if held is not None and not any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise PunaError(
+            "weights in NF4 are not written",
+            where=where,
+            found=held[0],
+            fix="decode them first (puna.model.nf4.dequantize_base)",
+        )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if any(".base_layer." in name for name in tensors):
         raise PunaError(
