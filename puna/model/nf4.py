@@ -170,7 +170,7 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_hidden = gradient @ ctx.layer.decoded(gradient.dtype) if ctx.needs_input_grad[0] else None
-        to_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return to_hidden, to_bias, None
 
 
@@ -185,6 +185,7 @@ class NF4Linear(nn.Module):
     scale_codes: Tensor
     scale_sizes: Tensor
     scale_mean: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -290,5 +291,5 @@ def take_quantised(model: Llama, other: Llama) -> None:
     for name, layer in quantised_layers(other):
         linear = cast(nn.Linear, model.get_submodule(name))
         copied = copy.deepcopy(layer).to(device=linear.weight.device, dtype=linear.weight.dtype)
-        copied.register_parameter("bias", linear.bias)
+        copied.bias = linear.bias
         replace_layer(model, name, copied)

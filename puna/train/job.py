@@ -16,7 +16,8 @@ from puna.core.progress import console
 from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus
-from puna.model.adapters import LoraSettings, add_lora, merge_lora
+from puna.model.adapters import LoraSettings, add_lora, merge_lora, quantize_for
+from puna.model.nf4 import take_quantised
 from puna.model.probe import difference, probe
 from puna.text import pretrained
 from puna.text.encode import Encoded, encode_rows
@@ -43,7 +44,7 @@ def run(context: Context, parameters: Train) -> Outcome:
     """Run the stage; under ``torchrun`` each process calls this and the first one writes."""
     seed = derive(context.seed if parameters.seed is None else parameters.seed, context.name)
     with world(context.device) as here:
-        model, start_difference = _open(context, parameters, here, seed)
+        model, differences = _open(context, parameters, here, seed)
         packed = _training_rows(model, context.inputs["corpus"], parameters)
         held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, here)
         feed = Feed(
@@ -86,29 +87,34 @@ def run(context: Context, parameters: Train) -> Outcome:
         return Outcome(outputs)
     lines = read_metrics(context.out / "metrics.jsonl")
     fill_report(context.report, lines, packed.report, optimizer.count)
-    metrics = metrics_of(lines, state, optimizer.count)
-    if start_difference is not None:
-        metrics["start_difference"] = start_difference
-    return Outcome(outputs, metrics)
+    return Outcome(outputs, metrics_of(lines, state, optimizer.count) | differences)
 
 
 def _dtype(context: Context, parameters: Train) -> str:
     return parameters.dtype or context.dtype
 
 
-def _open(context: Context, parameters: Train, here: World, seed: int) -> tuple[Llama, float | None]:
-    """The model to train, and how far its new adapter moves the logits before training: 0.0, to the bit."""
+def _open(context: Context, parameters: Train, here: World, seed: int) -> tuple[Llama, dict[str, float]]:
+    """The model to train, and how far what was done to it moves the logits of the probe before training.
+
+    A new adapter moves no bit (``start_difference`` 0.0); a base put into NF4 moves them
+    (``nf4_difference``).
+    """
     dtype = _dtype(context, parameters)
     if dtype not in ("float32", "bfloat16"):
         raise PunaError("training computes in float32 or bfloat16", where="dtype", found=dtype)
     model = _base(context.inputs["model"], parameters, dtype, str(here.device))
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
-    moved = None
+    moved: dict[str, float] = {}
     if parameters.lora is not None:
+        settings = _lora_settings(parameters.lora)
         before = probe(model)
-        add_lora(model, _lora_settings(parameters.lora), seed=seed)
-        moved = difference(before, probe(model))
+        if quantize_for(model, settings):
+            before, exact = probe(model), before
+            moved["nf4_difference"] = difference(exact, before)
+        add_lora(model, settings, seed=seed)
+        moved["start_difference"] = difference(before, probe(model))
     if here.device.type == "cpu":
         quicken(model)
     return model, moved
@@ -130,7 +136,9 @@ def _base(source: str | Path, parameters: Train, dtype: str, device: str) -> Lla
 
 
 def _lora_settings(lora: Lora) -> LoraSettings:
-    return LoraSettings(lora.r, lora.alpha, lora.dropout, lora.target, lora.rslora, lora.full)
+    return LoraSettings(
+        lora.r, lora.alpha, lora.dropout, lora.target, lora.rslora, lora.full, lora.dora, lora.base
+    )
 
 
 def _training_rows(model: Llama, paths: Mapping[str, Path], parameters: Train) -> Packed:
@@ -248,10 +256,10 @@ def _recipe(model: Llama, context: Context, parameters: Train, seed: int) -> dic
 
 def _weights_fingerprint(model: Llama) -> str:
     """A fingerprint of all weights before training: the sum of each tensor's bits as integers."""
-    integers = {2: torch.int16, 4: torch.int32}
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     sums = {
-        name: int(tensor.detach().view(integers[tensor.element_size()]).sum(dtype=torch.int64))
-        for name, tensor in model.named_parameters()
+        name: int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64))
+        for name, tensor in model.state_dict().items()  # codes and scales in NF4 are no parameters
     }
     return fingerprint(sums)
 
@@ -262,7 +270,9 @@ def _write(
     """Save the model, and the adapter on its own where there is one; only the first process writes.
 
     The float32 masters go into a float32 model: the trained one if all of it was trained, else the
-    base opened again, so that an adapter is merged into weights that were never rounded.
+    base opened again, so that an adapter is merged into weights that were never rounded. An adapter
+    of a base in NF4 is merged into the decoded base, which is what it was trained on: codes and scales
+    are taken from the trained model, and decoded in float32.
     """
     folder, adapter = context.out / "model", context.out / "adapter"
     outputs = {"model": folder}
@@ -274,6 +284,7 @@ def _write(
         final = model.float()
     else:
         final = _base(context.inputs["model"], parameters, "float32", "cpu")
+        take_quantised(final, model)
         add_lora(final, _lora_settings(parameters.lora), seed=seed)
     with torch.no_grad():
         for name, parameter in final.named_parameters():

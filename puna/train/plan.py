@@ -6,9 +6,12 @@ backward pass, tensor by tensor (:func:`activation_bytes`); kernels' scratch spa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from puna.model.nf4_layout import bits
 
 if TYPE_CHECKING:
     from puna.model.spec import BlockSpec, LlamaSpec
@@ -24,12 +27,18 @@ LOGITS_AT_ONCE = 2048  # puna.train.objectives.CHUNK, which cannot be imported w
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained: all weights (``r`` 0), or a LoRA of rank ``r`` on ``target`` and ``full`` modules."""
+    """What is trained: all weights (``r`` 0), or a LoRA of rank ``r`` on ``target`` and ``full`` modules.
+
+    ``dora`` adds a magnitude for each row of an adapted matrix; with ``base`` "nf4" the projections that
+    are not trained in full are held in NF4.
+    """
 
     r: int = 0
     dropout: float = 0.0
     target: tuple[str, ...] = ()
     full: tuple[str, ...] = ()
+    dora: bool = False
+    base: str = "as_is"
 
     def trains(self, module: str, spec: LlamaSpec) -> bool:
         """Whether the own weights of a module, told by its whole name, are trained.
@@ -73,6 +82,22 @@ def _adapted(name: str, layer: int, method: Method) -> bool:
     return bool(method.r) and any(whole.endswith(f".{target}") for target in method.target)
 
 
+def _adapted_sizes(spec: LlamaSpec, method: Method) -> Iterator[tuple[int, int]]:
+    """Inputs and outputs of each adapted projection."""
+    for layer, block in enumerate(spec.blocks):
+        for name, sizes in projections(spec, block).items():
+            if _adapted(name, layer, method):
+                yield sizes
+
+
+def _held_in_nf4(spec: LlamaSpec, method: Method) -> Iterator[tuple[int, int]]:
+    """Inputs and outputs of each projection that is held in NF4: all that are not trained in full."""
+    for layer, block in enumerate(spec.blocks):
+        for name, sizes in projections(spec, block).items():
+            if method.base == "nf4" and not method.trains(_module(layer, name), spec):
+                yield sizes
+
+
 def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
     """Name and number of weights, biases included, of every module that has some; a tied head has none."""
     matrix = spec.vocab_size * spec.hidden_size
@@ -93,12 +118,10 @@ def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
 
 
 def lora_parameters(spec: LlamaSpec, method: Method) -> int:
-    """Weights of the adapter: r for each input and each output of an adapted projection."""
+    """Weights of the adapter: r for each input and each output of an adapted projection, and magnitudes."""
     return sum(
-        method.r * sum(sizes)
-        for layer, block in enumerate(spec.blocks)
-        for name, sizes in projections(spec, block).items()
-        if _adapted(name, layer, method)
+        method.r * (inputs + outputs) + (outputs if method.dora else 0)
+        for inputs, outputs in _adapted_sizes(spec, method)
     )
 
 
@@ -126,27 +149,38 @@ def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
 
     With N weights in matrices: forward 2 N (:func:`forward_operations`), backward 2 N for the
     activations' gradients and two more for each trained weight; four products of attention; an
-    adapter's weights count six times.
+    adapter's weights count six times, magnitudes not at all. DoRA with dropout multiplies by the base's
+    matrix once more, for what was dropped; :func:`magnitude_operations` are what it does once for a
+    micro-batch. Decoding NF4 is no multiplication of matrices, and is not counted.
     """
     head = spec.vocab_size * spec.hidden_size
     total = forward_operations(spec, length) + (4 if method.trains_head(spec) else 2) * head
     for layer, block in enumerate(spec.blocks):
         for name, (inputs, outputs) in projections(spec, block).items():
             total += (4 if method.trains(_module(layer, name), spec) else 2) * inputs * outputs
+            again = method.dora and method.dropout and _adapted(name, layer, method)
+            total += 4 * inputs * outputs if again else 0
         total += 4 * _attention_product(block, length)
-    return total + 6 * lora_parameters(spec, method)
+    return total + 6 * lora_parameters(spec, dataclasses.replace(method, dora=False))
+
+
+def magnitude_operations(spec: LlamaSpec, method: Method) -> float:
+    """Operations with which DoRA makes B A, for the norms of its rows, once for each micro-batch.
+
+    As PEFT does it: A and B multiply an identity matrix. Nothing flows back through the norms.
+    """
+    if not method.dora:
+        return 0.0
+    return (
+        2.0 * method.r * sum(inputs * (inputs + outputs) for inputs, outputs in _adapted_sizes(spec, method))
+    )
 
 
 def dropped_elements(spec: LlamaSpec, method: Method) -> int:
     """Elements that the adapter's dropout draws for, per token: the inputs of adapted projections."""
     if not method.dropout:
         return 0
-    return sum(
-        sizes[0]
-        for layer, block in enumerate(spec.blocks)
-        for name, sizes in projections(spec, block).items()
-        if _adapted(name, layer, method)
-    )
+    return sum(inputs for inputs, _ in _adapted_sizes(spec, method))
 
 
 def _attention_product(block: BlockSpec, length: int) -> float:
@@ -162,8 +196,8 @@ def activation_bytes(spec: LlamaSpec, method: Method, dtype: str, *, device: str
     (of bfloat16 on a CPU) keeps rotated queries, keys and values; any other keeps keys and
     values repeated for their group, its output and a float32 sum for each head. SwiGLU keeps gate
     and up. A projection keeps its input if it is trained, an adapted one what enters
-    A (after dropout a tensor of its own, and a mask of bytes) and what leaves it. A tensor that several
-    keep counts once.
+    A (after dropout a tensor of its own, and a mask of bytes) and what leaves it; DoRA keeps the outputs
+    of base and adapter, whose ratio its magnitudes set. A tensor that several keep counts once.
     """
     size, tiled = BYTES[dtype], dtype == "bfloat16" and device == "cpu"
     total = float(3 * spec.hidden_size * size + 4)  # final norm, its output, the loss's gradient
@@ -183,10 +217,10 @@ def _layer_bytes(
     if block.feed_forward != "none":
         total += 2 * block.width * size
     shared: dict[str, int] = {}  # inputs that are kept once, however many projections want them
-    for name, (inputs, _) in projections(spec, block).items():
+    for name, (inputs, outputs) in projections(spec, block).items():
         adapted = _adapted(name, layer, method)
         if adapted:
-            total += method.r * size
+            total += method.r * size + (2 * outputs * size if method.dora else 0)
         if adapted and method.dropout:
             total += inputs * (size + 1)
         elif adapted or method.trains(_module(layer, name), spec):
@@ -201,6 +235,27 @@ def _source_of(name: str) -> str:
     return {"o_proj": "joined documents", "down_proj": "product"}.get(name, "feed-forward norm")
 
 
+def weight_bytes(spec: LlamaSpec, method: Method, dtype: str) -> int:
+    """Bytes of the model's weights and the adapter's as they are held: exactly, NF4's scales included."""
+    size = BYTES[dtype]
+    total = (spec.parameter_count() + lora_parameters(spec, method)) * size
+    for inputs, outputs in _held_in_nf4(spec, method):
+        total += sum(bits((outputs, inputs))) // 8 - inputs * outputs * size
+    return total
+
+
+def decoded_bytes(spec: LlamaSpec, method: Method, dtype: str) -> int:
+    """Bytes of matrices decoded from NF4 at the peak: the largest one, for they are decoded one at a time.
+
+    DoRA with dropout keeps those of all adapted projections: PEFT multiplies what was dropped by a
+    plain matrix, and autograd keeps that.
+    """
+    sizes = [inputs * outputs * BYTES[dtype] for inputs, outputs in _held_in_nf4(spec, method)]
+    if not (sizes and method.dora and method.dropout):
+        return max(sizes, default=0)
+    return sum(inputs * outputs * BYTES[dtype] for inputs, outputs in _adapted_sizes(spec, method))
+
+
 def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int, *, device: str = "cpu") -> float:
     """Peak bytes of weights, optimiser, activations of ``positions`` and the loss.
 
@@ -212,7 +267,7 @@ def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int, *, devic
     """
     size = BYTES[dtype]
     trained = trained_parameters(spec, method)
-    weights = (spec.parameter_count() + (lora_parameters(spec, method))) * size
+    weights = weight_bytes(spec, method, dtype) + decoded_bytes(spec, method, dtype)
     optimiser = trained * (12 + (4 if size != 4 else 0))
     loss = min(positions, LOGITS_AT_ONCE) * spec.vocab_size * size
     if method.trains_head(spec):

@@ -13,6 +13,7 @@ from puna.train.plan import (
     Method,
     dropped_elements,
     forward_operations,
+    magnitude_operations,
     memory,
     trained_parameters,
     training_operations,
@@ -36,6 +37,11 @@ class Lora(Parameters):
     """Multiply by alpha / sqrt(r) instead."""
     full: tuple[str, ...] = ()
     """Modules trained in full beside it, such as [embed_tokens, lm_head]; tied ones are one matrix."""
+    dora: bool = False
+    """Learn a magnitude for each row of an adapted matrix too (DoRA)."""
+    base: Literal["as_is", "nf4"] = "as_is"
+    """nf4 holds the frozen projections in 4 bits (QLoRA); the model that is left is the decoded base with the
+    adapter merged in."""
 
 
 class Train(Parameters):
@@ -150,7 +156,9 @@ _READ_BY_SCHEDULES = {
 def method_of(parameters: Train) -> Method:
     """What is trained, for the planner."""
     lora = parameters.lora
-    return Method() if lora is None else Method(lora.r, lora.dropout, lora.target, lora.full)
+    if lora is None:
+        return Method()
+    return Method(lora.r, lora.dropout, lora.target, lora.full, lora.dora, lora.base)
 
 
 def plan_train(parameters: Train, shapes: Any) -> Cost:
@@ -165,6 +173,7 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
     limit = math.inf if parameters.eval_tokens is None else parameters.eval_tokens
     looked_at = evaluations * sum(min(shapes.corpora[name], limit) for name in names)
     flops = tokens * training_operations(spec, method, parameters.max_length)
+    flops += tokens / parameters.micro_batch_tokens * magnitude_operations(spec, method)
     flops += looked_at * forward_operations(spec, parameters.max_length)
     device = _kind_of(shapes.device)
     traffic = tokens * dropped_elements(spec, method) * DROPOUT_TRAFFIC[device]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from puna.model.nf4 import parameter_count
 from puna.text.packing import PackReport
 from puna.train.checkpoint import TrainState
 from puna.train.loop import LoopSettings
@@ -19,7 +20,7 @@ def start_table(
     model: Llama, trained: int, packed: PackReport, settings: LoopSettings, expected_memory: float
 ) -> Table:
     """What is about to happen, for the terminal."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = parameter_count(model)
     lost = [f"{count:,} rows dropped: {reason}" for reason, count in packed.dropped.items()]
     if packed.truncated:
         lost.append(f"{packed.truncated:,} tokens cut off {packed.truncated_rows:,} rows")

@@ -11,13 +11,16 @@ to :data:`DECODERS` (a decoder that all checks run on), in its own test module o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from puna.core.seeds import torch_generator
+from puna.model.adapters import BASES, LoraSettings, add_lora, quantize_for
 from puna.model.cache import KeyValueCache
 from puna.model.llama import Llama
+from puna.model.nf4 import dequantize_base, quantize_base
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
 
 Forward = Callable[[Tensor], Tensor]  # token ids [batch, time] to logits [batch, time, vocab]
@@ -259,3 +262,39 @@ def _() -> tuple[Forward, Forward]:
     kept = set(thinner.state_dict())
     thinner.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in kept})
     return model, thinner
+
+
+def _quantised(model: Llama) -> Llama:
+    """The model with its projections held in NF4."""
+    quantize_base(model)
+    return model
+
+
+def _adapted(dtype: torch.dtype = torch.float32, **settings: Any) -> Callable[[], tuple[Forward, Forward]]:
+    """A decoder beside one with a new adapter; if that is to lie on NF4, beside the base in NF4."""
+
+    def make() -> tuple[Forward, Forward]:
+        plain, changed = decoder(spec_of()).to(dtype), decoder(spec_of()).to(dtype)
+        chosen = LoraSettings(r=3, **settings)
+        quantize_for(plain, chosen)
+        add_lora(changed, chosen, seed=0)
+        return plain, changed
+
+    return make
+
+
+for _base in BASES:
+    neutral(f"a new LoRA, base {_base}")(_adapted(base=_base))
+    neutral(f"a new rsLoRA, base {_base}")(_adapted(base=_base, rslora=True))
+    neutral(f"a new DoRA, base {_base}")(_adapted(base=_base, dora=True))
+    neutral(f"a new LoRA in bfloat16, base {_base}")(_adapted(torch.bfloat16, base=_base))
+
+
+@neutral("NF4, decoded")
+def _() -> tuple[Forward, Forward]:
+    plain = _quantised(decoder(spec_of()))
+    dequantize_base(plain)
+    return plain, _quantised(decoder(spec_of()))
+
+
+add_decoder("nf4", lambda: _quantised(decoder(spec_of().replace(attention_bias="all"))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,10 @@ METHODS = {
     "lora on two": plan.Method(2, 0.0, ("q_proj", "layers.1.mlp.up_proj")),
     "lora and embeddings": plan.Method(4, 0.1, ALL, ("embed_tokens", "lm_head")),
     "lora and norms": plan.Method(4, 0.0, ALL, ("norm", "input_layernorm")),
+    "dora": plan.Method(4, 0.0, ALL, dora=True),
+    "dora with dropout": plan.Method(4, 0.1, ALL, dora=True),
+    "lora on nf4": plan.Method(4, 0.1, ("q_proj", "o_proj"), ("norm", "layers.1.mlp"), base="nf4"),
+    "dora on nf4": plan.Method(4, 0.0, ("q_proj", "down_proj"), dora=True, base="nf4"),
     "lora and whole modules": plan.Method(2, 0.0, ("q_proj",), ("mlp", "1.self_attn.o_proj", "model.norm")),
 }
 
@@ -32,9 +38,10 @@ METHODS = {
 def prepared(tiny_llama: Callable[..., Any], method: plan.Method, **changes: Any) -> Any:
     model = tiny_llama(**changes)
     if method.r:
-        add_lora(
-            model, LoraSettings(method.r, 8.0, method.dropout, method.target, False, method.full), seed=0
+        settings = LoraSettings(
+            method.r, 8.0, method.dropout, method.target, False, method.full, method.dora, method.base
         )
+        add_lora(model, settings, seed=0)
     quicken(model)
     return model.train()
 
@@ -70,6 +77,32 @@ def test_every_weight_is_in_a_module_that_the_plan_knows(
     assert plan.trained_parameters(model.spec, everything) == adapter + model.spec.parameter_count()
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_bytes_of_the_weights_are_those_that_are_held(
+    tiny_llama: Callable[..., Any], name: str, dtype: str, biased: bool
+) -> None:
+    """Parameters and buffers alike: codes and scales of a base in NF4 are buffers."""
+    model = prepared(tiny_llama, METHODS[name], attention_bias=biased).to(getattr(torch, dtype))
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert plan.weight_bytes(model.spec, METHODS[name], dtype) == held
+
+
+def test_nf4_makes_the_plan_smaller_by_what_the_weights_shrink(tiny_llama: Callable[..., Any]) -> None:
+    spec = tiny_llama(hidden_size=96, intermediate_size=256).spec
+    plain, held = plan.Method(4, 0.0, ALL), plan.Method(4, 0.0, ALL, base="nf4")
+    saved = plan.weight_bytes(spec, plain, "bfloat16") - plan.weight_bytes(spec, held, "bfloat16")
+    projections = sum(count for name, count in plan.module_sizes(spec) if name.endswith("_proj"))
+    assert saved == pytest.approx((16 - 4.127) / 8 * projections, rel=0.01)
+    one_matrix = 96 * 256 * 2
+    assert plan.memory(spec, plain, "bfloat16", 64) - plan.memory(
+        spec, held, "bfloat16", 64
+    ) == pytest.approx(saved - one_matrix)
+    kept = plan.Method(4, 0.1, ALL, dora=True, base="nf4")
+    assert plan.decoded_bytes(spec, kept, "bfloat16") == 2 * projections
+
+
 def ids(batch: int, time: int) -> torch.Tensor:
     return torch.randint(320, (batch, time), generator=torch_generator(0, "ids"))
 
@@ -90,15 +123,24 @@ def test_operations_are_those_torch_counts(tiny_llama: Callable[..., Any], name:
         loss.total.backward()
     total = counter.get_total_flops()
     method = METHODS[name]
-    assert total / tokens.numel() == pytest.approx(
+    once = plan.magnitude_operations(model.spec, method)
+    assert (total - once) / tokens.numel() == pytest.approx(
         plan.training_operations(model.spec, method, length), rel=0.03
     )
     head = 2 * model.spec.vocab_size * model.spec.hidden_size
-    made_in_forward = head * (2 if method.trains_head(model.spec) else 1) + 2 * plan.lora_parameters(
-        model.spec, method
-    )
+    low_rank = plan.lora_parameters(model.spec, dataclasses.replace(method, dora=False))
+    made_in_forward = head * (2 if method.trains_head(model.spec) else 1) + 2 * low_rank
+    if method.dora and method.dropout:  # the base's matrices once more, for what was dropped
+        made_in_forward += 2 * sum(n for name, n in plan.module_sizes(model.spec) if name.endswith("_proj"))
     expected = plan.forward_operations(model.spec, length) + made_in_forward
-    assert forward / tokens.numel() == pytest.approx(expected, rel=0.03)
+    assert (forward - once) / tokens.numel() == pytest.approx(expected, rel=0.03)
+
+
+class Saved:
+    """A tensor that autograd keeps, and for as long: a graph that nothing asks for is dropped at once."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -106,22 +148,22 @@ def test_operations_are_those_torch_counts(tiny_llama: Callable[..., Any], name:
 def test_activations_are_what_autograd_keeps(tiny_llama: Callable[..., Any], name: str, dtype: str) -> None:
     """Every tensor saved for the backward pass, each storage once, weights left out."""
     model = prepared(tiny_llama, METHODS[name], num_hidden_layers=12).to(getattr(torch, dtype))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    held = [*model.parameters(), *model.buffers()]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in held}
+    packed: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
+    def keep(tensor: torch.Tensor) -> Saved:
+        packed.add(saved := Saved(tensor))
+        return saved
 
     tokens = ids(4, 64)
     segments = torch.bucketize(torch.arange(64), torch.tensor([10, 40])).expand(4, 64).contiguous()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         hidden = model.hidden(tokens, None, segments)
         loss = linear_cross_entropy(hidden, model.head_weight, tokens)
-    kept[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
-    measured = sum(storage.nbytes() for storage in kept.values())
+    storages = [hidden.untyped_storage(), *(saved.tensor.untyped_storage() for saved in packed)]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    measured = sum(size for place, size in kept.items() if place not in weights)
     method = METHODS[name]
     if method.trains_head(model.spec):
         measured -= (

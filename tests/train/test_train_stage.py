@@ -16,6 +16,8 @@ from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import Corpus, write_corpus
+from puna.model.adapter_files import read_adapter
+from puna.model.nf4 import quantize_base, take_quantised
 from puna.text import pretrained
 from puna.text.template import Template
 from puna.train.distributed import World
@@ -134,6 +136,55 @@ def test_lora_leaves_a_merged_model_and_an_adapter_that_agree(
     assert [series["name"] for series in context.report["curves"][0]["series"]] == ["training", "en"]
     assert context.report["tables"][0]["rows"]
     json.dumps(context.report)
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_on_nf4_leaves_the_decoded_base_with_the_adapter_merged(
+    places: dict[str, Path], tmp_path: Path, kind: dict[str, bool], dtype: str
+) -> None:
+    """What was trained is what is written; the codes are those of weights in the dtype of the training."""
+    lora = {**LORA, **kind, "base": "nf4", "target": ["q_proj", "up_proj"]}
+    outcome, _ = train(places, tmp_path, lora=lora, dtype=dtype, max_steps=8)
+    merged = pretrained.load(outcome.outputs["model"])
+    base = pretrained.load(places["model"])
+    trained_on = pretrained.load(places["model"], dtype=dtype)
+    quantize_base(trained_on)
+    adapted = pretrained.load(places["model"])
+    take_quantised(adapted, trained_on)
+    read_adapter(adapted, outcome.outputs["adapter"])
+    on_plain = pretrained.load(outcome.outputs["adapter"])
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert (merged(ids) - adapted(ids)).abs().max() < 1e-5
+        assert (merged(ids) - on_plain(ids)).abs().max() > 1e-3
+    untouched = merged.model.layers[0].self_attn.v_proj.weight  # no adapter, but decoded all the same
+    assert not torch.equal(untouched, base.model.layers[0].self_attn.v_proj.weight)
+    assert torch.equal(merged.head_weight, base.head_weight)
+    metrics = outcome.metrics
+    assert metrics["start_difference"] == 0.0 < metrics["nf4_difference"]
+    assert metrics["loss.last"] < metrics["loss.first"]
+
+
+def test_resume_on_nf4_compares_codes_and_scales(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.train import job
+
+    lora = {**LORA, "base": "nf4"}
+    whole, _ = train(places, tmp_path / "whole", lora=lora)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(places, tmp_path / "run", lora=lora, save_steps=2)
+    other = pretrained.load(places["model"])
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)  # same codes, other scales
+    pretrained.save(other, tmp_path / "other")
+    with pytest.raises(PunaError, match="'weights' has changed"):
+        train({**places, "model": tmp_path / "other"}, tmp_path / "run", lora=lora, save_steps=2)
+    resumed, _ = train(places, tmp_path / "run", lora=lora, save_steps=2)
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
 
 
 def test_full_training_in_bfloat16_saves_its_masters(places: dict[str, Path], tmp_path: Path) -> None:
@@ -323,6 +374,8 @@ LORA_FLIPS: dict[str, Any] = {
     "target": ["q_proj"],
     "rslora": True,
     "full": ["embed_tokens"],
+    "dora": True,
+    "base": "nf4",
 }
 _SEEN_ELSEWHERE = {
     "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
@@ -412,8 +465,10 @@ def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path
         def tokens_of(self, name: str) -> float:
             return self.corpora.get(f"{name}.main", 0.0)
 
-    for changes in ({}, {"lora": LORA}):
-        outcome, _ = train(places, tmp_path / str(len(changes)), **changes)
+    held = {**LORA, "base": "nf4"}
+    for number, lora in enumerate((None, {**LORA, "dora": True}, held, LORA)):
+        changes = {} if lora is None else {"lora": lora}
+        outcome, _ = train(places, tmp_path / str(number), **changes)
         cost = plan_train(Train(**{**SMALL, **changes}), Shapes())
         assert cost.trainable == outcome.metrics["trainable"]
         assert cost.tokens == pytest.approx(outcome.metrics["tokens"], rel=0.1)
