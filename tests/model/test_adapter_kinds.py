@@ -188,7 +188,7 @@ def test_a_merge_on_nf4_is_rounded_once(tiny_llama: Build) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_trained_on_nf4_opens_in_peft(kind: str, tiny_llama: Build, tmp_path: Path) -> None:
-    """Its files are those of any LoRA; on the decoded base and on the base in NF4 it gives the same logits."""
+    """Its files are those of any LoRA; on the decoded base and on that in NF4 it gives the same logits."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
