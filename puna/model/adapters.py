@@ -190,11 +190,13 @@ def inject(
     from peft import inject_adapter_in_model
     from peft.tuners.lora import Linear
 
+    from puna.model.adapted import AdaptedLinear
+
     parameters = dict(model.named_parameters())
     base = None
     if keep_base:
         base = {name: parameters[name].detach().to("cpu", copy=True) for name in full}
-    config._register_custom_module({NF4Linear: Linear})
+    config._register_custom_module({nn.Linear: AdaptedLinear, NF4Linear: Linear})
     # PEFT draws from the global generator, and warns of a layer that is not its own.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type.*NF4Linear")

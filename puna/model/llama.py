@@ -112,6 +112,31 @@ class _GatedUnit(torch.autograd.Function):
         return to_gate, functional.silu(gate).mul_(gradient)
 
 
+class _GatedProjection(torch.autograd.Function):
+    """silu(gate) * up times a matrix; their product is not kept for the matrix's gradient, but made again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return functional.linear(functional.silu(gate).mul_(up), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        silu = functional.silu(gate)
+        outer = gradient.reshape(-1, gradient.shape[-1])  # [rows, outputs]
+        to_weight = to_bias = None
+        if ctx.needs_input_grad[2]:
+            to_weight = outer.T @ (silu * up).view(-1, weight.shape[1])
+        if ctx.needs_input_grad[3]:
+            to_bias = outer.sum(0)
+        to_hidden = (outer @ weight).view(gate.shape)
+        to_up = silu.mul_(to_hidden)
+        to_gate = torch.ops.aten.silu_backward(to_hidden.mul_(up), gate)
+        return to_gate, to_up, to_weight, to_bias
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -123,8 +148,17 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, time, hidden] to the same."""
-        gated = _GatedUnit.apply(self.gate_proj(hidden), self.up_proj(hidden))  # type: ignore[no-untyped-call]
-        return cast(Tensor, self.down_proj(gated))
+        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        down: Any = self.down_proj  # or what an adapter put in its place
+        projected: Tensor | None = None
+        if not (down._forward_hooks or down._forward_pre_hooks):  # a hook wants to see what enters
+            if isinstance(down, nn.Linear):
+                projected = _GatedProjection.apply(gate, up, down.weight, down.bias)  # type: ignore[no-untyped-call]
+            elif hasattr(down, "gated"):
+                projected = down.gated(gate, up)
+        if projected is None:
+            projected = down(_GatedUnit.apply(gate, up))  # type: ignore[no-untyped-call]
+        return cast(Tensor, projected)
 
 
 class Block(nn.Module):

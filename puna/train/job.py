@@ -64,6 +64,7 @@ def run(context: Context, parameters: Train) -> Outcome:
                 method_of(parameters),
                 _dtype(context, parameters),
                 parameters.micro_batch_tokens,
+                longest=parameters.max_length,
                 device=here.device.type,
             )
             console.print(start_table(model, optimizer.count, packed.report, settings, expected))

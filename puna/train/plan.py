@@ -22,6 +22,7 @@ DROPOUT_TRAFFIC = {"cpu": 80, "cuda": 10}
 
 _SCRATCH_ON_CPU = 1.5  # glibc, SmolLM2-135M with LoRA in bfloat16: 2.36 GB resident for 1.57 GB kept
 _EMBEDDING = "model.embed_tokens"
+LONGEST_IN_TILES = 512  # puna.model.attention._LONGEST_IN_TILES
 LOGITS_AT_ONCE = 2048  # puna.train.objectives.CHUNK, which cannot be imported without torch
 
 
@@ -189,17 +190,22 @@ def _attention_product(block: BlockSpec, length: int) -> float:
     return 2 * seen * block.heads * block.head_dim if block.attention != "none" else 0.0
 
 
-def activation_bytes(spec: LlamaSpec, method: Method, dtype: str, *, device: str = "cpu") -> float:
+def activation_bytes(
+    spec: LlamaSpec, method: Method, dtype: str, *, longest: int, device: str = "cpu"
+) -> float:
     """Bytes that autograd saves per position of a micro-batch, over all layers.
 
-    Counted from the decoder: a norm keeps its input and one float32 figure. Attention in tiles
-    (of bfloat16 on a CPU) keeps rotated queries, keys and values; any other keeps keys and
-    values repeated for their group, its output and a float32 sum for each head. SwiGLU keeps gate
-    and up. A projection keeps its input if it is trained, an adapted one what enters
-    A (after dropout a tensor of its own, and a mask of bytes) and what leaves it; DoRA keeps the outputs
-    of base and adapter, whose ratio its magnitudes set. A tensor that several keep counts once.
+    Counted from the decoder: a norm keeps its input and one float32 figure. Attention in tiles (on a
+    CPU, in float32 if the ``longest`` document is not too long for it) keeps rotated queries, keys and
+    values; any other keeps keys and values repeated for their group, its output and a float32 sum for
+    each head. SwiGLU keeps gate and up, and makes their product for the down projection again where
+    that is plain or carries a plain LoRA. A projection keeps its input if it is trained, an adapted
+    one what enters A (after dropout a tensor of its own, and a mask of bytes) and what leaves it; DoRA
+    keeps the outputs of base and adapter, whose ratio its magnitudes set. A tensor that several keep
+    counts once.
     """
-    size, tiled = BYTES[dtype], dtype == "bfloat16" and device == "cpu"
+    size = BYTES[dtype]
+    tiled = device == "cpu" and (dtype == "bfloat16" or longest <= LONGEST_IN_TILES)
     total = float(3 * spec.hidden_size * size + 4)  # final norm, its output, the loss's gradient
     for layer, block in enumerate(spec.blocks):
         total += _layer_bytes(spec, method, layer, block, size, tiled)
@@ -223,6 +229,8 @@ def _layer_bytes(
             total += method.r * size + (2 * outputs * size if method.dora else 0)
         if adapted and method.dropout:
             total += inputs * (size + 1)
+        elif name == "down_proj" and not (adapted and (method.dora or method.base == "nf4")):
+            pass  # its input is made again
         elif adapted or method.trains(_module(layer, name), spec):
             shared[_source_of(name)] = inputs
     return total + sum(width * size for width in shared.values())
@@ -256,8 +264,18 @@ def decoded_bytes(spec: LlamaSpec, method: Method, dtype: str) -> int:
     return sum(inputs * outputs * BYTES[dtype] for inputs, outputs in _adapted_sizes(spec, method))
 
 
-def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int, *, device: str = "cpu") -> float:
+def memory(
+    spec: LlamaSpec,
+    method: Method,
+    dtype: str,
+    positions: int,
+    *,
+    longest: int | None = None,
+    device: str = "cpu",
+) -> float:
     """Peak bytes of weights, optimiser, activations of ``positions`` and the loss.
+
+    ``longest`` is the longest document (None: it fills all positions).
 
     Per trained weight: a float32 gradient and two moments, and a master where the model is not
     float32. The peak is the end of the forward pass, when all activations, a chunk of logits and
@@ -273,6 +291,9 @@ def memory(spec: LlamaSpec, method: Method, dtype: str, positions: int, *, devic
     if method.trains_head(spec):
         several = positions > LOGITS_AT_ONCE
         loss += spec.vocab_size * spec.hidden_size * (size + (8 if several and size != 4 else 0))
-    activations = activation_bytes(spec, method, dtype, device=device) * positions
+    kept = activation_bytes(
+        spec, method, dtype, longest=positions if longest is None else longest, device=device
+    )
+    activations = kept * positions
     activations *= _SCRATCH_ON_CPU if device == "cpu" else 1.0
     return weights + optimiser + activations + loss

@@ -181,7 +181,14 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
         tokens=tokens,
         trainable=trained_parameters(spec, method),
         flops=flops,
-        memory=memory(spec, method, dtype, parameters.micro_batch_tokens, device=device),
+        memory=memory(
+            spec,
+            method,
+            dtype,
+            parameters.micro_batch_tokens,
+            longest=parameters.max_length,
+            device=device,
+        ),
         seconds=shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic),
     )
 
