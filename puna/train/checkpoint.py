@@ -44,7 +44,11 @@ class Window:
 
 @dataclass
 class TrainState:
-    """Where a run stands: ``step`` updates done, the next one being ``epoch_step`` of ``epoch``."""
+    """Where a run stands: ``step`` updates done, the next one being ``epoch_step`` of ``epoch``.
+
+    Of a mixture: ``sources`` counts tokens by source, ``losses`` are the held-out losses by source
+    that its feedback went by, before each portion.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -53,6 +57,8 @@ class TrainState:
     targets: int = 0
     seconds: float = 0.0
     window: Window = field(default_factory=Window)
+    sources: dict[str, int] = field(default_factory=dict)
+    losses: list[dict[str, float]] = field(default_factory=list)
 
 
 class Checkpoints:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,19 +20,20 @@ from puna.model.adapters import LoraSettings, add_lora, merge_lora, quantize_for
 from puna.model.nf4 import take_quantised
 from puna.model.probe import difference, probe
 from puna.text import pretrained
-from puna.text.encode import Encoded, encode_rows
-from puna.text.packing import Mode, Packed, pack, usual_mode
-from puna.text.tokenizer import Tokenizer
+from puna.text.encode import Encoded
+from puna.text.packing import pack, usual_mode
 from puna.train import plan
 from puna.train.distributed import World, world
 from puna.train.dropout import quicken
 from puna.train.held_out import HeldOut, HeldOutCorpus
+from puna.train.ledger import check_trained, ledger, ledger_metrics, ledger_table
 from puna.train.loader import Feed
 from puna.train.loop import Loop, LoopSettings
 from puna.train.metrics import read_metrics
 from puna.train.objectives import OBJECTIVES, CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
-from puna.train.schedule import Schedule
+from puna.train.prepare import encode, mixed_rows, packing_of, sources_of
+from puna.train.schedule import Schedule, compose, preset
 from puna.train.stages import Lora, Train, method_of
 from puna.train.summary import fill_report, metrics_of, start_table
 
@@ -45,8 +46,10 @@ def run(context: Context, parameters: Train) -> Outcome:
     seed = derive(context.seed if parameters.seed is None else parameters.seed, context.name)
     with world(context.device) as here:
         model, differences = _open(context, parameters, here, seed)
-        packed = _training_rows(model, context.inputs["corpus"], parameters)
-        held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, here)
+        recipe = _recipe(model, context, parameters, seed)
+        sources, recipe = sources_of(model, context, parameters, seed=seed, recipe=recipe, here=here)
+        packed = sources.rows
+        held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
         feed = Feed(
             packed,
             batch_tokens=parameters.batch_tokens,
@@ -55,6 +58,9 @@ def run(context: Context, parameters: Train) -> Outcome:
             rank=here.rank,
             size=here.size,
             unit=OBJECTIVES[parameters.objective].unit,
+            shuffled=parameters.order == "shuffled",
+            mixture=mixed_rows(sources, parameters, seed),
+            sources=None if parameters.mixture is None else sources,
         )
         settings = _settings(parameters, feed, seed)
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
@@ -75,7 +81,7 @@ def run(context: Context, parameters: Train) -> Outcome:
             optimizer,
             settings,
             out=context.out,
-            recipe=_recipe(model, context, parameters, seed),
+            recipe=recipe,
             world=here,
             evaluate=held_out.measure if held_out.corpora else None,
         )
@@ -88,7 +94,12 @@ def run(context: Context, parameters: Train) -> Outcome:
         return Outcome(outputs)
     lines = read_metrics(context.out / "metrics.jsonl")
     fill_report(context.report, lines, packed.report, optimizer.count)
-    return Outcome(outputs, metrics_of(lines, state, optimizer.count) | differences)
+    accounts = ledger(sources, feed.lengths, feed.uses(state.epoch, state.epoch_step))
+    check_trained(accounts, state.tokens)
+    context.report.setdefault("tables", []).append(ledger_table(accounts))
+    return Outcome(
+        outputs, metrics_of(lines, state, optimizer.count) | ledger_metrics(accounts) | differences
+    )
 
 
 def _dtype(context: Context, parameters: Train) -> str:
@@ -142,40 +153,18 @@ def _lora_settings(lora: Lora) -> LoraSettings:
     )
 
 
-def _training_rows(model: Llama, paths: Mapping[str, Path], parameters: Train) -> Packed:
-    """All training corpora, encoded and packed together in the order they are given."""
-    kind = OBJECTIVES[parameters.objective].kind
-    encoded: list[Encoded] = []
-    for path in paths.values():
-        corpus = Corpus.open(path)
-        if corpus.kind != kind:
+def _held_out(
+    model: Llama, paths: Mapping[str, Path], parameters: Train, names: Sequence[str], here: World
+) -> HeldOut:
+    if parameters.mixture is not None and parameters.mixture.feedback is not None:
+        missing = [name for name in names if name not in paths]
+        if missing:
             raise PunaError(
-                f"objective {parameters.objective!r} learns from a corpus of {kind}",
-                where=path,
-                found=f"a corpus of {corpus.kind}",
-                fix=f"use objective {', '.join(n for n, o in OBJECTIVES.items() if o.kind == corpus.kind)!r}"
-                if any(o.kind == corpus.kind for o in OBJECTIVES.values())
-                else "convert the corpus",
+                f"source {missing[0]!r} has no held-out text that feedback could go by",
+                where="mixture.feedback",
+                found=f"held_out: {', '.join(paths) or 'nothing'}",
+                fix="give the stage an input held_out with a corpus under the name of every source",
             )
-        encoded += _encode(model, corpus, parameters)
-    return pack(encoded, parameters.max_length, mode=_packing(parameters))
-
-
-def _packing(parameters: Train) -> Mode:
-    return parameters.packing or usual_mode(OBJECTIVES[parameters.objective].kind)
-
-
-def _encode(model: Llama, corpus: Corpus, parameters: Train, rows: Any = None) -> list[Encoded]:
-    return encode_rows(
-        corpus.rows() if rows is None else rows,
-        corpus.kind,
-        cast(Tokenizer, model.tokenizer),
-        model.template,
-        train_on=parameters.train_on,
-    )
-
-
-def _held_out(model: Llama, paths: Mapping[str, Path], parameters: Train, here: World) -> HeldOut:
     if parameters.eval_steps is not None and not paths:
         raise PunaError(
             "there is nothing to evaluate on", where="eval_steps", fix="give the stage an input held_out"
@@ -190,7 +179,7 @@ def _held_out_corpus(model: Llama, corpus: Corpus, parameters: Train) -> HeldOut
     chosen: list[Encoded] = []
     tokens = size = 0
     for row in corpus.rows():
-        encoded = _encode(model, corpus, parameters, [row])
+        encoded = encode(model, corpus, parameters, [row])
         tokens += sum(map(len, encoded))
         if chosen and tokens > limit:
             break
@@ -206,26 +195,32 @@ def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:
         max_steps=parameters.max_steps,
         max_tokens=parameters.max_tokens,
     )
-    warmup = parameters.warmup_steps
-    schedule = Schedule(
-        kind=parameters.schedule,
-        total_steps=steps,
-        warmup_steps=math.ceil(parameters.warmup_ratio * steps) if warmup is None else warmup,
-        minimum=parameters.min_learning_rate_ratio,
-        timescale=parameters.timescale,
-        step_size=parameters.step_size,
-        gamma=parameters.gamma,
-        decay_ratio=parameters.decay_ratio,
-    )
     return LoopSettings(
         total_steps=steps,
         total_tokens=tokens,
-        schedule=schedule,
+        schedule=_schedule(parameters, steps),
         seed=seed,
         logging_steps=parameters.logging_steps,
         eval_steps=parameters.eval_steps,
         save_steps=parameters.save_steps,
         tensorboard=parameters.report_to == "tensorboard",
+    )
+
+
+def _schedule(parameters: Train, steps: int) -> Schedule:
+    """The learning-rate schedule over so many steps."""
+    if not isinstance(parameters.schedule, str):
+        return compose([segment.part() for segment in parameters.schedule], steps)
+    warmup = parameters.warmup_steps
+    return preset(
+        parameters.schedule,
+        steps,
+        math.ceil(parameters.warmup_ratio * steps) if warmup is None else warmup,
+        parameters.min_learning_rate_ratio,
+        timescale=parameters.timescale,
+        step_size=parameters.step_size,
+        gamma=parameters.gamma,
+        decay_ratio=parameters.decay_ratio,
     )
 
 
@@ -244,7 +239,7 @@ def _recipe(model: Llama, context: Context, parameters: Train, seed: int) -> dic
     template, tokenizer = model.template, model.tokenizer
     return {
         **parameters.model_dump(mode="json"),
-        "packing": _packing(parameters),
+        "packing": packing_of(parameters),
         "dtype": str(model.dtype),
         "seed": seed,
         "spec": fingerprint(model.spec.to_config()),

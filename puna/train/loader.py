@@ -9,11 +9,14 @@ What a step learns from does not depend on the number of processes or the size o
 longest rows of a step run first, and the step with the largest micro-batch is the first of the run
 (it changes places with the one that the permutation put there): if memory does not suffice, that
 shows at once. Rows of one length, as packing makes them, need no such exchange.
+
+With a mixture an epoch is a portion of it (:mod:`puna.train.mixture`), its rows in the order in which
+they were drawn; sorted rows come as they are, and no step changes places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,8 @@ from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.text.packing import Batch, Row, collate
 from puna.train.objectives import Unit
+from puna.train.mixture import MixedRows
+from puna.train.sources import Sources
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +66,8 @@ class Feed:
     the other.
 
     ``rank`` and ``size`` are this process's place among all; ``pad_id`` fills up shorter rows (it is
-    never looked at). A step without any target is refused when its epoch is drawn.
+    never looked at). A step without any target is refused when its epoch is drawn. ``mixture`` decides
+    what an epoch holds; ``sources`` are what tokens are counted by.
     """
 
     def __init__(
@@ -75,6 +81,9 @@ class Feed:
         size: int = 1,
         pad_id: int = 0,
         unit: Unit = "tokens",
+        shuffled: bool = True,
+        mixture: MixedRows | None = None,
+        sources: Sources | None = None,
     ) -> None:
         if not rows:
             raise PunaError("no rows to train on", fix="look at what packing dropped and why")
@@ -85,6 +94,9 @@ class Feed:
         self.seed = seed
         self.rank = rank
         self.size = size
+        self.shuffled = shuffled
+        self.mixture = mixture
+        self.sources = sources
         self.lengths = numpy.array([row.tokens for row in rows], dtype=numpy.int64)  # in tokens
         self.targets = numpy.array([row.targets for row in rows], dtype=numpy.int64)
         pairs = [len(row.slices) // 2 for row in rows]
@@ -109,8 +121,16 @@ class Feed:
             self._epoch = epoch
         return self._steps
 
+    def _order(self, epoch: int) -> NDArray[numpy.int64]:
+        """The rows of an epoch, in order."""
+        if self.mixture is not None:
+            return self.mixture.rows(epoch)
+        if not self.shuffled:
+            return numpy.arange(len(self.rows))
+        return numpy_generator(self.seed, "train", "order", epoch).permutation(len(self.rows))
+
     def _draw(self, epoch: int) -> list[Step]:
-        order = numpy_generator(self.seed, "train", "order", epoch).permutation(len(self.rows))
+        order = self._order(epoch)
         ends = numpy.cumsum(self.lengths[order])
         steps: list[Step] = []
         start = 0
@@ -129,7 +149,7 @@ class Feed:
                 found=self.names(empty.rows),
                 fix="raise batch_tokens or max_length, or check train_on",
             )
-        if epoch == 0 and self.lengths.min() != self.lengths.max():
+        if epoch == 0 and self.shuffled and self.lengths.min() != self.lengths.max():
             heaviest = max(range(len(steps)), key=lambda index: self._weight(steps[index]))
             steps[0], steps[heaviest] = steps[heaviest], steps[0]
         return steps
@@ -166,15 +186,54 @@ class Feed:
     def count(
         self, *, epochs: int | None = None, max_steps: int | None = None, max_tokens: int | None = None
     ) -> tuple[int, int]:
-        """(steps, tokens) of a run that ends at whichever of the limits is given."""
+        """(steps, tokens) of a run that ends at whichever of the limits is given, or with its mixture."""
+        if self.mixture is not None and self.mixture.portions is not None:
+            epochs = self.mixture.portions
         steps = tokens = epoch = 0
-        while epochs is None or epoch < epochs:
+
+        def reached() -> bool:
+            return (max_steps is not None and steps >= max_steps) or (
+                max_tokens is not None and tokens >= max_tokens
+            )
+
+        while (epochs is None or epoch < epochs) and not reached():
             for step in self.steps(epoch):
-                if (max_steps is not None and steps >= max_steps) or (
-                    max_tokens is not None and tokens >= max_tokens
-                ):
-                    return steps, tokens
+                if reached():
+                    break
                 steps += 1
                 tokens += step.tokens
             epoch += 1
         return steps, tokens
+
+    # ---- mixtures ----------------------------------------------------------------------------------------
+
+    def follow(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Draw what comes by this history of held-out losses, which grows as the run goes on."""
+        if self.mixture is not None:
+            self.mixture.follow(history)
+            self._epoch = -1
+
+    def awaits_losses(self, epoch: int, epoch_step: int) -> bool:
+        """Whether held-out losses have to be measured before this step, for its mixture to follow."""
+        mixture = self.mixture
+        if mixture is None or mixture.settings.feedback is None or epoch_step:
+            return False
+        return len(mixture.history) == epoch < (mixture.portions or 0)
+
+    def tokens_by_source(self, step: Step) -> dict[str, int]:
+        """Tokens of a step by the source of its rows; nothing where sources are not counted."""
+        if self.sources is None:
+            return {}
+        sums = numpy.bincount(
+            self.sources.of[step.rows], self.lengths[step.rows], minlength=len(self.sources.names)
+        )
+        return {name: int(tokens) for name, tokens in zip(self.sources.names, sums, strict=True)}
+
+    def uses(self, epoch: int, epoch_step: int) -> NDArray[numpy.int64]:
+        """How often each row is fed before step ``epoch_step`` of ``epoch``."""
+        found = numpy.zeros(len(self.rows), dtype=numpy.int64)
+        for before in range(epoch + (epoch_step > 0)):
+            steps = self.steps(before)
+            for step in steps[:epoch_step] if before == epoch else steps:
+                numpy.add.at(found, step.rows, 1)  # a step may hold a row twice, where sources repeat
+        return found

@@ -111,6 +111,7 @@ class Loop:
             self.model.train()
             restored = self.checkpoints.restore(self.optimizer)
             self.state = restored or TrainState()
+            self.feed.follow(self.state.losses)
             board = self.out / "tensorboard" if self.settings.tensorboard else None
             try:
                 if self.world.is_main:
@@ -145,7 +146,8 @@ class Loop:
         """Evaluate and save where that is due."""
         settings, state = self.settings, self.state
         last = state.step == settings.total_steps
-        if last or (settings.eval_steps and state.step % settings.eval_steps == 0):
+        due = settings.eval_steps and state.step % settings.eval_steps == 0
+        if last or due or self.feed.awaits_losses(state.epoch, state.epoch_step):
             self._evaluate()
         if last or self._save_is_due():
             if self._log is not None:
@@ -213,6 +215,8 @@ class Loop:
         if state.epoch_step == len(self.feed.steps(state.epoch)):
             state.epoch, state.epoch_step = state.epoch + 1, 0
         state.tokens += step.tokens
+        for name, tokens in self.feed.tokens_by_source(step).items():
+            state.sources[name] = state.sources.get(name, 0) + tokens
         state.targets += step.targets
         state.seconds += done.seconds
         window.loss += done.loss
@@ -238,6 +242,7 @@ class Loop:
                 "targets_per_second": window.targets / window.seconds,
                 "seconds": state.seconds,
                 "peak_memory": peak_memory(self.world.device),
+                **{f"tokens.{name}": tokens for name, tokens in state.sources.items()},
             },
         )
         state.window = Window()
@@ -248,6 +253,18 @@ class Loop:
         with measuring(self.model, self.world.device):
             values = dict(self.evaluate(self.model))
         self._write("eval", {"tokens": self.state.tokens, **values})
+        self._heed(values)
+
+    def _heed(self, values: Mapping[str, float]) -> None:
+        """Record held-out losses where the mixture goes by them, and write down the weights that follow."""
+        state, mixture = self.state, self.feed.mixture
+        if mixture is None or not self.feed.awaits_losses(state.epoch, state.epoch_step):
+            return
+        state.losses.append({name: values[f"{name}.loss"] for name in mixture.names})
+        weights = zip(mixture.names, mixture.weights(state.epoch), strict=True)
+        self._write(
+            "mixture", {"tokens": state.tokens, **{f"weight.{name}": value for name, value in weights}}
+        )
 
     def _write(self, kind: str, values: dict[str, float]) -> None:
         if self._log is not None:

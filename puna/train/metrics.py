@@ -36,7 +36,7 @@ class MetricsLog:
             self._board.close()
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Append one line: ``{"step": .., "kind": "train" | "eval", ...values}``."""
+        """Append one line: ``{"step": .., "kind": "train" | "eval" | "mixture", ...values}``."""
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
         if self._board is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
@@ -18,6 +19,7 @@ from puna.train.plan import (
     trained_parameters,
     training_operations,
 )
+from puna.train.settings import Mixture, ScheduleSegment, check_segments
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -64,14 +66,24 @@ class Train(Parameters):
     packing: Literal["wrap", "fit", "off"] | None = None
     """wrap fills rows and cuts documents (clm only), fit keeps them whole, off gives each a row of its own;
     null is wrap for clm and fit for sft."""
+    mixture: Mixture | None = None
+    """Shares of tokens by source, phases, caps; null takes every row of all corpora once an epoch."""
+    order: Literal["shuffled", "sorted"] = "shuffled"
+    """sorted feeds every source from its first row to its last, as ``sort_by`` says."""
+    sort_by: Literal["length", "loss"] = "length"
+    """sorted: by the length of the documents, or by their loss under the model that is trained."""
+    descending: bool = False
+    """sorted: from the longest, or the highest loss."""
     train_on: tuple[str, ...] = pydantic.Field(("assistant",), min_length=1)
     """Roles whose turns are learnt (sft)."""
     learning_rate: float = pydantic.Field(2e-4, gt=0)
     """Peak learning rate."""
     embedding_learning_rate_factor: float = pydantic.Field(1.0, gt=0)
     """Times the learning rate for input embeddings and head."""
-    schedule: Literal["constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"] = "cosine"
-    """How the learning rate moves after the warm-up."""
+    schedule: (
+        Literal["constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"] | tuple[ScheduleSegment, ...]
+    ) = "cosine"
+    """How the learning rate moves after the warm-up; or segments, such as [{warmup: 10}, {linear: rest}]."""
     warmup_ratio: float = pydantic.Field(0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     warmup_steps: int | None = pydantic.Field(None, ge=0)
@@ -127,11 +139,15 @@ class Train(Parameters):
                 raise ValueError(
                     f"{name} {getattr(self, name)} has no room for a row of max_length {self.max_length}"
                 )
+        if not isinstance(self.schedule, str):
+            check_segments(self.schedule)
         for name, schedules in _READ_BY_SCHEDULES.items():
             if name in given and self.schedule not in schedules:
+                kind = repr(self.schedule) if isinstance(self.schedule, str) else "of segments"
                 raise ValueError(
-                    f"{name} means nothing with schedule {self.schedule!r}, but with {', '.join(schedules)}"
+                    f"{name} means nothing with schedule {kind}, but with {', '.join(schedules)}"
                 )
+        self._check_order(given)
         if "train_on" in given and self.objective != "sft":
             raise ValueError("train_on means nothing with objective 'clm', which learns every token")
         if self.packing == "wrap" and self.objective == "sft":
@@ -143,8 +159,32 @@ class Train(Parameters):
             raise ValueError("betas must be at least 0 and below 1")
         return self
 
+    def _check_order(self, given: set[str]) -> None:
+        """Refuse settings of mixture and order that do not go with the others."""
+        mixture, sorted_ = self.mixture, self.order == "sorted"
+        for name in ("sort_by", "descending"):
+            if name in given and not sorted_:
+                raise ValueError(f"{name} means nothing with order 'shuffled', but with 'sorted'")
+        if sorted_ and (self.packing or _usual_packing(self.objective)) == "fit":
+            raise ValueError(
+                "order 'sorted' needs packing 'wrap' or 'off': 'fit' puts long and short documents together"
+            )
+        if mixture is None:
+            return
+        if sorted_ and mixture.draw != "next":
+            raise ValueError(f"mixture.draw {mixture.draw!r} draws at random, which order 'sorted' does not")
+        mixture.check_limits(
+            {"epochs": self.epochs, "max_steps": self.max_steps, "max_tokens": self.max_tokens}
+        )
+
+
+def _usual_packing(objective: str) -> str:
+    return "wrap" if objective == "clm" else "fit"
+
 
 _READ_BY_SCHEDULES = {
+    "warmup_ratio": ("constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"),
+    "warmup_steps": ("constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"),
     "min_learning_rate_ratio": ("cosine", "linear", "wsd"),
     "timescale": ("inverse_sqrt",),
     "step_size": ("step",),
@@ -163,15 +203,20 @@ def method_of(parameters: Train) -> Method:
 
 def plan_train(parameters: Train, shapes: Any) -> Cost:
     """Tokens, weights trained, operations, peak memory and time from the shapes of model and corpus."""
-    steps, tokens = _length(parameters, shapes.tokens_of("corpus"))
+    available = {
+        name.partition(".")[2]: tokens for name, tokens in shapes.corpora.items() if name.startswith("corpus")
+    }
+    steps, tokens = _length(parameters, shapes.tokens_of("corpus"), available)
     spec, method = shapes.spec, method_of(parameters)
     if spec is None:
         return Cost(tokens=tokens)
     dtype = parameters.dtype or shapes.dtype
-    evaluations = 2 + (steps - 1) // parameters.eval_steps if parameters.eval_steps else 2
+    evaluations = _evaluations(parameters, steps)
     names = [name for name in shapes.corpora if name.startswith("held_out")]
     limit = math.inf if parameters.eval_tokens is None else parameters.eval_tokens
     looked_at = evaluations * sum(min(shapes.corpora[name], limit) for name in names)
+    if parameters.order == "sorted" and parameters.sort_by == "loss":
+        looked_at += sum(available.values())
     flops = tokens * training_operations(spec, method, parameters.max_length)
     flops += tokens / parameters.micro_batch_tokens * magnitude_operations(spec, method)
     flops += looked_at * forward_operations(spec, parameters.max_length)
@@ -199,11 +244,25 @@ def _kind_of(profile: Any) -> str:
     return "cuda" if name.startswith("cuda") else "cpu"
 
 
-def _length(parameters: Train, corpus: float) -> tuple[int, float]:
-    """Steps and tokens of a run over a corpus of so many tokens."""
+def _evaluations(parameters: Train, steps: int) -> int:
+    """How often the held-out corpora are measured: at both ends, and every so many steps."""
+    mixture = parameters.mixture
+    feedback = mixture.feedback.every_steps if mixture and mixture.feedback else None
+    every = [steps_ for steps_ in (parameters.eval_steps, feedback) if steps_]
+    between = {step for distance in every for step in range(distance, steps, distance)}
+    return 2 + len(between)
+
+
+def _length(parameters: Train, corpus: float, available: Mapping[str, float]) -> tuple[int, float]:
+    """Steps and tokens of a run over corpora of so many tokens, by name and all together."""
     if parameters.max_steps is not None:
         return parameters.max_steps, float(parameters.max_steps * parameters.batch_tokens)
-    tokens = corpus * (parameters.epochs or 1) if parameters.max_tokens is None else parameters.max_tokens
+    if parameters.max_tokens is not None:
+        tokens = float(parameters.max_tokens)
+    elif parameters.mixture is not None:
+        tokens = parameters.mixture.planned_tokens(available, parameters.epochs)
+    else:
+        tokens = corpus * (parameters.epochs or 1)
     return math.ceil(tokens / parameters.batch_tokens), float(tokens)
 
 

@@ -14,7 +14,7 @@ from puna.train.loader import Feed
 from puna.train.loop import Loop, LoopSettings
 from puna.train.objectives import CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
-from puna.train.schedule import Schedule
+from puna.train.schedule import preset
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def make_loop(tiny_llama: Callable[..., Any]) -> Callable[..., Loop]:
             size=world.size if world else 1,
         )
         steps, tokens = feed.count(max_steps=settings.pop("total_steps", 6))
-        settings = {"schedule": Schedule("constant", steps), "seed": 5, **settings}
+        settings = {"schedule": preset("constant", steps), "seed": 5, **settings}
         return Loop(
             model,
             feed,

@@ -31,7 +31,7 @@ SCRIPT = """
     from puna.train.loop import Loop, LoopSettings
     from puna.train.objectives import CrossEntropy
     from puna.train.optimizer import Optimizer, OptimizerSettings
-    from puna.train.schedule import Schedule
+    from puna.train.schedule import preset
 
     with world() as here:
         model = Llama(LlamaSpec.from_config(eval(sys.argv[1])), generator=torch_generator(0, "tiny"))
@@ -41,7 +41,7 @@ SCRIPT = """
         shares = [sum(len(m.rows) for m in feed.micro_batches(step)) for step in feed.steps(0)]
         rows_of = [len(step.rows) for step in feed.steps(0)]
         assert here.size == 1 or any(here.size * own != whole for own, whole in zip(shares, rows_of)), "even"
-        settings = LoopSettings(steps, tokens, Schedule("cosine", steps), eval_steps=4, save_steps=3)
+        settings = LoopSettings(steps, tokens, preset("cosine", steps), eval_steps=4, save_steps=3)
         held_out = HeldOut({"nl": HeldOutCorpus(rows([9, 20, 31, 6, 14], mode="wrap"), 100)}, 32, here)
         optimizer = Optimizer(model.named_parameters(), OptimizerSettings(3e-3))
         loop = Loop(model, feed, CrossEntropy(), optimizer, settings,

@@ -22,7 +22,7 @@ from puna.train.held_out import HeldOut, HeldOutCorpus
 from puna.train.loop import Loop
 from puna.train.metrics import MetricsLog, read_metrics
 from puna.train.optimizer import OptimizerSettings
-from puna.train.schedule import Schedule, factor
+from puna.train.schedule import factor, preset
 
 MakeLoop = Callable[..., Loop]
 
@@ -194,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
 
 
 def test_metrics_hold_every_logged_step_and_follow_the_schedule(make_loop: MakeLoop, tmp_path: Path) -> None:
-    schedule = Schedule("linear", 7, warmup_steps=2)
+    schedule = preset("linear", 7, warmup_steps=2)
     loop = make_loop(tmp_path, total_steps=7, logging_steps=3, schedule=schedule)
     loop.run()
     lines = read_metrics(tmp_path / "metrics.jsonl")

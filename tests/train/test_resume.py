@@ -39,7 +39,7 @@ SCRIPT = """
     from puna.train.loop import Loop, LoopSettings
     from puna.train.objectives import CrossEntropy
     from puna.train.optimizer import Optimizer, OptimizerSettings
-    from puna.train.schedule import Schedule
+    from puna.train.schedule import preset
 
     config, out, kill_after, dtype = eval(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.manual_seed(os.getpid())  # whatever the process started with must not matter
@@ -48,7 +48,7 @@ SCRIPT = """
     add_lora(model, LoraSettings(r=4, dropout=0.3, full=("embed_tokens",)), seed=1)
     feed = Feed(rows(MIXED, share=0.7), batch_tokens=64, micro_batch_tokens=32, seed=1)
     steps, tokens = feed.count(max_steps=12)
-    schedule = Schedule("cosine", steps, warmup_steps=3)
+    schedule = preset("cosine", steps, warmup_steps=3)
     settings = LoopSettings(steps, tokens, schedule, seed=5, logging_steps=2, eval_steps=3, save_steps=3)
 
     def evaluate(model):

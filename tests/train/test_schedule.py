@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.train.schedule import Schedule, factor
+from puna.train.schedule import Schedule, factor, preset
 
 KINDS = ["constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"]
 
@@ -20,25 +20,25 @@ def values(schedule: Schedule) -> list[float]:
 
 
 def test_constant_stays() -> None:
-    assert values(Schedule("constant", 4)) == [1.0] * 4
+    assert values(preset("constant", 4)) == [1.0] * 4
 
 
 def test_warm_up_rises_in_equal_steps_and_ends_at_one() -> None:
-    assert values(Schedule("constant", 6, warmup_steps=4)) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert values(preset("constant", 6, warmup_steps=4)) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_linear_falls_in_equal_steps_to_its_minimum() -> None:
-    assert values(Schedule("linear", 4)) == [1.0, 0.75, 0.5, 0.25]
-    assert values(Schedule("linear", 4, minimum=0.2)) == pytest.approx([1.0, 0.8, 0.6, 0.4])
-    assert factor(4, Schedule("linear", 4, minimum=0.2)) == pytest.approx(0.2)
+    assert values(preset("linear", 4)) == [1.0, 0.75, 0.5, 0.25]
+    assert values(preset("linear", 4, minimum=0.2)) == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    assert factor(4, preset("linear", 4, minimum=0.2)) == pytest.approx(0.2)
 
 
 def test_linear_falls_from_the_end_of_the_warm_up() -> None:
-    assert values(Schedule("linear", 6, warmup_steps=2)) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert values(preset("linear", 6, warmup_steps=2)) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 def test_cosine_passes_through_its_quarter_points() -> None:
-    schedule = Schedule("cosine", 8, minimum=0.1)
+    schedule = preset("cosine", 8, minimum=0.1)
     assert factor(0, schedule) == 1.0
     assert factor(4, schedule) == pytest.approx(0.55)
     assert factor(2, schedule) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
@@ -47,7 +47,7 @@ def test_cosine_passes_through_its_quarter_points() -> None:
 
 
 def test_inverse_sqrt_halves_after_three_timescales() -> None:
-    schedule = Schedule("inverse_sqrt", 1000, warmup_steps=10, timescale=100)
+    schedule = preset("inverse_sqrt", 1000, warmup_steps=10, timescale=100)
     assert factor(10, schedule) == 1.0
     assert factor(110, schedule) == pytest.approx(math.sqrt(0.5))
     assert factor(310, schedule) == pytest.approx(0.5)
@@ -58,7 +58,7 @@ def test_step_is_that_of_torch() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=6212, gamma=0.85)
-    schedule = Schedule("step", 20_000, step_size=6212, gamma=0.85)
+    schedule = preset("step", 20_000, step_size=6212, gamma=0.85)
     for step in range(20_000):
         if step % 997 == 0 or step % 6212 < 2:
             assert factor(step, schedule) == pytest.approx(scheduler.get_last_lr()[0])
@@ -67,12 +67,12 @@ def test_step_is_that_of_torch() -> None:
 
 
 def test_wsd_is_flat_and_then_falls_as_one_minus_square_root() -> None:
-    schedule = Schedule("wsd", 100, warmup_steps=10, decay_ratio=0.2)
+    schedule = preset("wsd", 100, warmup_steps=10, decay_ratio=0.2)
     assert factor(4, schedule) == 0.5
     assert {factor(step, schedule) for step in range(10, 81)} == {1.0}
     assert factor(85, schedule) == pytest.approx(0.5)
     assert factor(100, schedule) == 0.0
-    assert factor(85, Schedule("wsd", 100, decay_ratio=0.2, minimum=0.5)) == pytest.approx(0.75)
+    assert factor(85, preset("wsd", 100, decay_ratio=0.2, minimum=0.5)) == pytest.approx(0.75)
 
 
 @given(
@@ -85,13 +85,13 @@ def test_wsd_is_flat_and_then_falls_as_one_minus_square_root() -> None:
 def test_factor_stays_within_zero_and_one_and_never_starts_at_zero(
     kind: str, total: int, warmup: int, minimum: float, step: int
 ) -> None:
-    schedule = Schedule(kind, total, warmup, minimum, step_size=7, gamma=0.9, decay_ratio=0.3)  # type: ignore[arg-type]
+    schedule = preset(kind, total, warmup, minimum, step_size=7, gamma=0.9, decay_ratio=0.3)  # type: ignore[arg-type]
     assert 0.0 <= factor(step, schedule) <= 1.0
     assert factor(0, schedule) > 0.0
 
 
 @given(kind=st.sampled_from(KINDS), total=st.integers(2, 200), minimum=st.floats(0, 1))
 def test_factor_never_rises_after_the_warm_up(kind: str, total: int, minimum: float) -> None:
-    schedule = Schedule(kind, total, 0, minimum, step_size=7, gamma=0.9, decay_ratio=0.3)  # type: ignore[arg-type]
+    schedule = preset(kind, total, 0, minimum, step_size=7, gamma=0.9, decay_ratio=0.3)  # type: ignore[arg-type]
     found = values(schedule)
     assert all(after <= before + 1e-12 for before, after in itertools.pairwise(found))

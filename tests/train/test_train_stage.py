@@ -221,11 +221,13 @@ def test_packing_goes_by_the_objective(
 
 
 def test_no_row_learns_an_answer_without_its_question(places: dict[str, Path]) -> None:
-    from puna.train.job import _held_out_corpus, _training_rows
+    from puna.train.job import _held_out_corpus
+    from puna.train.prepare import sources_of
 
     model = pretrained.load(places["model"])
     settings = Train(**{**SMALL, "objective": "sft", "eval_tokens": None})
-    learnt = _training_rows(model, {"main": places["messages"]}, settings)
+    context = Context("train", places["model"], {"corpus": {"main": places["messages"]}})
+    learnt = sources_of(model, context, settings, seed=0, recipe={}, here=World())[0].rows
     measured = _held_out_corpus(model, Corpus.open(places["messages"]), settings).packed
     for packed in (learnt, measured):
         assert packed.report.cuts == 0

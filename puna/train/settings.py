@@ -1,0 +1,239 @@
+"""Parameters of the stage ``train`` that say what is mixed how, and how the learning rate moves. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import pydantic
+
+from puna.core.stage import Parameters
+from puna.train.schedule import Part, Shape
+
+Weights = dict[str, Annotated[float, pydantic.Field(ge=0)]]
+Length = Annotated[int, pydantic.Field(ge=1)] | Annotated[float, pydantic.Field(gt=0, le=1)] | Literal["rest"]
+_SHAPES: tuple[Shape, ...] = ("warmup", "constant", "linear", "cosine", "decay", "inverse_sqrt", "step")
+_FALLING: tuple[Shape, ...] = ("linear", "cosine", "decay")
+
+
+class ScheduleSegment(Parameters):
+    """One segment of a learning-rate schedule: its shape with its length in steps (``100``), as a share of
+    the run (``0.1``), or ``rest``. Factors are those of ``learning_rate``."""
+
+    warmup: Length | None = None
+    """Rises in equal steps."""
+    constant: Length | None = None
+    """Stays."""
+    linear: Length | None = None
+    """A straight line."""
+    cosine: Length | None = None
+    """Half a cosine."""
+    decay: Length | None = None
+    """Falls as 1 - sqrt."""
+    inverse_sqrt: Length | None = None
+    """Falls as the inverse square root of the steps."""
+    step: Length | None = None
+    """Falls by a factor now and then."""
+    start: float | None = pydantic.Field(None, ge=0)
+    """Factor it begins at; null goes on from the segment before, a run's first at 1, its warm-up at 0."""
+    to: float | None = pydantic.Field(None, ge=0)
+    """Factor it ends at; null is 1 for a warm-up, 0 for linear, cosine and decay."""
+    timescale: int = pydantic.Field(10_000, ge=1)
+    """inverse_sqrt: steps in which the rate falls to 0.71."""
+    step_size: int = pydantic.Field(1000, ge=1)
+    """step: steps between two drops."""
+    gamma: float = pydantic.Field(0.5, gt=0, le=1)
+    """step: the factor of a drop."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> ScheduleSegment:
+        shapes = [name for name in _SHAPES if getattr(self, name) is not None]
+        if len(shapes) != 1:
+            raise ValueError(f"a segment of a schedule has one shape: one of {', '.join(_SHAPES)}")
+        read_by = {"to": ("warmup", *_FALLING), "timescale": ("inverse_sqrt",)}
+        read_by |= {"step_size": ("step",), "gamma": ("step",)}
+        for name, names in read_by.items():
+            changed = getattr(self, name) != ScheduleSegment.model_fields[name].default
+            if changed and shapes[0] not in names:
+                raise ValueError(
+                    f"{name} means nothing in a segment {shapes[0]!r}, only in {', '.join(names)}"
+                )
+        return self
+
+    def part(self) -> Part:
+        """The segment for :func:`puna.train.schedule.compose`."""
+        shape = next(name for name in _SHAPES if getattr(self, name) is not None)
+        length = getattr(self, shape)
+        return Part(shape, length, self.start, self.to, self.timescale, self.step_size, self.gamma)
+
+
+def check_segments(segments: tuple[ScheduleSegment, ...]) -> None:
+    """Refuse a list of segments that no run could be covered by."""
+    if not segments:
+        raise ValueError("a schedule has at least one segment")
+    lengths = [segment.part().length for segment in segments]
+    if "rest" in lengths[:-1]:
+        raise ValueError("only the last segment of a schedule can take the rest")
+    shares = sum(length for length in lengths if isinstance(length, float))
+    if shares > 1 + 1e-9:
+        raise ValueError(f"the segments of the schedule are {shares:g} of the run")
+
+
+class Cap(Parameters):
+    """At most so much of a source, or of each task in it: a task is what the rows' column ``source`` says."""
+
+    tokens: int | None = pydantic.Field(None, ge=1)
+    """Tokens of the source."""
+    rows: int | None = pydantic.Field(None, ge=1)
+    """Rows of the source's corpus."""
+    task_tokens: int | None = pydantic.Field(None, ge=1)
+    """Tokens of each task."""
+    task_rows: int | None = pydantic.Field(None, ge=1)
+    """Rows of each task."""
+
+    @pydantic.model_validator(mode="after")
+    def _caps_something(self) -> Cap:
+        if all(getattr(self, name) is None for name in Cap.model_fields):
+            raise ValueError(f"a cap says at least one of {', '.join(Cap.model_fields)}")
+        return self
+
+
+class Phase(Parameters):
+    """A part of the run with weights of its own."""
+
+    weights: Weights = pydantic.Field(min_length=1)
+    """Shares of tokens by source, in any unit; a source that is left out rests."""
+    tokens: int | None = pydantic.Field(None, ge=1)
+    """Tokens of the phase; the run is as long as its phases."""
+    share: float | None = pydantic.Field(None, gt=0, le=1)
+    """The same as a share of max_tokens."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Phase:
+        if (self.tokens is None) == (self.share is None):
+            raise ValueError("a phase says either tokens or share")
+        _check_weights(self.weights)
+        return self
+
+
+class Feedback(Parameters):
+    """Weights that follow the perplexity of held-out text: a source that got worse gains share."""
+
+    every_steps: int = pydantic.Field(ge=1)
+    """Optimiser steps between two changes of the weights."""
+    strength: float = pydantic.Field(0.5, gt=0)
+    """How far one change goes."""
+    importance: Weights = pydantic.Field(default_factory=dict)
+    """Times the strength, by source; 1 where nothing is said."""
+
+    @pydantic.model_validator(mode="after")
+    def _stays_positive(self) -> Feedback:
+        if self.strength * max([1.0, *self.importance.values()]) >= 1:
+            raise ValueError("strength times importance must stay below 1: a weight would become negative")
+        return self
+
+
+class Mixture(Parameters):
+    """What of which source a run reads: shares of tokens, not of documents."""
+
+    by: Literal["corpus", "source"] = "corpus"
+    """What a source is: a corpus, by the name it is given under, or what the rows' column source says."""
+    weights: Weights | None = None
+    """Shares of tokens by source, in any unit; null takes what the sources hold."""
+    phases: tuple[Phase, ...] = ()
+    """Weights that change in the course of the run."""
+    epoch_tokens: int | None = pydantic.Field(None, ge=1)
+    """Tokens of an epoch; null makes the run one epoch."""
+    draw: Literal["next", "same", "anew"] = "next"
+    """What an epoch holds: the next rows, the same as the first in another order, or a new draw from all."""
+    repeat: int | dict[str, Annotated[int, pydantic.Field(ge=1)]] = 1
+    """Passes through a source, for all or by source: through the run with draw next, else within an epoch."""
+    when_short: Literal["error", "stop"] = "error"
+    """What happens when a source has no row left: an error before the start, or the run ends there."""
+    caps: dict[str, Cap] = pydantic.Field(default_factory=dict)
+    """At most so much of a source; which rows is drawn."""
+    feedback: Feedback | None = None
+    """Change the weights by how held-out text of the same names fares."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Mixture:
+        if self.weights is not None:
+            _check_weights(self.weights)
+        if isinstance(self.repeat, int) and self.repeat < 1:
+            raise ValueError("repeat is at least 1")
+        if self.draw != "next" and self.epoch_tokens is None:
+            raise ValueError(f"draw {self.draw!r} means nothing without epoch_tokens")
+        stops = self.when_short == "stop"
+        for name, set_, others in (
+            ("phases", bool(self.phases), {"weights": self.weights, "epoch_tokens": self.epoch_tokens}),
+            ("feedback", self.feedback, {"phases": self.phases, "epoch_tokens": self.epoch_tokens}),
+            ("when_short 'stop'", stops, {"phases": self.phases, "feedback": self.feedback}),
+            ("when_short 'stop'", stops, {"epoch_tokens": self.epoch_tokens}),
+        ):
+            clash = next((other for other, value in others.items() if value), None)
+            if set_ and clash:
+                raise ValueError(f"{name} and {clash} cannot go together")
+        if len({phase.tokens is None for phase in self.phases}) > 1:
+            raise ValueError("all phases say tokens, or all say share")
+        shares = [phase.share for phase in self.phases if phase.share is not None]
+        if shares and not math.isclose(sum(shares), 1.0, abs_tol=1e-9):
+            raise ValueError(f"the shares of the phases add up to {sum(shares):g}, not to 1")
+        if not self.weighs and (self.repeat != 1 or stops):
+            raise ValueError(
+                "repeat and when_short mean nothing without weights, phases, epoch_tokens or feedback: an "
+                "epoch then takes every row once"
+            )
+        return self
+
+    @property
+    def weighs(self) -> bool:
+        """Whether rows are drawn by weights; else the mixture only caps and counts."""
+        return bool(self.weights or self.phases or self.epoch_tokens or self.feedback)
+
+    def check_limits(self, limits: Mapping[str, int | None]) -> None:
+        """Refuse limits of the run (epochs, max_steps, max_tokens) that do not go with this mixture."""
+        given = [name for name, value in limits.items() if value is not None]
+        if self.phases and self.phases[0].tokens is not None and given:
+            raise ValueError(f"{given[0]} and the tokens of the phases are both given: a run has one limit")
+        if self.phases and self.phases[0].share is not None and given != ["max_tokens"]:
+            raise ValueError("phases by share need max_tokens: shares of what?")
+        if self.feedback and given != ["max_steps"]:
+            raise ValueError("feedback needs max_steps: it changes how many tokens a step holds")
+        open_end = self.weights and not (self.phases or self.feedback or self.epoch_tokens)
+        if open_end and not set(given) & {"max_steps", "max_tokens"} and self.when_short != "stop":
+            raise ValueError(
+                "a mixture by weights needs to know how many tokens it mixes: give max_tokens, max_steps or "
+                "mixture.epoch_tokens, or set mixture.when_short: stop to end with the first empty source"
+            )
+        if open_end and limits["epochs"] not in (None, 1):
+            raise ValueError("epochs of a mixture by weights need mixture.epoch_tokens: an epoch of what?")
+
+    def planned_tokens(self, available: Mapping[str, float], epochs: int | None) -> float:
+        """Tokens of the run, where neither max_steps nor max_tokens says so, from those of the sources."""
+        if self.phases and self.phases[0].tokens is not None:
+            return float(sum(phase.tokens or 0 for phase in self.phases))
+        if self.epoch_tokens is not None:
+            return float(self.epoch_tokens * (epochs or 1))
+        capped = {
+            name: min(tokens, self.caps[name].tokens or math.inf) if name in self.caps else tokens
+            for name, tokens in available.items()
+        }
+        if self.weights and capped.keys() >= self.weights.keys():
+            total = sum(self.weights.values())
+            passes = {name: self.passes(name) for name in self.weights}
+            return min(
+                capped[name] * passes[name] * total / weight
+                for name, weight in self.weights.items()
+                if weight
+            )
+        return sum(capped.values()) * (epochs or 1)
+
+    def passes(self, source: str) -> int:
+        """How many passes through a source are allowed."""
+        return self.repeat if isinstance(self.repeat, int) else self.repeat.get(source, 1)
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    if not sum(weights.values()) > 0:
+        raise ValueError("weights that are all 0 choose nothing")

@@ -1,0 +1,158 @@
+"""The sources of a mixture: documents under names, capped, sorted, and packed source by source.
+
+A packed row belongs to one source, so that its tokens can be counted; what became of every document
+is in the source's :class:`Entry`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+
+from puna.core.errors import PunaError
+from puna.core.seeds import numpy_generator
+from puna.text.encode import Encoded
+from puna.text.packing import Mode, Packed, PackReport, Row, pack
+from puna.train.settings import Cap
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An encoded row of a corpus, and what the row's own column ``source`` says."""
+
+    encoded: Encoded
+    task: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one source brings: what came in, what its caps left out, and how the rest was packed.
+
+    ``tokens_in == capped_tokens + report.tokens_in``, and the report balances in itself.
+    """
+
+    name: str
+    documents_in: int
+    tokens_in: int
+    capped_documents: int
+    capped_tokens: int
+    report: PackReport
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All packed rows, source by source; ``of[row]`` is the place of the row's source in ``entries``."""
+
+    rows: Packed
+    of: NDArray[numpy.int64]
+    entries: tuple[Entry, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sources."""
+        return tuple(entry.name for entry in self.entries)
+
+
+def capped(
+    documents: Sequence[Document], cap: Cap | None, *, seed: int, where: str = "mixture.caps"
+) -> list[Document]:
+    """Documents within the limits of ``cap``, drawn by ``seed``, in the order they had.
+
+    A document that would pass a limit is left out and the next is tried. With limits by task, every
+    task has its turn before any has a second one, and a task of which nothing is left is an error.
+    """
+    if cap is None:
+        return list(documents)
+    order = numpy_generator(seed, "train", "cap").permutation(len(documents)).tolist()
+    by_task = cap.task_rows is not None or cap.task_tokens is not None
+    if by_task:
+        turns: Counter[str] = Counter()
+        turn: dict[int, int] = {}
+        for place in order:
+            turn[place] = turns[documents[place].task]
+            turns[documents[place].task] += 1
+        order.sort(key=turn.__getitem__)  # stable
+    rows: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    kept: list[int] = []
+    total = 0
+    for place in order:
+        task, size = documents[place].task, len(documents[place].encoded)
+        limits = (
+            (len(kept) + 1, cap.rows),
+            (total + size, cap.tokens),
+            (rows[task] + 1, cap.task_rows),
+            (tokens[task] + size, cap.task_tokens),
+        )
+        if any(limit is not None and value > limit for value, limit in limits):
+            continue
+        kept.append(place)
+        rows[task] += 1
+        tokens[task] += size
+        total += size
+    empty = [document.task for document in documents if not rows[document.task]] if by_task else []
+    if empty or not kept:
+        raise PunaError(
+            f"no row of task {empty[0]!r} fits the caps" if empty else "no row fits the caps",
+            where=where,
+            fix="raise them",
+        )
+    return [documents[place] for place in sorted(kept)]
+
+
+def pack_sources(
+    brought: Mapping[str, Sequence[Document]],
+    kept: Mapping[str, Sequence[Document]],
+    length: int,
+    *,
+    mode: Mode,
+) -> Sources:
+    """Pack the ``kept`` documents of each source by itself; ``brought`` are those before any cap."""
+    entries: list[Entry] = []
+    rows: list[Row] = []
+    counts: list[int] = []
+    for name, documents in kept.items():
+        try:
+            packed = pack([document.encoded for document in documents], length, mode=mode)
+        except PunaError as error:
+            where = f"source {name!r}" if len(kept) > 1 else error.where
+            raise PunaError(
+                error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
+            ) from None
+        before = sum(len(document.encoded) for document in brought[name])
+        left = packed.report
+        out = (len(brought[name]) - left.rows_in, before - left.tokens_in)
+        entries.append(Entry(name, len(brought[name]), before, *out, left))
+        rows += packed
+        counts.append(len(packed))
+    report = combined([entry.report for entry in entries])
+    return Sources(Packed(rows, report), numpy.repeat(numpy.arange(len(counts)), counts), tuple(entries))
+
+
+def combined(reports: Sequence[PackReport]) -> PackReport:
+    """One report of several packings with the same length and mode."""
+    first = reports[0]
+    sums = {
+        name: sum(getattr(report, name) for report in reports)
+        for name in ("rows_in", "tokens_in", "rows", "used", "tokens", "targets", "cuts", "truncated")
+    }
+    dropped: Counter[str] = Counter()
+    dropped_tokens: Counter[str] = Counter()
+    for report in reports:
+        dropped.update(report.dropped)
+        dropped_tokens.update(report.dropped_tokens)
+    return PackReport(
+        length=first.length,
+        mode=first.mode,
+        truncated_rows=sum(report.truncated_rows for report in reports),
+        dropped=dict(dropped),
+        dropped_tokens=dict(dropped_tokens),
+        **sums,
+    )
