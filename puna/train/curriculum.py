@@ -18,7 +18,7 @@ from puna.core.progress import Track
 from puna.text.encode import Encoded
 from puna.text.packing import Mode, Row, Slice, collate
 from puna.train.distributed import World
-from puna.train.objectives import clm
+from puna.train.objectives import linear_cross_entropy
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -74,7 +74,7 @@ def _add(model: Llama, part: Sequence[tuple[int, Row]], sums: torch.Tensor, worl
     hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
     for place, (number, _) in enumerate(part):
         one = slice(place, place + 1)
-        loss = clm(hidden[one], model.head_weight, batch.labels[one])
+        loss = linear_cross_entropy(hidden[one], model.head_weight, batch.labels[one])
         sums[number] += torch.tensor([float(loss.total), loss.targets], dtype=torch.float64)
 
 

@@ -25,8 +25,8 @@ import numpy
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.text.packing import Batch, Row, collate
-from puna.train.objectives import Unit
 from puna.train.mixture import MixedRows
+from puna.train.objectives import Unit
 from puna.train.sources import Sources
 
 if TYPE_CHECKING:

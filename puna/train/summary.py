@@ -94,6 +94,7 @@ def fill_report(
             "series": [_series("gradient norm", steps, "grad_norm")],
         },
     ]
+    curves += mixture_curves(lines)
     report.setdefault("curves", []).extend(curve for curve in curves if curve["series"])
     last = steps[-1]
     rows: list[list[Any]] = [
@@ -107,6 +108,20 @@ def fill_report(
         ["peak memory", f"{max(line['peak_memory'] for line in steps) / 1e9:.2f} GB"],
     ]
     report.setdefault("tables", []).append({"title": "Training", "columns": ["", ""], "rows": rows})
+
+
+def mixture_curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens by source over the run, and the weights where feedback moved them."""
+    curves = []
+    for kind, prefix, title in (
+        ("train", "tokens.", "Tokens by source"),
+        ("mixture", "weight.", "Weights of the mixture"),
+    ):
+        own = [line for line in lines if line["kind"] == kind]
+        names = [name for name in (own[-1] if own else {}) if name.startswith(prefix)]
+        series = [_series(name.removeprefix(prefix), own, name) for name in names]
+        curves.append({"title": title, "x": "tokens", "y": "", "series": series})
+    return curves
 
 
 def _measured(evaluations: Sequence[dict[str, Any]]) -> list[str]:

@@ -95,3 +95,35 @@ def test_count_ends_at_each_limit() -> None:
     steps, tokens = one.count(max_tokens=300)
     assert tokens >= 300 > tokens - 64
     assert one.count(max_steps=steps)[1] == tokens
+
+
+# Recorded when an epoch was a permutation and there were no mixtures.
+FORMER = {
+    "off": [
+        [[13, 3, 11], [9, 15, 8, 6, 14], [7, 0, 12, 5], [4, 10, 1], [2]],
+        [[4, 7, 9], [15, 6, 3, 8, 2], [5, 12, 11], [10, 0, 1, 14], [13]],
+    ],
+    "wrap": [[[4, 1], [3, 6], [5, 0], [7, 2]], [[5, 3], [0, 1], [7, 2], [6, 4]]],
+}
+
+
+@pytest.mark.parametrize(("mode", "seed"), [("off", 3), ("wrap", 1)])
+def test_without_a_mixture_the_steps_are_those_of_before(mode: str, seed: int) -> None:
+    one = feed(rows(MIXED, mode=mode), seed=seed)
+    assert [[step.rows.tolist() for step in one.steps(epoch)] for epoch in (0, 1)] == FORMER[mode]
+
+
+def test_sorted_rows_come_as_they_are_in_every_epoch() -> None:
+    one = feed(shuffled=False)
+    for epoch in (0, 1):
+        assert numpy.concatenate([step.rows for step in one.steps(epoch)]).tolist() == list(range(16))
+
+
+def test_uses_count_up_to_the_middle_of_an_epoch() -> None:
+    one = feed()
+    assert one.uses(0, 0).tolist() == [0] * 16
+    assert one.uses(2, 0).tolist() == [2] * 16
+    found = one.uses(1, 2)
+    assert sorted(numpy.flatnonzero(found == 2)) == sorted(
+        int(row) for step in one.steps(1)[:2] for row in step.rows
+    )
