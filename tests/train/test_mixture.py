@@ -184,7 +184,7 @@ def test_epochs_draw_anew_the_same_or_the_next_rows() -> None:
     assert all(len(set(epoch)) == len(epoch) for epoch in anew)
     for epoch in (*same, *anew):
         found = tokens_by_source(THREE, epoch)
-        assert found["a"] / sum(found.values()) == pytest.approx(2 / 3, abs=0.06)
+        assert found["a"] / sum(found.values()) == pytest.approx(2 / 3, abs=0.08)
 
 
 def test_phases_switch_with_the_row_that_reaches_their_tokens() -> None:
@@ -199,7 +199,7 @@ def test_phases_switch_with_the_row_that_reaches_their_tokens() -> None:
     for phase, found in zip(phases, drawn, strict=True):
         assert phase["tokens"] <= sum(found.values()) < phase["tokens"] + 32  # type: ignore[operator]
     assert drawn[0]["b"] == drawn[0]["c"] == drawn[1]["c"] == drawn[2]["a"] == 0
-    assert abs(drawn[1]["a"] - drawn[1]["b"]) <= 32
+    assert abs(drawn[1]["a"] - drawn[1]["b"]) <= 2 * 32
     assert abs(drawn[2]["c"] - 3 * drawn[2]["b"]) <= 4 * 32
     every = [row for portion in range(3) for row in one.mixture.rows(portion).tolist()]
     assert len(set(every)) == len(every), "a source goes on where the phase before left it"
@@ -253,7 +253,7 @@ def test_without_weights_shares_are_those_of_the_sources() -> None:
     found = tokens_by_source(THREE, chosen)
     whole = tokens_by_source(THREE, range(len(THREE.rows)))
     for name, tokens in found.items():
-        assert tokens / sum(found.values()) == pytest.approx(whole[name] / sum(whole.values()), abs=0.02)
+        assert tokens / sum(found.values()) == pytest.approx(whole[name] / sum(whole.values()), abs=0.03)
 
 
 # ---- feedback ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.text import pretrained
+from puna.text.encode import encode_document
 from puna.train.metrics import read_metrics
 from puna.train.settings import Cap, Feedback, Mixture, Phase, ScheduleSegment
 from puna.train.stages import Train, plan_train
@@ -117,7 +118,7 @@ def test_sources_may_be_what_the_rows_say(places: dict[str, Path], tmp_path: Pat
     mixture = {"by": "source", "weights": dict.fromkeys(names, 1), "when_short": "stop"}
     outcome, _ = train(places, tmp_path, mixture=mixture)
     trained = [outcome.metrics[f"ledger.{name}.trained"] for name in names]
-    assert max(trained) - min(trained) <= 64
+    assert max(trained) - min(trained) <= 3 * 32 < min(trained)
 
 
 def test_caps_alone_leave_out_rows_and_keep_whole_epochs(places: dict[str, Path], tmp_path: Path) -> None:
@@ -238,9 +239,10 @@ def test_sorted_by_loss_feeds_what_the_model_finds_easy_first_and_keeps_its_orde
     train(of, tmp_path / "run", **settings)
     stored = json.loads((tmp_path / "run" / "order.json").read_text())["losses"]["all"]
     assert len(stored) == 160
-    assert max(stored[40:]) < min(stored[:40]), "the model was trained on the second corpus"
+    assert sum(stored[40:]) / 120 < sum(stored[:40]) / 40 - 0.3, "the model was trained on the second corpus"
     model = pretrained.load(of["model"], dtype="float32")
-    ids = torch.tensor([[*model.tokenizer.encode(_text(places["short"], 0)), model.tokenizer.eos_id]])  # type: ignore[union-attr]
+    assert model.tokenizer is not None
+    ids = torch.tensor([encode_document(model.tokenizer, _text(places["short"], 0)).ids])
     with torch.no_grad():
         logits = model(ids).float().log_softmax(-1)[0, :-1]
     expected = -logits.gather(1, ids[0, 1:, None]).mean()
