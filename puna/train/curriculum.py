@@ -7,6 +7,7 @@ with other rounding, goes by what stands there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,14 +57,16 @@ def document_losses(
     pieces.sort(key=lambda piece: -piece[1].tokens)
     sums = torch.zeros(len(documents), 2, dtype=torch.float64)  # nats, targets
     start = group = 0
-    with torch.no_grad(), Track("losses of the curriculum", len(pieces), "rows") as track:
+    track = Track("losses of the curriculum", len(pieces), "rows") if world.is_main else None
+    with torch.no_grad(), track or contextlib.nullcontext():
         while start < len(pieces):
             part = pieces[start : start + max(1, micro_batch_tokens // pieces[start][1].tokens)]
             if group % world.size == world.rank:
                 _add(model, part, sums, world)
             start += len(part)
             group += 1
-            track.advance(len(part))
+            if track is not None:
+                track.advance(len(part))
     total = world.total(sums)
     return (total[:, 0] / total[:, 1].clamp(min=1)).tolist()
 

@@ -247,7 +247,19 @@ def _recipe(model: Llama, context: Context, parameters: Train, seed: int) -> dic
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
         "template": None if template is None else template.fingerprint,
         "corpus": [Corpus.open(path).fingerprint for path in context.inputs["corpus"].values()],
+        **_read_by_mixture(context, parameters),
     }
+
+
+def _read_by_mixture(context: Context, parameters: Train) -> dict[str, Any]:
+    """What a mixture goes by besides: the names of the corpora, and with feedback the held-out text."""
+    if parameters.mixture is None:
+        return {}
+    found: dict[str, Any] = {"sources": list(context.inputs["corpus"])}
+    if parameters.mixture.feedback is not None:
+        held_out = context.inputs.get("held_out") or {}
+        found["held_out"] = {name: Corpus.open(path).fingerprint for name, path in held_out.items()}
+    return found
 
 
 def _weights_fingerprint(model: Llama) -> str:
