@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +15,52 @@ from pathlib import Path
 from typing import Any
 
 from puna.core.errors import PunaError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(part|old)")
+
+
+@contextlib.contextmanager
+def room_for(path: Path | str, *, needed: int | None = None, fix: str | None = None) -> Iterator[None]:
+    """A block that writes ``path``; a disk without room for it is told as a :class:`PunaError`.
+
+    ``needed`` is how many bytes it writes, where that is known; ``fix`` is what to do besides making
+    room. A quota and a limit on the size of files count as a full disk. safetensors tells the system's
+    error in its message alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else _number_in(error)
+        if number not in _NO_ROOM:
+            raise
+        target = Path(path).absolute()
+        folder = next(place for place in target.parents if place.is_dir())
+        free = f"{shutil.disk_usage(folder).free:,} bytes are free in {folder}"
+        raise PunaError(
+            "there is no room to write this",
+            where=path,
+            found=f"{os.strerror(number)}; {free}",
+            expected=None if needed is None else f"room for {needed:,} bytes",
+            fix="make room on this disk" + (f"; {fix}" if fix else ""),
+        ) from error
+
+
+def _number_in(error: Exception) -> int | None:
+    """The system's number of an error that came through Rust."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def clear_leftovers(folder: Path | str) -> None:
+    """Remove what processes that were killed while they wrote left aside in ``folder``.
+
+    Only for a folder that nobody else writes to.
+    """
+    for path in Path(folder).glob(".*"):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

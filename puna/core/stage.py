@@ -16,7 +16,7 @@ import pydantic
 
 from puna.core.errors import PunaError, nearest, unknown_name
 
-Kind = Literal["model", "corpus", "tokenizer", "mapping", "file"]
+Kind = Literal["model", "corpus", "tokenizer", "mapping", "state", "file"]
 ROOMS_WITH_STAGES = ("text", "data", "train", "evaluate", "run")
 
 
@@ -103,6 +103,8 @@ class Stage:
     ``plan(parameters, shapes)`` predicts its cost. ``reads(parameters)`` names the files and folders
     outside the run that its parameters point at: their content is part of its fingerprint. Of the
     processes that ``torchrun`` started the first one alone runs a stage, unless it is ``distributed``.
+    ``resumes`` is the folder below its own in which it keeps what it goes on from after a kill: never
+    thrown away unasked while the stage is unfinished, and removed when it has finished.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Stage:
     plan: Callable[..., Cost] | None
     reads: Callable[[Any], Iterable[str | Path]] | None
     distributed: bool
+    resumes: str | None
     summary: str
 
 
@@ -131,6 +134,7 @@ def stage(
     plan: Callable[..., Cost] | None = None,
     reads: Callable[[Any], Iterable[str | Path]] | None = None,
     distributed: bool = False,
+    resumes: str | None = None,
 ) -> Callable[[StageFunction], StageFunction]:
     """Register a function as the stage ``name``; raise ``version`` when its results change."""
 
@@ -148,6 +152,7 @@ def stage(
             plan,
             reads,
             distributed,
+            resumes,
             summary,
         )
         return function

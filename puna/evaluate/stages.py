@@ -143,3 +143,27 @@ def evaluate(context: Context, parameters: Evaluate) -> Outcome:
     path = context.out / "scores.json"
     write_json(path, result.scores())
     return Outcome(outputs={"scores": path}, metrics=result.metrics())
+
+
+class Differ(Parameters):
+    """Parameters of the stage ``difference``: there are none."""
+
+
+def plan_difference(parameters: Differ, shapes: Any) -> Cost:
+    """Both models in float32."""
+    weights = sum(spec.parameter_count() for spec in shapes.models.values())
+    return Cost(memory=4.0 * weights)
+
+
+@stage(
+    "difference",
+    parameters=Differ,
+    inputs={"model": Input("model"), "other": Input("model")},
+    plan=plan_difference,
+)
+def difference(context: Context, parameters: Differ) -> Outcome:
+    """Tell how far the weights of two models lie apart, and how many differ at all."""
+    from puna.evaluate.difference import difference as compare
+
+    found = compare(context.inputs["model"], context.inputs["other"])
+    return Outcome(metrics={"weights": found.weights, "differ": found.differ, "largest": found.largest})

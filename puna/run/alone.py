@@ -67,7 +67,7 @@ def _lead(
 ) -> StageRecord:
     """Run the stage unless it has been run, as the first process and with the folder for itself."""
     check_place(final)
-    finish_interrupted(final)
+    finish_interrupted(entry.stage, final)
     prints, _ = inputs.fingerprints_of(entry, {})
     parts = fingerprints.parts_of(entry, prints, seed=recipe.header.seed, device=device, dtype=dtype)
     old = StageRecord.open(final)

@@ -14,7 +14,7 @@ from typing import Any
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint, read_json, sha256_of, write_json
 from puna.core.progress import say
-from puna.core.stage import Context, Kind, Outcome
+from puna.core.stage import Context, Kind, Outcome, Stage
 from puna.run import fingerprints
 from puna.run.machine import PeakMemory
 from puna.run.processes import Processes
@@ -36,12 +36,13 @@ def execute(
 
     ``parts`` make up its fingerprint (:func:`puna.run.fingerprints.parts_of`); ``described`` is how
     stage.json names the inputs. A work folder that a kill left behind is continued if its fingerprint
-    is this one's, and wiped otherwise; ``afresh`` wipes it, and the finished one, in any case.
+    is this one's. Otherwise it is wiped, unless the stage could have gone on from what is in it: that is
+    an error. ``afresh`` wipes it, and the finished one, in any case.
     ``ready`` is called when the work folder stands, before the stage begins.
     """
     work = _work_folder(final)
     stamp = fingerprint(parts)
-    sessions = _prepare(work, final, stamp, afresh)
+    sessions = _prepare(entry, work, final, parts, afresh)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     context = _context(entry, work, inputs, parts["seed"], parts["device"], parts["dtype"])
     if ready is not None:
@@ -78,7 +79,7 @@ def execute(
         "peak_memory": peak.bytes,
     }
     write_json(work / "stage.json", record)
-    _take_place(work, final)
+    _take_place(entry.stage, work, final)
     finished = StageRecord.open(final)
     assert finished is not None
     return finished
@@ -137,35 +138,71 @@ def interrupted(final: Path) -> str | None:
     return str(read_json(file)["fingerprint"]) if file.is_file() else None
 
 
-def finish_interrupted(final: Path) -> None:
+def refusal(entry: StageEntry, final: Path, parts: Mapping[str, Any]) -> PunaError | None:
+    """The error if unfinished work of other settings or inputs lies here that the stage could go on from."""
+    work = _work_folder(final)
+    if entry.stage.resumes is None or interrupted(final) in (None, fingerprint(parts)):
+        return None
+    kept = sorted(path.name for path in (work / entry.stage.resumes).glob("[!.]*"))
+    if not kept:
+        return None
+    begun = read_json(work / "work.json")
+    words = fingerprints.difference(begun.get("parts", {}), parts)
+    words = "; ".join([words, *fingerprints.changed_files(begun.get("files", {}), _files(entry))])
+    return PunaError(
+        "unfinished work with other settings or inputs lies here, and would be lost",
+        where=work,
+        found=words,
+        expected=f"what it was begun with, to go on from {kept[-1]}",
+        fix="set that back and run again; or begin anew, without what is there: --from "
+        f"{entry.id} (puna run), --force (puna stage); or choose another --out",
+    )
+
+
+def finish_interrupted(stage: Stage, final: Path) -> None:
     """Give whole work its place, if the process died between writing it and doing so."""
     work = _work_folder(final)
     if (work / "stage.json").is_file():
-        _take_place(work, final)
+        _take_place(stage, work, final)
 
 
 def _work_folder(final: Path) -> Path:
     return final.with_name(f"{final.name}.work")
 
 
-def _prepare(work: Path, final: Path, stamp: str, afresh: bool) -> int:
+def _prepare(entry: StageEntry, work: Path, final: Path, parts: Mapping[str, Any], afresh: bool) -> int:
     """Make the work folder, or keep it if it is this work's; return the number of this session."""
-    old = interrupted(final)
+    stamp = fingerprint(parts)
     if afresh:
         for folder in (work, final):
             _remove(folder)
-    elif work.exists() and old != stamp:
+    elif work.exists() and interrupted(final) != stamp:
+        refused = refusal(entry, final, parts)
+        if refused is not None:
+            raise refused
         say(f"{work.name}: was begun with other settings or inputs; wiped")
         _remove(work)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "work.json"
     sessions = read_json(file)["sessions"] + 1 if file.is_file() else 1
-    write_json(file, {"fingerprint": stamp, "sessions": sessions})
+    begun = {"fingerprint": stamp, "sessions": sessions, "parts": dict(parts), "files": _files(entry)}
+    write_json(file, begun)
     return int(sessions)
 
 
-def _take_place(work: Path, final: Path) -> None:
-    """Rename ``work`` to ``final``; an older ``final`` goes."""
+def _files(entry: StageEntry) -> dict[str, Any]:
+    """The files of each input that is a path, to name the one that is another later."""
+    return {
+        name: fingerprints.listing(Path(reference.text).expanduser())
+        for name, reference in entry.references()
+        if reference.origin == "path"
+    }
+
+
+def _take_place(stage: Stage, work: Path, final: Path) -> None:
+    """Rename ``work`` to ``final``, without what only going on needed; an older ``final`` goes."""
+    if stage.resumes is not None:
+        shutil.rmtree(work / stage.resumes, ignore_errors=True)
     (work / "work.json").unlink(missing_ok=True)
     old = _put_aside(final)
     os.rename(work, final)

@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).parent.parent
 ROOMS = ("core", "model", "text", "data", "train", "decode", "evaluate", "run")
 """The rooms in their layers: each builds on those before it."""
 CARD = "README.md"
+LISTED_WHOLE = 16 * 1024 * 1024
 
 
 def code_of(stage: Stage) -> str:
@@ -80,6 +81,27 @@ def of_path(path: Path) -> str:
         return of_files({"": sha256_of(path)})
     files = (file for file in path.rglob("*") if file.is_file() and file.name != CARD)
     return of_files({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
+
+
+def listing(path: Path) -> dict[str, list[int | str | None]]:
+    """[bytes, SHA-256] of each file at ``path``; of large files the bytes alone, which cost nothing."""
+    if not path.is_dir():
+        return {path.name: _seen(path)} if path.is_file() else {}
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != CARD)
+    return {file.relative_to(path).as_posix(): _seen(file) for file in files}
+
+
+def _seen(file: Path) -> list[int | str | None]:
+    size = file.stat().st_size
+    return [size, sha256_of(file) if size <= LISTED_WHOLE else None]
+
+
+def changed_files(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between the listings of some inputs, in a few words for each file."""
+    words: list[str] = []
+    for name in new:
+        words += _changes(old.get(name, {}), new[name], f"{name}:")
+    return words
 
 
 def of_reference(reference: Reference) -> str:

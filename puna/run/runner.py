@@ -15,7 +15,7 @@ from puna.core.errors import unknown_name
 from puna.core.files import fingerprint, write_json, write_text
 from puna.core.progress import say
 from puna.run import fingerprints, inputs, machine, processes, source
-from puna.run.execute import check_place, execute, finish_interrupted, follow, interrupted
+from puna.run.execute import check_place, execute, finish_interrupted, follow, interrupted, refusal
 from puna.run.lock import locked
 from puna.run.recipe import Recipe, StageEntry, find, load
 from puna.run.record import Run, StageRecord, metrics_lines, seconds_of
@@ -27,7 +27,7 @@ class Decision:
 
     stage: str
     use: str
-    action: Literal["run", "resume", "reuse"]
+    action: Literal["run", "resume", "reuse", "refuse"]
     reason: str
     fingerprint: str | None
     parts: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +128,7 @@ class Runner:
     def _lead(self) -> None:
         for entry in self.entries:
             check_place(self.folder / entry.id)
+        self._refuse_early()
         started, clock = _now(), time.monotonic()
         self._write_about("running", started, 0.0)
         write_text(self.folder / "run.yaml", source.dump(self._resolved()))
@@ -143,6 +144,15 @@ class Runner:
             self._write_about(status, started, time.monotonic() - clock)
             raise
         say(f"{self.folder}: done in {time.monotonic() - clock:.1f} s")
+
+    def _refuse_early(self) -> None:
+        """Refuse before anything is written, if it can be told by then, to lose unfinished work."""
+        if any(interrupted(self.folder / entry.id) for entry in self.entries):
+            for entry, decision in zip(self.entries, self.preview(), strict=True):
+                refused = refusal(entry, self.folder / entry.id, decision.parts)
+                if decision.action == "refuse" and refused is not None:
+                    raise refused
+            self.records = {}
 
     def _follow(self) -> None:
         """What a process other than the first does: its part of distributed stages, and nothing on disk."""
@@ -161,7 +171,7 @@ class Runner:
 
     def _stage(self, entry: StageEntry, label: str) -> None:
         final = self.folder / entry.id
-        finish_interrupted(final)
+        finish_interrupted(entry.stage, final)
         decision = self._decide(entry)
         if decision.action == "reuse":
             say(f"{label}: reused, {decision.reason}")
@@ -185,7 +195,7 @@ class Runner:
         write_json(self.folder / "fingerprints.json", self._fingerprints())
 
     def _decide(self, entry: StageEntry) -> Decision:
-        def decision(action: Literal["run", "resume", "reuse"], reason: str) -> Decision:
+        def decision(action: Literal["run", "resume", "reuse", "refuse"], reason: str) -> Decision:
             return Decision(entry.id, entry.stage.name, action, reason, print_, parts)
 
         final = self.folder / entry.id
@@ -206,6 +216,9 @@ class Runner:
             return decision("run", damage) if damage else decision("reuse", "unchanged")
         if interrupted(final) == print_:
             return decision("resume", "continues where it was interrupted")
+        refused = refusal(entry, final, parts)
+        if refused is not None:
+            return decision("refuse", f"{refused.message}: {refused.found}")
         return decision("run", "never ran" if old is None else fingerprints.difference(old.parts, parts))
 
     def _conclude(self) -> None:

@@ -2,14 +2,19 @@
 
 ``checkpoints/checkpoint-00000040/`` holds ``weights.safetensors`` (float32 masters of the trained
 weights only), ``moments.safetensors`` (AdamW's), ``generators.safetensors`` (one state per process)
-and ``state.json`` (position, counts, the recipe, and the other files' SHA-256). A folder is written
-aside and renamed, so one that has its name is whole unless a disk spoilt it; that is checked too.
+and ``state.json`` (position, counts, the recipe, the other files' SHA-256, and a seal on all that). A
+folder is written aside and renamed, so one that has its name is whole unless a disk spoilt it; that is
+checked too.
+
+A checkpoint can be kept and handed on (:meth:`Checkpoints.keep`): another run of the same recipe goes on
+from it, with the optimiser's moments or without.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +24,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from puna.core.errors import PunaError
-from puna.core.files import folder_aside, read_json, sha256_of, write_json
+from puna.core.files import (
+    clear_leftovers,
+    fingerprint,
+    folder_aside,
+    read_json,
+    room_for,
+    sha256_of,
+    write_json,
+)
 from puna.core.progress import say
 from puna.train.distributed import World
 from puna.train.optimizer import Optimizer
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
 _PREFIX = "checkpoint-"
+STATE = "state.json"
 _FILES = ("weights.safetensors", "moments.safetensors", "generators.safetensors")
+FREE = (
+    *("stop_after", "state_after", "restore", "state", "save_steps", "logging_steps", "eval_steps"),
+    *("eval_tokens", "report_to", "save_adapter", "save_dtype"),
+)
+"""Keys of a recipe that change no weight of the steps to come: a run that is handed on may change them."""
 
 
 @dataclass
@@ -73,8 +92,10 @@ class Checkpoints:
         """Write a checkpoint after ``state.step`` and remove all but the last two."""
         generators = _gather_generators(self.world)
         if self.world.is_main:
-            with folder_aside(self.folder / f"{_PREFIX}{state.step:08d}") as aside:
-                tensors = (optimizer.weights(), optimizer.moments(), generators)
+            tensors = (optimizer.weights(), optimizer.moments(), generators)
+            target = self._folder_of(state.step)
+            size = sum(tensor.nbytes for content in tensors for tensor in content.values())
+            with room_for(target, needed=size, fix=self.advice()), folder_aside(target) as aside:
                 for name, content in zip(_FILES, tensors, strict=True):
                     save_file({key: value.contiguous() for key, value in content.items()}, aside / name)
                 described = {
@@ -83,7 +104,7 @@ class Checkpoints:
                     "recipe": self.recipe,
                     "files": {name: sha256_of(aside / name) for name in _FILES},
                 }
-                write_json(aside / "state.json", described)
+                write_json(aside / STATE, {**described, "seal": fingerprint(described)})
             for old in self._found()[KEPT:]:
                 shutil.rmtree(old)
         self.world.wait()
@@ -94,6 +115,8 @@ class Checkpoints:
         A broken one is named and the one before it is used. A recipe that differs from the one
         the checkpoint was made with is an error that names the key.
         """
+        if self.world.is_main:
+            clear_leftovers(self.folder)
         found = self._found()
         for folder in found:
             try:
@@ -102,12 +125,11 @@ class Checkpoints:
                 if self.world.is_main:
                     say(f"A checkpoint is broken and is passed over. {error}")
                 continue
-            self._same_recipe(content["recipe"], folder)
-            weights, moments, generators = (load_file(folder / name) for name in _FILES)
-            state = TrainState(**{**content["state"], "window": Window(**content["state"]["window"])})
-            optimizer.restore(weights, moments, state.step)
-            _restore_generators(generators, self.world)
-            return state
+            again = f"remove {folder.parent} to train from the start"
+            self._same_recipe(content["recipe"], folder, again)
+            if self.world.is_main and folder != found[0]:
+                say(f"Going on from {folder}.")
+            return self._load(folder, content, optimizer)
         if found:
             raise PunaError(
                 "every checkpoint is broken",
@@ -117,17 +139,50 @@ class Checkpoints:
             )
         return None
 
-    def remove(self) -> None:
-        """Remove all checkpoints of the run, once its result is written."""
+    def keep(self, step: int, target: Path) -> None:
+        """Leave the checkpoint made after ``step`` at ``target`` too, for another run to go on from."""
         if self.world.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with room_for(target, fix=self.advice()), folder_aside(target) as aside:
+                shutil.copytree(self._folder_of(step), aside, copy_function=_link_or_copy, dirs_exist_ok=True)
+        self.world.wait()
+
+    def take_over(self, folder: Path, optimizer: Optimizer, *, moments: bool) -> TrainState:
+        """Load the checkpoint another run handed on; its recipe is this run's but for the keys in FREE.
+
+        Without ``moments`` AdamW's start at zero, as where a trainer stored none; all else is restored.
+        """
+        content = _read_whole(folder)
+        leave = "leave out the input 'state' and give its model as 'model', which begins a run of its own"
+        self._same_recipe(content["recipe"], folder, leave, apart_from=FREE)
+        return self._load(folder, content, optimizer, moments=moments)
+
+    def advice(self) -> str:
+        """What stands if this process ends now: the last checkpoint, and how to go on from it."""
+        found = self._found()
+        if not found:
+            return "no checkpoint was made yet: the same command begins at the first step"
+        return f"the last good checkpoint is {found[0]}: the same command goes on from there"
+
+    def _load(
+        self, folder: Path, content: dict[str, Any], optimizer: Optimizer, *, moments: bool = True
+    ) -> TrainState:
+        weights, averages, generators = (load_file(folder / name) for name in _FILES)
+        state = TrainState(**{**content["state"], "window": Window(**content["state"]["window"])})
+        optimizer.restore(weights, averages, state.step if moments else 0)
+        _restore_generators(generators, self.world)
+        return state
+
+    def _folder_of(self, step: int) -> Path:
+        return self.folder / f"{_PREFIX}{step:08d}"
 
     def _found(self) -> list[Path]:
         """Checkpoint folders, newest first."""
         return sorted(self.folder.glob(f"{_PREFIX}[0-9]*"), reverse=True)
 
-    def _same_recipe(self, stored: dict[str, Any], folder: Path) -> None:
-        for key in sorted(stored.keys() | self.recipe.keys()):
+    def _same_recipe(
+        self, stored: dict[str, Any], folder: Path, otherwise: str, apart_from: Collection[str] = ()
+    ) -> None:
+        for key in sorted((stored.keys() | self.recipe.keys()) - set(apart_from)):
             before, now = stored.get(key), _as_json(self.recipe.get(key))
             if before != now:
                 raise PunaError(
@@ -135,8 +190,37 @@ class Checkpoints:
                     where=folder,
                     found=f"{key}: {now!r}",
                     expected=f"{key}: {before!r}",
-                    fix=f"restore {key!r}, or remove {folder.parent} to train from the start",
+                    fix=f"restore {key!r}, or {otherwise}",
                 )
+
+
+def seed_of(folder: Path) -> int:
+    """The seed of the run a checkpoint is from."""
+    return int(_described(folder)["recipe"]["seed"])
+
+
+def seal_of(folder: Path) -> str:
+    """What changes with any file of a checkpoint: the SHA-256 of the file that holds theirs."""
+    return sha256_of(folder / STATE)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / STATE)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise PunaError("unknown checkpoint format", where=folder, found=found, expected=FORMAT)
+    seal, found = content.pop("seal", None), fingerprint(content)
+    if found != seal:
+        raise PunaError("not the file that was written", where=folder / STATE, found=found, expected=seal)
+    return content
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A second name for a file that nobody writes to again; a copy where there is no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _as_json(value: Any) -> Any:
@@ -150,11 +234,7 @@ def _as_json(value: Any) -> Any:
 
 def _read_whole(folder: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint whose files all are what was written."""
-    content: dict[str, Any] = read_json(folder / "state.json")
-    if content.get("format") != FORMAT:
-        raise PunaError(
-            "unknown checkpoint format", where=folder, found=content.get("format"), expected=FORMAT
-        )
+    content = _described(folder)
     for name, expected in content["files"].items():
         path = folder / name
         if not path.exists():

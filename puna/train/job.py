@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
-from puna.core.files import fingerprint
+from puna.core.files import fingerprint, room_for
 from puna.core.progress import console
 from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
@@ -23,12 +23,13 @@ from puna.text import pretrained
 from puna.text.encode import Encoded
 from puna.text.packing import pack, usual_mode
 from puna.train import plan
+from puna.train.checkpoint import seal_of, seed_of
 from puna.train.distributed import World, world
 from puna.train.dropout import quicken
 from puna.train.held_out import HeldOut, HeldOutCorpus
 from puna.train.ledger import check_trained, ledger, ledger_metrics, ledger_table
 from puna.train.loader import Feed
-from puna.train.loop import Loop, LoopSettings
+from puna.train.loop import Handed, Loop, LoopSettings
 from puna.train.metrics import read_metrics
 from puna.train.objectives import OBJECTIVES, CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 
 def run(context: Context, parameters: Train) -> Outcome:
     """Run the stage; under ``torchrun`` each process calls this and the first one writes."""
+    handed = _handed(context, parameters)
     seed = derive(context.seed if parameters.seed is None else parameters.seed, context.name)
+    if handed is not None and parameters.seed is None:
+        seed = seed_of(handed.folder)
     with world(context.device) as here:
         model, differences = _open(context, parameters, here, seed)
         recipe = _recipe(model, context, parameters, seed)
@@ -84,12 +88,15 @@ def run(context: Context, parameters: Train) -> Outcome:
             recipe=recipe,
             world=here,
             evaluate=held_out.measure if held_out.corpora else None,
+            handed=handed,
         )
         state = loop.run()
         optimizer.close()
-        outputs = _write(context, parameters, model, optimizer.weights(), seed, here)
+        with room_for(context.out / "model", fix=loop.checkpoints.advice()):
+            outputs = _write(context, parameters, model, optimizer.weights(), seed, here)
+        if parameters.state_after is not None:
+            outputs["state"] = context.out / "state"
         here.wait()
-        loop.checkpoints.remove()
     if not here.is_main:  # From here on the first process may move the folder.
         return Outcome(outputs)
     lines = read_metrics(context.out / "metrics.jsonl")
@@ -100,6 +107,16 @@ def run(context: Context, parameters: Train) -> Outcome:
     return Outcome(
         outputs, metrics_of(lines, state, optimizer.count) | ledger_metrics(accounts) | differences
     )
+
+
+def _handed(context: Context, parameters: Train) -> Handed | None:
+    """The state of another run that this one begins with."""
+    folder = context.inputs.get("state")
+    if folder is not None:
+        return Handed(Path(folder), moments=parameters.restore == "all")
+    if "restore" in parameters.model_fields_set:
+        raise PunaError("there is nothing to restore", where="restore", fix="give the stage an input state")
+    return None
 
 
 def _dtype(context: Context, parameters: Train) -> str:
@@ -195,6 +212,10 @@ def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:
         max_steps=parameters.max_steps,
         max_tokens=parameters.max_tokens,
     )
+    last = _within(steps, "stop_after", parameters.stop_after)
+    if parameters.stop_after is not None:
+        tokens = feed.count(max_steps=last)[1]
+    kept = last if parameters.state_after == "end" else parameters.state_after
     return LoopSettings(
         total_steps=steps,
         total_tokens=tokens,
@@ -204,6 +225,8 @@ def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:
         eval_steps=parameters.eval_steps,
         save_steps=parameters.save_steps,
         tensorboard=parameters.report_to == "tensorboard",
+        stop_after=parameters.stop_after,
+        state_after=None if kept is None else _within(last, "state_after", kept),
     )
 
 
@@ -222,6 +245,15 @@ def _schedule(parameters: Train, steps: int) -> Schedule:
         gamma=parameters.gamma,
         decay_ratio=parameters.decay_ratio,
     )
+
+
+def _within(last: int, name: str, step: int | None) -> int:
+    """``step``, which must not lie beyond the last one; without it the last one."""
+    if step is not None and step > last:
+        raise PunaError(
+            f"{name} lies beyond the last step", where=name, found=step, expected=f"at most {last}"
+        )
+    return last if step is None else step
 
 
 def _optimizer_settings(parameters: Train) -> OptimizerSettings:
@@ -248,6 +280,7 @@ def _recipe(model: Llama, context: Context, parameters: Train, seed: int) -> dic
         "template": None if template is None else template.fingerprint,
         "corpus": [Corpus.open(path).fingerprint for path in context.inputs["corpus"].values()],
         **_read_by_mixture(context, parameters),
+        "state": None if context.inputs.get("state") is None else seal_of(Path(context.inputs["state"])),
     }
 
 

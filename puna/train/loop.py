@@ -20,8 +20,10 @@ import numpy
 import torch
 
 from puna.core.errors import PunaError
+from puna.core.files import clear_leftovers, room_for
 from puna.core.progress import Track
 from puna.core.seeds import derive
+from puna.train import offending
 from puna.train.checkpoint import Checkpoints, TrainState, Window
 from puna.train.distributed import World
 from puna.train.loader import Feed, MicroBatch, Step
@@ -45,6 +47,8 @@ class LoopSettings:
 
     Without ``eval_steps`` evaluations are at both ends only; without ``save_steps`` a checkpoint is
     made whenever ``save_seconds`` have passed. When they are made changes nothing in the result.
+    ``stop_after`` ends the run early, on the schedule of ``total_steps``; the checkpoint of the step
+    ``state_after`` is kept in the folder ``state``.
     """
 
     total_steps: int
@@ -56,6 +60,21 @@ class LoopSettings:
     save_steps: int | None = None
     save_seconds: float = 300.0
     tensorboard: bool = False
+    stop_after: int | None = None
+    state_after: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The step this run ends with, be it that of the plan or an earlier one."""
+        return self.total_steps if self.stop_after is None else self.stop_after
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A checkpoint of another run to begin with, with AdamW's moments or without."""
+
+    folder: Path
+    moments: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,7 @@ class Loop:
         recipe: Mapping[str, Any],
         world: World | None = None,
         evaluate: Evaluation | None = None,
+        handed: Handed | None = None,
     ) -> None:
         self.model = model
         self.feed = feed
@@ -98,6 +118,7 @@ class Loop:
         self.out = out
         self.world = world or World()
         self.evaluate = evaluate
+        self.handed = handed
         self.checkpoints = Checkpoints(out / "checkpoints", recipe, self.world)
         self.state = TrainState()
         self._log: MetricsLog | None = None
@@ -110,15 +131,19 @@ class Loop:
             was_training = self.model.training
             self.model.train()
             restored = self.checkpoints.restore(self.optimizer)
-            self.state = restored or TrainState()
+            self.state = restored or self._begin()
             self.feed.follow(self.state.losses)
             board = self.out / "tensorboard" if self.settings.tensorboard else None
             try:
                 if self.world.is_main:
-                    path = self.out / "metrics.jsonl"
-                    self._log = MetricsLog(path, after_step=self.state.step, tensorboard=board)
+                    clear_leftovers(self.out)
+                    with room_for(self._metrics, fix=self.checkpoints.advice()):
+                        step = self.state.step
+                        self._log = MetricsLog(self._metrics, after_step=step, tensorboard=board)
                 if restored is None:
                     self._evaluate()
+                else:
+                    self._keep_state()  # where a process died between making the checkpoint and keeping it
                 self._steps()
             finally:
                 if self._log is not None:
@@ -126,34 +151,58 @@ class Loop:
                 self.model.train(was_training)
         return self.state
 
+    @property
+    def _metrics(self) -> Path:
+        return self.out / "metrics.jsonl"
+
+    def _begin(self) -> TrainState:
+        """Where a run without a checkpoint of its own begins."""
+        if self.handed is None:
+            return TrainState()
+        folder, last = self.handed.folder, self.settings.last_step
+        state = self.checkpoints.take_over(folder, self.optimizer, moments=self.handed.moments)
+        if state.step >= last:
+            raise PunaError(
+                "nothing is left to train from this state on",
+                where=folder,
+                found=f"a state after step {state.step} of a run that ends with step {last}",
+            )
+        return state
+
+    def _keep_state(self) -> None:
+        if self.state.step == self.settings.state_after:
+            self.checkpoints.keep(self.state.step, self.out / "state")
+
     def _steps(self) -> None:
         settings, state = self.settings, self.state
         with contextlib.ExitStack() as stack:
             track = None
             if self.world.is_main:
                 track = stack.enter_context(Track("training", settings.total_tokens - state.tokens, "tokens"))
-            while state.step < settings.total_steps:
+            while state.step < settings.last_step:
                 step = self.feed.steps(state.epoch)[state.epoch_step]
                 done = self._step(step)
                 self._count(step, done)
                 if track is not None:
                     mean = done.loss / step.units
-                    track.note(f"step {state.step}/{settings.total_steps} loss {mean:.4f}")
+                    track.note(f"step {state.step}/{settings.last_step} loss {mean:.4f}")
                     track.advance(step.tokens)
                 self._after_step()
 
     def _after_step(self) -> None:
         """Evaluate and save where that is due."""
         settings, state = self.settings, self.state
-        last = state.step == settings.total_steps
+        last = state.step == settings.last_step
         due = settings.eval_steps and state.step % settings.eval_steps == 0
         if last or due or self.feed.awaits_losses(state.epoch, state.epoch_step):
             self._evaluate()
-        if last or self._save_is_due():
+        if last or state.step == settings.state_after or self._save_is_due():
             if self._log is not None:
-                self._log.sync()
+                with room_for(self._metrics, fix=self.checkpoints.advice()):
+                    self._log.sync()
             self.checkpoints.save(state, self.optimizer)
             self._saved = time.monotonic()
+            self._keep_state()
 
     def _save_is_due(self) -> bool:
         """Whether it is time for a checkpoint; all processes agree, going by the first one's clock."""
@@ -169,7 +218,8 @@ class Loop:
         self.world.sum_(self.optimizer.gradient)
         norm = self.optimizer.gradient_norm(step.units)
         if not math.isfinite(norm):
-            raise self._not_finite("the gradient", norm, [step.rows])
+            rows = [step.rows] if self.world.is_main else []
+            raise self._not_finite("the gradient", norm, step, rows)
         rate = self.optimizer.step(factor(self.state.step, self.settings.schedule), step.units, norm)
         return _Done(loss, figures, rate, norm, time.perf_counter() - start)
 
@@ -187,9 +237,8 @@ class Loop:
         sums = self.world.total(own.sum(0)).tolist()
         if not math.isfinite(sums[0]):
             bad = own[:, 0].isfinite().logical_not().tolist() if rows else []
-            raise self._not_finite(
-                "the loss", sums[0], [part for part, wrong in zip(rows, bad, strict=True) if wrong]
-            )
+            wrong = [part for part, is_bad in zip(rows, bad, strict=True) if is_bad]
+            raise self._not_finite("the loss", sums[0], step, wrong)
         return sums[0], dict(zip(names, sums[1:], strict=True))
 
     def _backward(self, micro: MicroBatch) -> Loss:
@@ -198,13 +247,25 @@ class Loop:
             loss.total.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    def _not_finite(self, what: str, value: float, rows: list[NDArray[numpy.int64]]) -> PunaError:
-        place = f"rows {self.feed.names(numpy.concatenate(rows))}" if rows else "rows of another process"
+    def _not_finite(
+        self, what: str, value: float, step: Step, parts: list[NDArray[numpy.int64]]
+    ) -> PunaError:
+        """The error for a step that must not be taken; the process that has the rows at hand saves them."""
+        number = self.state.step + 1
+        place, saved = "rows of another process, which saves them", ""
+        if parts:
+            rows = numpy.concatenate(parts)
+            place = f"rows {self.feed.names(rows)}"
+            about = {"what": what, "value": str(value), "step": number, "epoch": self.state.epoch}
+            file = offending.file_of(self.out, number, self.world)
+            with room_for(file, fix=self.checkpoints.advice()):
+                offending.save(file, self.feed, rows, about, self.model.tokenizer)
+            saved = f"look at them in {file} and the .json beside it, and "
         return PunaError(
             f"{what} is not finite",
-            where=f"step {self.state.step + 1}",
+            where=f"step {number}",
             found=f"{value} on {place}",
-            fix="lower learning_rate or raise warmup_steps; look at these rows",
+            fix=f"{saved}lower learning_rate or raise warmup_steps; {self.checkpoints.advice()}",
         )
 
     def _count(self, step: Step, done: _Done) -> None:
@@ -226,7 +287,7 @@ class Loop:
         window.tokens += step.tokens
         window.targets += step.targets
         window.seconds += done.seconds
-        last = state.step == self.settings.total_steps
+        last = state.step == self.settings.last_step
         if not last and state.step % self.settings.logging_steps:
             return
         self._write(
@@ -268,7 +329,8 @@ class Loop:
 
     def _write(self, kind: str, values: dict[str, float]) -> None:
         if self._log is not None:
-            self._log.write(self.state.step, kind, values)
+            with room_for(self._metrics, fix=self.checkpoints.advice()):
+                self._log.write(self.state.step, kind, values)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ class MetricsLog:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= after_step] if after_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: a line that found no room must not be tried again when the file is closed.
+        self._file = path.open("ab", buffering=0)
         self._board = _board(tensorboard, after_step) if tensorboard else None
 
     def close(self) -> None:
@@ -37,8 +38,9 @@ class MetricsLog:
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """Append one line: ``{"step": .., "kind": "train" | "eval" | "mixture", ...values}``."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
+        while line:  # what a full disk takes of it may be a part
+            line = line[self._file.write(line) :]
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -118,6 +118,14 @@ class Train(Parameters):
     """Tokens of each held-out corpus at most, from its beginning; null takes all."""
     save_steps: int | None = pydantic.Field(None, ge=1)
     """Steps between checkpoints; null makes one every five minutes. There is always one at the end."""
+    stop_after: int | None = pydantic.Field(None, ge=1)
+    """End the run after this step of those planned; schedule and order of the data stay as planned."""
+    state_after: Literal["end"] | Annotated[int, pydantic.Field(ge=1)] | None = None
+    """Leave the state of training after this step, or the last, as the output ``state``: weights, moments,
+    generators and position, for another stage to go on from."""
+    restore: Literal["all", "weights"] = "all"
+    """What of the input ``state`` is taken over; weights leaves out the optimiser's moments, which start at
+    zero, and keeps weights, generators and position."""
     report_to: Literal["none", "tensorboard"] = "none"
     """tensorboard writes its files beside metrics.jsonl."""
     save_adapter: bool = True
@@ -273,10 +281,12 @@ def _length(parameters: Train, corpus: float, available: Mapping[str, float]) ->
         "model": Input("model"),
         "corpus": Input("corpus", many=True),
         "held_out": Input("corpus", many=True, optional=True),
+        "state": Input("state", optional=True),
     },
-    outputs={"model": "model", "adapter": "model"},
+    outputs={"model": "model", "adapter": "model", "state": "state"},
     plan=plan_train,
     distributed=True,
+    resumes="checkpoints",
 )
 def train(context: Context, parameters: Train) -> Outcome:
     """Train a model on corpora, in full or with LoRA; the adapter is merged into the model it leaves."""

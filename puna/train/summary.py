@@ -24,6 +24,7 @@ def start_table(
     lost = [f"{count:,} rows dropped: {reason}" for reason, count in packed.dropped.items()]
     if packed.truncated:
         lost.append(f"{packed.truncated:,} tokens cut off {packed.truncated_rows:,} rows")
+    early = f"; stops early, of {settings.total_steps:,} planned" if settings.stop_after else ""
     rows = {
         "model": f"{model.source}, {len(model.spec.blocks)} layers, vocabulary {model.spec.vocab_size:,}",
         "trained": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
@@ -31,7 +32,7 @@ def start_table(
         "corpus": f"{packed.used:,} rows, {packed.tokens:,} tokens, {packed.targets:,} of them learnt",
         "packed": f"{packed.rows:,} rows of {packed.length:,}, {packed.filled:.0%} full",
         "left out": "; ".join(lost) or "nothing",
-        "run": f"{settings.total_steps:,} steps, {settings.total_tokens:,} tokens",
+        "run": f"{settings.last_step:,} steps, {settings.total_tokens:,} tokens{early}",
         "expected memory": f"{expected_memory / 1e9:.2f} GB and the process itself",
     }
     table = Table(title="training", show_header=False, title_justify="left")
@@ -53,6 +54,7 @@ def metrics_of(lines: Sequence[dict[str, Any]], state: TrainState, trained: int)
         "tokens_per_second": state.tokens / state.seconds,
         "loss.first": steps[0]["loss"],
         "loss.last": steps[-1]["loss"],
+        "loss.mean": sum(line["loss"] for line in steps) / len(steps),
         "peak_memory": max(line["peak_memory"] for line in steps),
     }
     if evaluations:

@@ -1,5 +1,6 @@
 """Files are whole or absent, and fingerprints follow the content."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
 from puna.core.files import (
+    clear_leftovers,
     fingerprint,
     folder_aside,
     read_json,
+    room_for,
     write_aside,
     write_json,
     write_text,
@@ -80,3 +83,35 @@ def test_a_fingerprint_does_not_depend_on_the_order_of_keys(value: dict[str, obj
     backwards = dict(reversed(value.items()))
     assert fingerprint(value) == fingerprint(backwards) == fingerprint(json.loads(json.dumps(value)))
     assert fingerprint(value) != fingerprint({**value, "another key": 1})
+
+
+def test_a_disk_without_room_is_told_with_file_need_and_free_space(tmp_path: Path) -> None:
+    class SafetensorError(Exception):
+        """As Rust's errors come: the system's number is in the words alone."""
+
+    full = (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    )
+    for error in full:
+        with (
+            pytest.raises(PunaError, match="no room to write this") as told,
+            room_for(tmp_path / "new" / "x.bin", needed=1234567, fix="the rest is whole"),
+        ):
+            raise error
+        assert told.value.where == tmp_path / "new" / "x.bin"
+        assert "1,234,567 bytes" in str(told.value) and "the rest is whole" in str(told.value)
+        assert f"bytes are free in {tmp_path}" in str(told.value)
+    for other in (OSError(errno.EACCES, "Permission denied"), SafetensorError("header"), ValueError("28")):
+        with pytest.raises(type(other)), room_for(tmp_path / "x"):
+            raise other
+
+
+def test_only_what_was_left_aside_is_cleared(tmp_path: Path) -> None:
+    for name in (".a.json.0123abcd.part", ".b.00000000.old", ".hidden", ".c.part", "d.0123abcd.part"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".folder.0123abcd.part").mkdir()
+    clear_leftovers(tmp_path)
+    clear_leftovers(tmp_path / "absent")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".c.part", ".hidden", "d.0123abcd.part"]

@@ -19,6 +19,7 @@ from little_rows import Replaced
 from safetensors.torch import load_file
 
 from puna.core.errors import PunaError
+from puna.core.files import fingerprint
 from puna.train.loop import Loop
 from puna.train.metrics import read_metrics
 
@@ -151,6 +152,7 @@ def test_a_finished_run_only_reads_its_result(make_loop: MakeLoop, tmp_path: Pat
         ("moments.safetensors", "flip"),
         ("generators.safetensors", "remove"),
         ("state.json", "cut"),
+        ("state.json", "flip"),
     ],
 )
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_used(
@@ -228,7 +230,8 @@ def test_another_number_of_processes_is_refused(make_loop: MakeLoop, tmp_path: P
     state = tmp_path / "checkpoints" / "checkpoint-00000002" / "state.json"
     content = json.loads(state.read_text())
     content["recipe"]["processes"] = 4
-    state.write_text(json.dumps(content))
+    content.pop("seal")
+    state.write_text(json.dumps({**content, "seal": fingerprint(content)}))
     with pytest.raises(PunaError, match="'processes' has changed"):
         make_loop(tmp_path).run()
     shutil.rmtree(tmp_path / "checkpoints")

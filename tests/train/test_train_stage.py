@@ -88,6 +88,7 @@ def train(
     out: Path,
     *,
     held_out: bool = False,
+    state: Path | None = None,
     seed: int = 0,
     name: str = "lora",
     **parameters: Any,
@@ -96,6 +97,8 @@ def train(
     inputs: dict[str, Any] = {"model": str(places["model"]), "corpus": {"main": places[kind]}}
     if held_out:
         inputs["held_out"] = {"en": places["held_out"]}
+    if state is not None:
+        inputs["state"] = state
     stage = get_stage("train")
     context = Context(name, out, inputs, seed=seed, dtype="bfloat16")
     settings = {key: value for key, value in {**SMALL, **parameters}.items() if value is not ...}
@@ -125,7 +128,6 @@ def test_lora_leaves_a_merged_model_and_an_adapter_that_agree(
     assert difference < 1e-5 < 1e-2 < moved
     assert merged.tokenizer is not None and merged.template is not None
     assert merged.spec == base.spec
-    assert not (tmp_path / "checkpoints").exists()
     metrics = outcome.metrics
     assert metrics["start_difference"] == 0.0
     assert metrics["steps"] == 12 and metrics["loss.last"] < metrics["loss.first"]
@@ -274,6 +276,9 @@ def test_two_runs_of_one_seed_are_equal_and_another_stage_name_differs(
         ({"learning_rat": 1.0}, "learning_rate"),
         ({"eval_steps": 1}, "held_out"),
         ({"lora": {"target": ["nonsense"]}}, "nonsense"),
+        ({"restore": "weights"}, "nothing to restore"),
+        ({"stop_after": 5}, "stop_after lies beyond the last step"),
+        ({"stop_after": 2, "state_after": 3}, "state_after lies beyond the last step"),
     ],
 )
 def test_mistakes_are_told(
@@ -316,6 +321,109 @@ def test_resume_refuses_another_recipe_and_finishes_with_the_same(
         train(other, tmp_path / "run", lora=LORA, save_steps=2)
     resumed, _ = train(places, tmp_path / "run", lora=LORA, save_steps=2)
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+
+
+def compared(out: Path, after: int) -> list[dict[str, Any]]:
+    """Lines of metrics beyond a step, without what a clock gave."""
+    timed = {"seconds", "tokens_per_second", "targets_per_second", "peak_memory"}
+    lines = read_metrics(out / "metrics.jsonl")
+    return [
+        {key: value for key, value in line.items() if key not in timed}
+        for line in lines
+        if line["step"] > after
+    ]
+
+
+def test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_do_not(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    """Under another name, whose own seed would order and drop otherwise; logging may differ."""
+    same = {"lora": {**LORA, "dropout": 0.3}, "max_steps": 8}
+    whole, _ = train(places, tmp_path / "whole", held_out=True, state_after=4, eval_steps=2, **same)
+    half, _ = train(places, tmp_path / "half", stop_after=4, state_after="end", **same)
+    assert half.metrics["steps"] == 4 and whole.metrics["steps"] == 8
+    for file in ("weights", "moments", "generators"):
+        one, other = (load_file(o.outputs["state"] / f"{file}.safetensors") for o in (whole, half))
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    ends = {}
+    for restore in ("all", "weights"):
+        settings = {**same, "restore": restore, "save_dtype": "float32", "state_after": "end"}
+        resumed, _ = train(
+            places, tmp_path / restore, name="other", state=half.outputs["state"], held_out=True, **settings
+        )
+        assert resumed.metrics["steps"] == 8
+        ends[restore] = weights(resumed)
+        first = read_metrics(tmp_path / restore / "metrics.jsonl")[0]
+        assert (first["step"], first["kind"]) == (4, "eval")
+    expected = weights(whole)
+    assert all(torch.equal(tensor, ends["all"][name]) for name, tensor in expected.items())
+    trained = [line for line in compared(tmp_path / "whole", 4) if line["kind"] == "train"]
+    assert trained == [line for line in compared(tmp_path / "all", 4) if line["kind"] == "train"]
+    assert not all(torch.equal(tensor, ends["weights"][name]) for name, tensor in expected.items())
+    losses = [line["loss"] for line in compared(tmp_path / "weights", 4)[:1]]
+    assert losses == [trained[0]["loss"]], "weights, order of data and dropout are those of the state"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"learning_rate": 2e-2}, "'learning_rate' has changed"),
+        ({"seed": 3}, "'seed' has changed"),
+        ({"stop_after": 2}, "nothing is left to train"),
+    ],
+)
+def test_a_state_of_another_recipe_or_beyond_the_end_is_refused(
+    places: dict[str, Path], tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    half, _ = train(places, tmp_path / "half", stop_after=2, state_after="end")
+    with pytest.raises(PunaError, match=words):
+        train(places, tmp_path / "on", state=half.outputs["state"], **changed)
+
+
+def test_a_state_with_a_torn_file_is_refused_by_name(places: dict[str, Path], tmp_path: Path) -> None:
+    half, _ = train(places, tmp_path / "half", stop_after=2, state_after="end")
+    file = half.outputs["state"] / "moments.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-5])
+    with pytest.raises(PunaError, match=r"moments.safetensors: not the file that was written"):
+        train(places, tmp_path / "on", state=half.outputs["state"])
+
+
+def test_a_state_is_kept_even_if_the_process_dies_right_before(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.train.checkpoint import Checkpoints
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "keep", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(places, tmp_path, state_after=2)
+    resumed, _ = train(places, tmp_path, state_after=2)
+    assert json.loads((resumed.outputs["state"] / "state.json").read_text())["state"]["step"] == 2
+
+
+def test_a_full_disk_under_the_final_model_is_told_and_the_same_call_finishes(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    whole, _ = train(places, tmp_path / "whole", lora=LORA)
+    with monkeypatch.context() as patch:
+
+        def refused(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(pretrained, "save", refused)
+        with pytest.raises(PunaError, match="no room to write this") as error:
+            train(places, tmp_path / "run", lora=LORA)
+    assert "model" in str(error.value.where) and "bytes are free" in str(error.value)
+    assert "checkpoint-00000004: the same command goes on" in str(error.value)
+    finished, _ = train(places, tmp_path / "run", lora=LORA)
+    assert all(torch.equal(tensor, weights(finished)[name]) for name, tensor in weights(whole).items())
 
 
 # ---- every option is read ---------------------------------------------------------------------------------
@@ -369,6 +477,8 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "logging_steps": ({}, {"logging_steps": 2}),
     "eval_steps": ({"held_out": True}, {"eval_steps": 1}),
     "eval_tokens": ({"held_out": True}, {"eval_tokens": 10}),
+    "stop_after": ({}, {"stop_after": 3}),
+    "state_after": ({}, {"state_after": "end"}),
     "report_to": ({}, {"report_to": "tensorboard"}),
     "save_adapter": ({"lora": LORA}, {"save_adapter": False}),
     "save_dtype": ({}, {"save_dtype": "bfloat16"}),
@@ -386,6 +496,7 @@ LORA_FLIPS: dict[str, Any] = {
 _SEEN_ELSEWHERE = {
     "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
     "save_steps": "test_save_steps_make_checkpoints",
+    "restore": "test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_do_not",
 }
 
 
