@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
@@ -220,6 +221,7 @@ class Llama(nn.Module):
         self.tokenizer: Any | None = None
         self.template: Any | None = None
         self.source: str | None = None
+        self.recomputed_layers = 0  # of these first layers only the input is kept for the backward pass
         self.adapter: Any | None = None  # what ``adapters.py`` remembers of an adapter in these layers
         with torch.device("meta"):  # no storage and no draws from torch's global generator
             self.model = Decoder(spec)
@@ -288,8 +290,12 @@ class Llama(nn.Module):
             cache.check_room(batch, time, hidden.dtype)
         layout = lay_out(batch, time, input_ids.device, positions, segments, cache)
         rotations = self._rotations(layout.positions, hidden.dtype)
-        for block in self.model.layers:
-            hidden = block(hidden, rotations, layout, cache)
+        again = self.recomputed_layers if torch.is_grad_enabled() and cache is None else 0
+        for index, block in enumerate(self.model.layers):
+            if index < again:
+                hidden = checkpoint(block, hidden, rotations, layout, cache, use_reentrant=False)
+            else:
+                hidden = block(hidden, rotations, layout, cache)
         if cache is not None:
             cache.advance(time)
         return cast(Tensor, self.model.norm(hidden))

@@ -191,7 +191,7 @@ def _attention_product(block: BlockSpec, length: int) -> float:
 
 
 def activation_bytes(
-    spec: LlamaSpec, method: Method, dtype: str, *, longest: int, device: str = "cpu"
+    spec: LlamaSpec, method: Method, dtype: str, *, longest: int, device: str = "cpu", recomputed: int = 0
 ) -> float:
     """Bytes that autograd saves per position of a micro-batch, over all layers.
 
@@ -202,13 +202,14 @@ def activation_bytes(
     that is plain or carries a plain LoRA. A projection keeps its input if it is trained, an adapted
     one what enters A (after dropout a tensor of its own, and a mask of bytes) and what leaves it; DoRA
     keeps the outputs of base and adapter, whose ratio its magnitudes set. A tensor that several keep
-    counts once.
+    counts once. Of the first ``recomputed`` layers only the input is kept.
     """
     size = BYTES[dtype]
     tiled = device == "cpu" and (dtype == "bfloat16" or longest <= LONGEST_IN_TILES)
     total = float(3 * spec.hidden_size * size + 4)  # final norm, its output, the loss's gradient
     for layer, block in enumerate(spec.blocks):
-        total += _layer_bytes(spec, method, layer, block, size, tiled)
+        whole = layer >= recomputed
+        total += _layer_bytes(spec, method, layer, block, size, tiled) if whole else spec.hidden_size * size
     return total
 
 
@@ -272,6 +273,7 @@ def memory(
     *,
     longest: int | None = None,
     device: str = "cpu",
+    recomputed: int = 0,
 ) -> float:
     """Peak bytes of weights, optimiser, activations of ``positions`` and the loss.
 
@@ -291,9 +293,38 @@ def memory(
     if method.trains_head(spec):
         several = positions > LOGITS_AT_ONCE
         loss += spec.vocab_size * spec.hidden_size * (size + (8 if several and size != 4 else 0))
-    kept = activation_bytes(
-        spec, method, dtype, longest=positions if longest is None else longest, device=device
-    )
+    longest = positions if longest is None else longest
+    kept = activation_bytes(spec, method, dtype, longest=longest, device=device, recomputed=recomputed)
     activations = kept * positions
     activations *= _SCRATCH_ON_CPU if device == "cpu" else 1.0
     return weights + optimiser + activations + loss
+
+
+def layers_to_recompute(
+    spec: LlamaSpec,
+    method: Method,
+    dtype: str,
+    positions: int,
+    limit: float,
+    *,
+    longest: int | None = None,
+    device: str = "cpu",
+) -> int:
+    """The fewest layers whose activations must be made again to stay below ``limit`` bytes (:func:`memory`).
+
+    All of them if even that is not enough.
+    """
+    layers = range(len(spec.blocks) + 1)
+    needed = (
+        memory(spec, method, dtype, positions, longest=longest, device=device, recomputed=n) for n in layers
+    )
+    return next((n for n, size in zip(layers, needed, strict=True) if size <= limit), layers[-1])
+
+
+def recomputed_operations(spec: LlamaSpec, layers: int, length: int) -> float:
+    """Operations for one token that recomputing the first ``layers`` adds: their forward pass."""
+    total = 0.0
+    for block in spec.blocks[:layers]:
+        total += 2 * sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
+        total += 2 * _attention_product(block, length)
+    return total

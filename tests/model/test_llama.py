@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from puna.core.errors import PunaError
@@ -159,3 +160,26 @@ def test_both_types_learn(tiny_llama: Callable[..., Any]) -> None:
             optimiser.step()
             losses.append(loss.item())
         assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_recomputed_layers_change_no_bit_and_keep_only_their_input(layers: int) -> None:
+    model, kept = Llama(SPEC), []
+    found = []
+    ids = torch.arange(24).view(2, 12)
+    for count in (0, layers):
+        model.recomputed_layers = count
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.hidden(ids).float().square().sum()
+        kept.append(sum(storages.values()))
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert kept[1] < kept[0]
+    with torch.no_grad():
+        assert torch.equal(model.hidden(ids).float().square().sum(), found[0][0])
