@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +22,6 @@ from puna.text import pretrained
 from puna.text.encode import Encoded, encode_rows
 from puna.text.packing import Mode, Packed, pack, usual_mode
 from puna.text.tokenizer import Tokenizer
-from puna.train import plan
 from puna.train.distributed import World, world
 from puna.train.dropout import quicken
 from puna.train.held_out import HeldOut, HeldOutCorpus
@@ -32,7 +31,8 @@ from puna.train.metrics import read_metrics
 from puna.train.objectives import OBJECTIVES, CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
 from puna.train.schedule import Schedule
-from puna.train.stages import Lora, Train, method_of
+from puna.train.sharding import is_sharded, shard, whole_on_first
+from puna.train.stages import Lora, Train, memory_of
 from puna.train.summary import fill_report, metrics_of, start_table
 
 if TYPE_CHECKING:
@@ -56,16 +56,14 @@ def run(context: Context, parameters: Train) -> Outcome:
             unit=OBJECTIVES[parameters.objective].unit,
         )
         settings = _settings(parameters, feed, seed)
+        recipe = _recipe(model, context, parameters, seed)
+        if _sharded(parameters, here):
+            shard(model, here)
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
         if here.is_main:
-            expected = plan.memory(
-                model.spec,
-                method_of(parameters),
-                _dtype(context, parameters),
-                parameters.micro_batch_tokens,
-                device=here.device.type,
-            )
-            console.print(start_table(model, optimizer.count, packed.report, settings, expected))
+            dtype = _dtype(context, parameters)
+            expected = memory_of(parameters, model.spec, dtype, here.size, here.device.type)
+            console.print(start_table(model, optimizer.count, packed.report, settings, expected, dtype, here))
         loop = Loop(
             model,
             feed,
@@ -73,13 +71,13 @@ def run(context: Context, parameters: Train) -> Outcome:
             optimizer,
             settings,
             out=context.out,
-            recipe=_recipe(model, context, parameters, seed),
+            recipe=recipe,
             world=here,
             evaluate=held_out.measure if held_out.corpora else None,
         )
         state = loop.run()
         optimizer.close()
-        outputs = _write(context, parameters, model, optimizer.weights(), seed, here)
+        outputs = _write(context, parameters, model, whole_on_first(optimizer.weights(), here), seed, here)
         here.wait()
         loop.checkpoints.remove()
     if not here.is_main:  # From here on the first process may move the folder.
@@ -96,12 +94,19 @@ def _dtype(context: Context, parameters: Train) -> str:
     return parameters.dtype or context.dtype
 
 
+def _sharded(parameters: Train, here: World) -> bool:
+    """Whether weights are shared out: a single process has nobody to share with."""
+    return parameters.sharding == "full" and here.size > 1
+
+
 def _open(context: Context, parameters: Train, here: World, seed: int) -> tuple[Llama, float | None]:
     """The model to train, and how far its new adapter moves the logits before training: 0.0, to the bit."""
     dtype = _dtype(context, parameters)
     if dtype not in ("float32", "bfloat16"):
         raise PunaError("training computes in float32 or bfloat16", where="dtype", found=dtype)
-    model = _base(context.inputs["model"], parameters, dtype, str(here.device))
+    # What is shared out is whole in main memory first: a GPU need not hold it.
+    device = "cpu" if _sharded(parameters, here) else str(here.device)
+    model = _base(context.inputs["model"], parameters, dtype, device)
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
     moved = None
@@ -257,28 +262,38 @@ def _weights_fingerprint(model: Llama) -> str:
 
 
 def _write(
-    context: Context, parameters: Train, model: Llama, masters: Mapping[str, Tensor], seed: int, here: World
+    context: Context,
+    parameters: Train,
+    model: Llama,
+    masters: Iterable[tuple[str, Tensor]],
+    seed: int,
+    here: World,
 ) -> dict[str, Path]:
     """Save the model, and the adapter on its own where there is one; only the first process writes.
 
-    The float32 masters go into a float32 model: the trained one if all of it was trained, else the
-    base opened again, so that an adapter is merged into weights that were never rounded.
+    ``masters`` come one at a time, of sharded ones with the help of all processes.
+
+    The float32 masters go into a float32 model: the trained one if all of it was trained and lies here,
+    else the base opened again, so that an adapter is merged into weights that were never rounded.
     """
     folder, adapter = context.out / "model", context.out / "adapter"
     outputs = {"model": folder}
     if parameters.lora is not None and parameters.save_adapter:
         outputs["adapter"] = adapter
     if not here.is_main:
+        for _ in masters:
+            raise AssertionError("whole weights are for the first process alone")
         return outputs
-    if parameters.lora is None:
+    if parameters.lora is None and not is_sharded(model):
         final = model.float()
     else:
         final = _base(context.inputs["model"], parameters, "float32", "cpu")
+    if parameters.lora is not None:
         add_lora(final, _lora_settings(parameters.lora), seed=seed)
+    places = dict(final.named_parameters())
     with torch.no_grad():
-        for name, parameter in final.named_parameters():
-            if name in masters:
-                parameter.copy_(masters[name])
+        for name, master in masters:
+            places[name].copy_(master)
     if "adapter" in outputs:
         # The folder of the run: model and adapter move with it.
         pretrained.save(final, adapter, "adapter", within=context.out.parent)

@@ -17,6 +17,7 @@ from puna.train.plan import (
     trained_parameters,
     training_operations,
 )
+from puna.train.sharded_plan import sharded_memory
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -90,6 +91,8 @@ class Train(Parameters):
     """A low-rank adapter; null trains all weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the model computes in; null takes the run's. Masters and sums are float32 in either case."""
+    sharding: Literal["none", "full"] = "none"
+    """Of several processes under torchrun: none gives each all weights, full a part of them (FSDP2)."""
     seed: int | None = None
     """null takes the run's seed."""
     logging_steps: int = pydantic.Field(1, ge=1)
@@ -154,7 +157,10 @@ def method_of(parameters: Train) -> Method:
 
 
 def plan_train(parameters: Train, shapes: Any) -> Cost:
-    """Tokens, weights trained, operations, peak memory and time from the shapes of model and corpus."""
+    """Tokens, weights trained, operations, peak memory and time from the shapes of model and corpus.
+
+    Memory is that of one process, time that of all, which share the tokens of each step out.
+    """
     steps, tokens = _length(parameters, shapes.tokens_of("corpus"))
     spec, method = shapes.spec, method_of(parameters)
     if spec is None:
@@ -172,9 +178,19 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
         tokens=tokens,
         trainable=trained_parameters(spec, method),
         flops=flops,
-        memory=memory(spec, method, dtype, parameters.micro_batch_tokens, device=device),
-        seconds=shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic),
+        memory=memory_of(parameters, spec, dtype, shapes.processes, device),
+        seconds=(shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic))
+        / shapes.processes,
     )
+
+
+def memory_of(parameters: Train, spec: Any, dtype: str, processes: int, device: str) -> float:
+    """Peak bytes of one of so many processes."""
+    method, positions = method_of(parameters), parameters.micro_batch_tokens
+    if parameters.sharding == "none" or processes == 1:
+        return memory(spec, method, dtype, positions, device=device)
+    accumulates = parameters.batch_tokens > processes * positions
+    return sharded_memory(spec, method, dtype, positions, processes, accumulates=accumulates, device=device)
 
 
 def _kind_of(profile: Any) -> str:
