@@ -8,7 +8,9 @@ here (``HuggingFaceStorageWriter``) writes safetensors alone, whose headers say 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,7 +32,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> 
     writer = checkpoint.HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True
     )
-    checkpoint.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+    with _alone(world) as no_dist:
+        checkpoint.save(dict(tensors), storage_writer=writer, no_dist=no_dist)
     own = sorted(folder.glob(f"shard-{world.rank + 1:05d}-{_PATTERN.removeprefix('shard-')}"))
     return _exchange({file.name: sha256_of(file) for file in own}, folder, world)
 
@@ -40,7 +43,8 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> N
     from torch.distributed import checkpoint
 
     reader = checkpoint.HuggingFaceStorageReader(str(folder))
-    checkpoint.load(dict(tensors), storage_reader=reader, no_dist=world.size == 1)
+    with _alone(world) as no_dist:
+        checkpoint.load(dict(tensors), storage_reader=reader, no_dist=no_dist)
 
 
 def check_files(folder: Path, expected: Mapping[str, str], world: World) -> None:
@@ -61,6 +65,14 @@ def check_files(folder: Path, expected: Mapping[str, str], world: World) -> None
             raise PunaError("file not found", where=folder / name)
         if verdict:
             raise PunaError("not the file that was written", where=folder / name, expected=expected[name])
+
+
+@contextlib.contextmanager
+def _alone(world: World) -> Iterator[bool]:
+    """Whether there is nobody to talk to; DCP need not warn of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield world.size == 1
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:

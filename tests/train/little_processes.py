@@ -73,7 +73,7 @@ def make_loop(
     def evaluate(model: Llama) -> dict[str, float]:
         return held_out.measure(model)
 
-    optimizer = Optimizer(model.named_parameters(), OptimizerSettings(3e-3, weight_decay=0.1))
+    optimizer = Optimizer(model.named_parameters(), OptimizerSettings(1e-3, weight_decay=0.1))
     return Loop(
         model, feed, CrossEntropy(), optimizer, settings, out=out, recipe={}, world=here, evaluate=evaluate
     )

@@ -76,8 +76,8 @@ def test_gradients_are_told_once_a_step_and_bytes_are_those_planned(
                 assert told["sharded"]
                 assert told["collectives"] == {
                     # forward and backward; the root's stay for both
-                    "_allgather_base": rounds * (2 * (groups - 1) + 1),
-                    "_reduce_scatter_base": groups,
+                    "allgather_base": rounds * (2 * (groups - 1) + 1),
+                    "reduce_scatter_base": groups,
                     "allreduce": 2,  # losses; the norm
                 }
                 expected = shard_bytes(spec, METHODS[method], dtype, size)
