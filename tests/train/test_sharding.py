@@ -15,11 +15,16 @@ import torch
 from little_checkpoints import stored
 
 from puna.core.errors import PunaError
+from puna.core.stage import Cost
 from puna.model.spec import LlamaSpec
+from puna.run.devices import profile
+from puna.run.planner import Shapes
 from puna.run.planner import plan as predict
+from puna.run.shapes import known
 from puna.train import plan
 from puna.train.metrics import read_metrics
 from puna.train.sharded_plan import shard_bytes, sharded_memory
+from puna.train.stages import Train, plan_train
 
 HERE = Path(__file__).parent
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -131,32 +136,28 @@ def test_memory_of_a_process_falls_with_their_number(tiny_config: dict[str, Any]
 
 
 def test_processes_share_training_out_and_sharding_lowers_what_each_of_them_holds() -> None:
-    mapping: dict[str, Any] = {
-        "name": "many",
-        "title": "t",
-        "dtype": "bfloat16",
-        "stages": {
-            "tuned": {
-                "use": "train",
-                "in": {"model": "llama-2-7b", "corpus": "none"},
-                "max_steps": 10,
-                "batch_tokens": 131_072,
-                "micro_batch_tokens": 4096,
-                "max_length": 4096,
-            }
-        },
-    }
-    full = {"tuned.sharding": "full"}
+    def planned(processes: int, **settings: Any) -> Cost:
+        lengths = {"batch_tokens": 131_072, "micro_batch_tokens": 4096, "max_length": 4096}
+        spec = known("llama-2-7b")
+        assert spec is not None
+        shapes = Shapes(
+            {"model": spec},
+            {"corpus": 1e9},
+            ("model", "corpus"),
+            profile("h100"),
+            "bfloat16",
+            processes=processes,
+        )
+        return plan_train(Train(max_steps=10, **lengths, **settings), shapes)
 
-    def planned(processes: int, **settings: Any) -> Any:
-        return predict(mapping, device="h100", processes=processes, **settings)
-
-    alone, replicas, shards = planned(1), planned(8), planned(8, set=full)
+    alone, replicas, shards = planned(1), planned(8), planned(8, sharding="full")
     assert replicas.seconds == pytest.approx(alone.seconds / 8) == pytest.approx(shards.seconds)
-    assert replicas.memory == alone.memory == planned(1, set=full).memory
-    assert not replicas.fits and shards.memory < replicas.memory / 2
+    assert replicas.memory == alone.memory == planned(1, sharding="full").memory
+    assert shards.memory < replicas.memory / 2
     # 32 processes do one micro-batch a step: nothing is kept whole in between
-    assert planned(16, set=full).memory - planned(32, set=full).memory > 4 * 6.7e9
-    assert any("8 processes" in line for line in shards.assumptions)
+    assert planned(16, sharding="full").memory - planned(32, sharding="full").memory > 4 * 6.7e9
+    assert any(
+        "8 processes" in line for line in predict("chocollama", device="h100", processes=8).assumptions
+    )
     with pytest.raises(PunaError, match="at least one process"):
-        planned(0)
+        predict("chocollama", device="h100", processes=0)
