@@ -115,6 +115,7 @@ def plan(
     dtype: Dtype = None,
     price: Annotated[float | None, typer.Option(min=0, help="Price of an hour on the device.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of torchrun, a device each.")] = 1,
 ) -> None:
     """Predict tokens, operations, memory and time; no download.
 
@@ -124,12 +125,19 @@ def plan(
     from puna.run.planner import size
 
     made = predict(
-        recipe, scale, device=device, model=model, set=_settings(settings), dtype=dtype, measure_again=measure
+        recipe,
+        scale,
+        device=device,
+        model=model,
+        set=_settings(settings),
+        dtype=dtype,
+        measure_again=measure,
+        processes=processes,
     )
     _print(made.table())
     _print("Assumed:", *(f"- {line}" for line in made.assumptions))
     if price is not None:
-        _print(f"cost at {price:g} an hour: {made.seconds / 3600 * price:.2f}")
+        _print(f"cost at {price:g} an hour: {made.seconds / 3600 * price * processes:.2f}")
     if not made.fits:
         _print(f"does not fit: {size(made.memory)} of {size(made.device.memory)}")
 

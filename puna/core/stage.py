@@ -192,8 +192,10 @@ def validate(
         return model(**values)
     except pydantic.ValidationError as error:
         errors = error.errors()
-        # A misspelt key is also a missing one; the spelling is what to tell.
-        first = next((problem for problem in errors if problem["type"] == "extra_forbidden"), errors[0])
+        # A misspelt key is also a missing one; the spelling is what to tell. Of a value that may be of
+        # several kinds, the kind that it fits deepest is meant.
+        deepest = max(errors, key=lambda problem: len(problem["loc"]))
+        first = next((problem for problem in errors if problem["type"] == "extra_forbidden"), deepest)
         path = _path_to(first["loc"], values, absent=first["type"] == "missing")
         key = ".".join(str(part) for part in path)
         place = where(path) if callable(where) else where

@@ -12,6 +12,7 @@ from typing import Any
 from puna.core import assets
 from puna.core.errors import PunaError, nearest
 from puna.core.files import read_json, write_json
+from puna.core.hardware import total_memory
 from puna.run import machine, source
 
 _TABLE = Path(__file__).parent / "devices.yaml"
@@ -124,7 +125,7 @@ def _measure(device: str, name: str) -> DeviceProfile:
     if device.startswith("cuda"):
         memory, process = float(torch.cuda.get_device_properties(device).total_memory), 1e9
     else:
-        memory, process = float(machine.total_memory()), float(machine.resident_memory())
+        memory, process = float(total_memory()), float(machine.resident_memory())
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
     return DeviceProfile(
         name="this",

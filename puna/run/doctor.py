@@ -13,6 +13,7 @@ from typing import Literal
 
 from puna import __version__
 from puna.core import assets
+from puna.core.hardware import total_memory
 from puna.run import machine
 
 State = Literal["works", "missing", "note"]
@@ -45,7 +46,7 @@ def examine(*, hub: bool = False) -> list[Finding]:
 
 
 def _memory() -> Finding:
-    total = machine.total_memory()
+    total = total_memory()
     enough = total >= _NEEDED_MEMORY
     advice = "" if enough else f"; the demo wants {_NEEDED_MEMORY / 1e9:.0f} GB"
     return Finding("memory", "works" if enough else "note", f"{total / 1e9:.1f} GB{advice}")

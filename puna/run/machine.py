@@ -18,6 +18,7 @@ from typing import Any
 
 from puna import __version__
 from puna.core.errors import PunaError
+from puna.core.hardware import total_memory
 
 _PACKAGES = (
     "torch",
@@ -70,15 +71,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def total_memory() -> int:
-    """Memory of the machine in bytes, or of the container where that is less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            memory = min(memory, int(Path(file).read_text()))
-    return memory
 
 
 def commit() -> dict[str, Any] | None:

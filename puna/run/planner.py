@@ -25,6 +25,10 @@ _GENERAL = (
     "time is operations at the achieved rate where a stage does not say more; "
     "starting, loading and saving come on top"
 )
+_SHARED = (
+    "{processes} processes share distributed stages out evenly, the first runs the others alone; "
+    "what they tell each other costs no time"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Shapes:
 
     Of a tokenizer it is the shape of the model that was planned with its vocabulary. Keys of ``models``
     and ``corpora`` are ``input`` or, where an input takes several, ``input.name``; ``kinds`` says by
-    the same keys of which kind the corpora are, where that is known.
+    the same keys of which kind the corpora are, where that is known. ``processes`` are those that share
+    a distributed stage out, each on such a device.
     """
 
     models: Mapping[str, LlamaSpec]
@@ -42,6 +47,7 @@ class Shapes:
     device: DeviceProfile
     dtype: str
     kinds: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
 
     @property
     def spec(self) -> LlamaSpec | None:
@@ -84,6 +90,7 @@ class Plan:
     dtype: str
     stages: list[StagePlan]
     assumptions: list[str] = field(default_factory=list)
+    processes: int = 1
 
     @property
     def seconds(self) -> float:
@@ -110,6 +117,8 @@ class Plan:
         from rich.table import Table
 
         title = f"{self.recipe}, {self.scale} scale, on {self.device.name} in {self.dtype}"
+        if self.processes > 1:
+            title += f", {self.processes} processes of one such device each"
         shown = Table(title=title, title_justify="left", show_footer=True)
         footers = ["total", "", "", "", quantity(self.flops), size(self.memory), duration(self.seconds)]
         headings = ["stage", "use", "tokens", "trained", "operations", "peak memory", "time"]
@@ -136,22 +145,27 @@ def plan(
     set: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     measure_again: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """Predict the cost of a recipe on a device, without a download.
 
     ``device`` is "this" (measured here) or a name in devices.yaml; ``model`` (a model, or a built-in
-    shape such as llama-2-7b) stands in for every model the recipe starts from.
+    shape such as llama-2-7b) stands in for every model the recipe starts from. ``processes`` share the
+    distributed stages out, each on a device of its own; memory is then that of one of them.
     """
+    if processes < 1:
+        raise PunaError("a run has at least one process", where="processes", found=processes)
     resolved = load(recipe, scale, set, dtype=dtype)
     found = profile(device, measure_again=measure_again)
-    return _Planner(resolved, found, model).plan()
+    return _Planner(resolved, found, model, processes).plan()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, device: DeviceProfile, model: str | None) -> None:
+    def __init__(self, recipe: Recipe, device: DeviceProfile, model: str | None, processes: int) -> None:
         self.recipe = recipe
         self.device = device
         self.model = model
+        self.processes = processes
         self.dtype = device.quicker_dtype if recipe.header.dtype == "auto" else recipe.header.dtype
         self.specs: dict[str, LlamaSpec | None] = {}  # by stage: the decoder of the model it writes
         self.costs: dict[str, Cost | None] = {}
@@ -163,7 +177,11 @@ class _Planner:
         notes = [self.device.assumptions(self.dtype), *dict.fromkeys(self.assumed), _GENERAL]
         if unknown:
             notes.append(f"not predicted, and not in the total: {', '.join(unknown)}")
-        return Plan(self.recipe.name, self.recipe.scale, self.device, self.dtype, stages, notes)
+        if self.processes > 1:
+            notes.append(_SHARED.format(processes=self.processes))
+        return Plan(
+            self.recipe.name, self.recipe.scale, self.device, self.dtype, stages, notes, self.processes
+        )
 
     def _stage(self, entry: StageEntry) -> StagePlan:
         told = self._shapes(entry)
@@ -200,7 +218,8 @@ class _Planner:
                 rows = self._kind(reference)
                 if rows is not None:
                     kinds[name] = rows
-        return Shapes(models, corpora, tuple(entry.stage.inputs), self.device, self.dtype, kinds)
+        processes = self.processes if entry.stage.distributed else 1
+        return Shapes(models, corpora, tuple(entry.stage.inputs), self.device, self.dtype, kinds, processes)
 
     def _spec(self, reference: Reference) -> LlamaSpec | None:
         if reference.stage is not None:

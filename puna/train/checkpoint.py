@@ -1,10 +1,14 @@
 """Training state on disk: what a run needs to go on as if it had never stopped.
 
-``checkpoints/checkpoint-00000040/`` holds ``weights.safetensors`` (float32 masters of the trained
-weights only), ``moments.safetensors`` (AdamW's), ``generators.safetensors`` (one state per process)
-and ``state.json`` (position, counts, the recipe, the other files' SHA-256, and a seal on all that). A
-folder is written aside and renamed, so one that has its name is whole unless a disk spoilt it; that is
-checked too.
+``checkpoints/checkpoint-00000040/`` holds ``shard-*.safetensors`` (``weights/<name>``, float32 masters of
+the trained weights only, and AdamW's moments ``first/<name>`` and ``second/<name>``, written by all
+processes: ``shard_files.py``), ``generators.safetensors`` (one state per process) and ``state.json``
+(position, counts, the recipe, the other files' SHA-256, and a seal on all that). A folder is written
+aside and renamed, so one that has its name is whole unless a disk spoilt it; that is checked too.
+
+Another number of processes can go on from it. The generators, which dropout alone draws from, are then
+derived anew from the seed, the step, the number of processes and the rank: such a run can be repeated to
+the bit, and without dropout it agrees with the uninterrupted one up to rounding.
 
 A checkpoint can be kept and handed on (:meth:`Checkpoints.keep`): another run of the same recipe goes on
 from it, with the optimiser's moments or without.
@@ -12,9 +16,10 @@ from it, with the optimiser's moments or without.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,19 +39,22 @@ from puna.core.files import (
     write_json,
 )
 from puna.core.progress import say
+from puna.core.seeds import derive
 from puna.train.distributed import World
 from puna.train.optimizer import Optimizer
+from puna.train.shard_files import check_files, read_tensors, write_tensors
 
 FORMAT = 3
 KEPT = 2
 _PREFIX = "checkpoint-"
 STATE = "state.json"
-_FILES = ("weights.safetensors", "moments.safetensors", "generators.safetensors")
 FREE = (
     *("stop_after", "state_after", "restore", "state", "save_steps", "logging_steps", "eval_steps"),
     *("eval_tokens", "report_to", "save_adapter", "save_dtype"),
 )
 """Keys of a recipe that change no weight of the steps to come: a run that is handed on may change them."""
+_GENERATORS = "generators.safetensors"
+_WEIGHTS = "weights/"
 
 
 @dataclass
@@ -81,33 +89,49 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run. ``recipe`` is all that must not change between its processes."""
+    """The checkpoints of one run. ``recipe`` is all that must not change between its processes.
 
-    def __init__(self, folder: Path, recipe: Mapping[str, Any], world: World) -> None:
+    ``seed`` is that of generators which no process has left a state of.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], world: World, *, seed: int = 0) -> None:
         self.folder = folder
-        self.recipe = {**recipe, "processes": world.size}
+        self.recipe = dict(recipe)
         self.world = world
+        self.seed = seed
 
     def save(self, state: TrainState, optimizer: Optimizer) -> None:
         """Write a checkpoint after ``state.step`` and remove all but the last two."""
         generators = _gather_generators(self.world)
-        if self.world.is_main:
-            tensors = (optimizer.weights(), optimizer.moments(), generators)
-            target = self._folder_of(state.step)
-            size = sum(tensor.nbytes for content in tensors for tensor in content.values())
-            with room_for(target, needed=size, fix=self.advice()), folder_aside(target) as aside:
-                for name, content in zip(_FILES, tensors, strict=True):
-                    save_file({key: value.contiguous() for key, value in content.items()}, aside / name)
+        tensors = {_WEIGHTS + name: tensor for name, tensor in optimizer.weights().items()}
+        tensors |= optimizer.moments()
+        target = self._folder_of(state.step)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        with room_for(target, needed=size, fix=self.advice()), self._aside(target) as aside:
+            files = write_tensors(aside, tensors, self.world)
+            if self.world.is_main:
+                save_file(generators, aside / _GENERATORS)
                 described = {
                     "format": FORMAT,
                     "state": asdict(state),
+                    "processes": self.world.size,
                     "recipe": self.recipe,
-                    "files": {name: sha256_of(aside / name) for name in _FILES},
+                    "files": {**files, _GENERATORS: sha256_of(aside / _GENERATORS)},
                 }
                 write_json(aside / STATE, {**described, "seal": fingerprint(described)})
+        if self.world.is_main:
             for old in self._found()[KEPT:]:
                 shutil.rmtree(old)
         self.world.wait()
+
+    @contextlib.contextmanager
+    def _aside(self, target: Path) -> Iterator[Path]:
+        """One folder for all processes, which the first one gives its name when all have written."""
+        if not self.world.is_main:
+            yield self.folder / self.world.told("")
+            return
+        with folder_aside(target) as aside:
+            yield self.folder / self.world.told(aside.name)
 
     def restore(self, optimizer: Optimizer) -> TrainState | None:
         """Load the newest whole checkpoint; None if there is none yet.
@@ -117,10 +141,11 @@ class Checkpoints:
         """
         if self.world.is_main:
             clear_leftovers(self.folder)
+        self.world.wait()
         found = self._found()
         for folder in found:
             try:
-                content = _read_whole(folder)
+                content = self._read_whole(folder)
             except PunaError as error:
                 if self.world.is_main:
                     say(f"A checkpoint is broken and is passed over. {error}")
@@ -151,7 +176,7 @@ class Checkpoints:
 
         Without ``moments`` AdamW's start at zero, as where a trainer stored none; all else is restored.
         """
-        content = _read_whole(folder)
+        content = self._read_whole(folder)
         leave = "leave out the input 'state' and give its model as 'model', which begins a run of its own"
         self._same_recipe(content["recipe"], folder, leave, apart_from=FREE)
         return self._load(folder, content, optimizer, moments=moments)
@@ -166,10 +191,9 @@ class Checkpoints:
     def _load(
         self, folder: Path, content: dict[str, Any], optimizer: Optimizer, *, moments: bool = True
     ) -> TrainState:
-        weights, averages, generators = (load_file(folder / name) for name in _FILES)
         state = TrainState(**{**content["state"], "window": Window(**content["state"]["window"])})
-        optimizer.restore(weights, averages, state.step if moments else 0)
-        _restore_generators(generators, self.world)
+        self._read_tensors(folder, optimizer, state.step if moments else 0)
+        self._restore_generators(load_file(folder / _GENERATORS), content["processes"], state.step)
         return state
 
     def _folder_of(self, step: int) -> Path:
@@ -192,6 +216,33 @@ class Checkpoints:
                     expected=f"{key}: {before!r}",
                     fix=f"restore {key!r}, or {otherwise}",
                 )
+
+    def _read_whole(self, folder: Path) -> dict[str, Any]:
+        """``state.json`` of a checkpoint whose files all are what was written."""
+        content = _described(folder)
+        check_files(folder, content["files"], self.world)
+        return content
+
+    def _read_tensors(self, folder: Path, optimizer: Optimizer, step: int) -> None:
+        weights = {name: torch.empty_like(tensor) for name, tensor in optimizer.weights().items()}
+        moments = {
+            f"{moment}/{name}": torch.zeros_like(tensor)
+            for moment in ("first", "second")
+            for name, tensor in weights.items()
+            if step
+        }
+        wanted = {_WEIGHTS + name: tensor for name, tensor in weights.items()}
+        read_tensors(folder, wanted | moments, self.world)
+        optimizer.restore(weights, moments, step)
+
+    def _restore_generators(self, states: dict[str, Tensor], processes: int, step: int) -> None:
+        world = self.world
+        if processes != world.size:
+            torch.manual_seed(derive(self.seed, "train", "dropout", world.rank, world.size, step))
+            return
+        torch.set_rng_state(states[f"cpu/{world.rank}"])
+        if world.device.type == "cuda":
+            torch.cuda.set_rng_state(states[f"cuda/{world.rank}"], world.device)
 
 
 def seed_of(folder: Path) -> int:
@@ -232,19 +283,6 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def _read_whole(folder: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint whose files all are what was written."""
-    content = _described(folder)
-    for name, expected in content["files"].items():
-        path = folder / name
-        if not path.exists():
-            raise PunaError("file not found", where=path)
-        found = sha256_of(path)
-        if found != expected:
-            raise PunaError("not the file that was written", where=path, found=found, expected=expected)
-    return content
-
-
 def _gather_generators(world: World) -> dict[str, Tensor]:
     """The global generators' states of every process, which dropout draws from."""
     found = {f"cpu/{rank}": state for rank, state in enumerate(_gathered(torch.get_rng_state(), world))}
@@ -256,9 +294,3 @@ def _gather_generators(world: World) -> dict[str, Tensor]:
 
 def _gathered(state: Tensor, world: World) -> list[Tensor]:
     return [part.cpu() for part in world.gather(state.to(world.device))]
-
-
-def _restore_generators(states: dict[str, Tensor], world: World) -> None:
-    torch.set_rng_state(states[f"cpu/{world.rank}"])
-    if world.device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"cuda/{world.rank}"], world.device)

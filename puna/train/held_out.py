@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from puna.text.packing import Packed, collate
+from puna.text.packing import Packed, Row, collate
 from puna.train.distributed import World
 from puna.train.objectives import linear_cross_entropy
+from puna.train.sharding import is_sharded
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -51,14 +52,25 @@ class HeldOut:
     def _sums(self, model: Llama, packed: Packed) -> tuple[float, int]:
         """Sum of token losses and number of targets over all processes."""
         sums = torch.zeros(2, dtype=torch.float64)
-        own = sorted(packed, key=lambda row: -row.tokens)[self.world.rank :: self.world.size]
-        start = 0
-        while start < len(own):
-            rows = own[start : start + max(1, self.micro_batch_tokens // own[start].tokens)]
-            start += len(rows)
+        ordered = sorted(packed, key=lambda row: -row.tokens)
+        shares = [self._passes(ordered[rank :: self.world.size]) for rank in range(self.world.size)]
+        own = shares[self.world.rank]
+        for rows in own:
             batch = collate(rows).to(self.world.device)
             hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
             loss = linear_cross_entropy(hidden, model.head_weight, batch.labels)
             sums += torch.tensor([float(loss.total), loss.targets], dtype=torch.float64)
+        if is_sharded(model):  # every pass communicates: all processes run as many
+            for _ in range(max(map(len, shares)) - len(own)):
+                model.hidden(torch.zeros((1, 1), dtype=torch.int64, device=self.world.device))
         total = self.world.total(sums)
         return float(total[0]), int(total[1])
+
+    def _passes(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """Rows, the longest first, in passes of at most ``micro_batch_tokens`` positions."""
+        passes: list[Sequence[Row]] = []
+        start = 0
+        while start < len(rows):
+            passes.append(rows[start : start + max(1, self.micro_batch_tokens // rows[start].tokens)])
+            start += len(passes[-1])
+        return passes

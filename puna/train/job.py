@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint, room_for
+from puna.core.hardware import total_memory
 from puna.core.progress import console
 from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
@@ -22,7 +23,6 @@ from puna.model.probe import difference, probe
 from puna.text import pretrained
 from puna.text.encode import Encoded
 from puna.text.packing import pack, usual_mode
-from puna.train import plan
 from puna.train.checkpoint import seal_of, seed_of
 from puna.train.distributed import World, world
 from puna.train.dropout import quicken
@@ -35,7 +35,8 @@ from puna.train.objectives import OBJECTIVES, CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
 from puna.train.prepare import encode, mixed_rows, packing_of, sources_of
 from puna.train.schedule import Schedule, compose, preset
-from puna.train.stages import Lora, Train, method_of
+from puna.train.sharding import is_sharded, shard, whole_on_first
+from puna.train.stages import SHARE_OF_MEMORY, Lora, Train, layers_to_recompute, memory_of
 from puna.train.summary import fill_report, metrics_of, start_table
 
 if TYPE_CHECKING:
@@ -67,17 +68,23 @@ def run(context: Context, parameters: Train) -> Outcome:
             sources=None if parameters.mixture is None else sources,
         )
         settings = _settings(parameters, feed, seed)
+        if _sharded(parameters, here):
+            shard(model, here)
+        dtype = _dtype(context, parameters)
+        model.recomputed_layers = layers_to_recompute(
+            parameters,
+            model.spec,
+            dtype,
+            here.size,
+            here.device.type,
+            SHARE_OF_MEMORY * _memory_of_device(here),
+        )
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
         if here.is_main:
-            expected = plan.memory(
-                model.spec,
-                method_of(parameters),
-                _dtype(context, parameters),
-                parameters.micro_batch_tokens,
-                longest=parameters.max_length,
-                device=here.device.type,
+            expected = memory_of(
+                parameters, model.spec, dtype, here.size, here.device.type, model.recomputed_layers
             )
-            console.print(start_table(model, optimizer.count, packed.report, settings, expected))
+            console.print(start_table(model, optimizer.count, packed.report, settings, expected, dtype, here))
         loop = Loop(
             model,
             feed,
@@ -93,7 +100,8 @@ def run(context: Context, parameters: Train) -> Outcome:
         state = loop.run()
         optimizer.close()
         with room_for(context.out / "model", fix=loop.checkpoints.advice()):
-            outputs = _write(context, parameters, model, optimizer.weights(), seed, here)
+            weights = whole_on_first(optimizer.weights(), here)
+            outputs = _write(context, parameters, model, weights, seed, here)
         if parameters.state_after is not None:
             outputs["state"] = context.out / "state"
         here.wait()
@@ -123,6 +131,18 @@ def _dtype(context: Context, parameters: Train) -> str:
     return parameters.dtype or context.dtype
 
 
+def _memory_of_device(here: World) -> float:
+    """Bytes of memory where the tensors live."""
+    if here.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(here.device).total_memory)
+    return float(total_memory())
+
+
+def _sharded(parameters: Train, here: World) -> bool:
+    """Whether weights are shared out: a single process has nobody to share with."""
+    return parameters.sharding == "full" and here.size > 1
+
+
 def _open(context: Context, parameters: Train, here: World, seed: int) -> tuple[Llama, dict[str, float]]:
     """The model to train, and how far what was done to it moves the logits of the probe before training.
 
@@ -132,7 +152,9 @@ def _open(context: Context, parameters: Train, here: World, seed: int) -> tuple[
     dtype = _dtype(context, parameters)
     if dtype not in ("float32", "bfloat16"):
         raise PunaError("training computes in float32 or bfloat16", where="dtype", found=dtype)
-    model = _base(context.inputs["model"], parameters, dtype, str(here.device))
+    # What is shared out is whole in main memory first: a GPU need not hold it.
+    device = "cpu" if _sharded(parameters, here) else str(here.device)
+    model = _base(context.inputs["model"], parameters, dtype, device)
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
     moved: dict[str, float] = {}
@@ -306,31 +328,40 @@ def _weights_fingerprint(model: Llama) -> str:
 
 
 def _write(
-    context: Context, parameters: Train, model: Llama, masters: Mapping[str, Tensor], seed: int, here: World
+    context: Context,
+    parameters: Train,
+    model: Llama,
+    masters: Iterable[tuple[str, Tensor]],
+    seed: int,
+    here: World,
 ) -> dict[str, Path]:
     """Save the model, and the adapter on its own where there is one; only the first process writes.
 
-    The float32 masters go into a float32 model: the trained one if all of it was trained, else the
-    base opened again, so that an adapter is merged into weights that were never rounded. An adapter
-    of a base in NF4 is merged into the decoded base, which is what it was trained on: codes and scales
-    are taken from the trained model, and decoded in float32.
+    ``masters`` come one at a time, of sharded ones with the help of all processes. They are float32, and
+    go into a float32 model: the trained one if all of it was trained and lies here, else the base opened
+    again, so that an adapter is merged into weights that were never rounded. An adapter of a base in NF4
+    is merged into the decoded base, which is what it was trained on: codes and scales are taken from the
+    trained model, and decoded in float32.
     """
     folder, adapter = context.out / "model", context.out / "adapter"
     outputs = {"model": folder}
     if parameters.lora is not None and parameters.save_adapter:
         outputs["adapter"] = adapter
     if not here.is_main:
+        for _ in masters:
+            raise AssertionError("whole weights are for the first process alone")
         return outputs
-    if parameters.lora is None:
+    if parameters.lora is None and not is_sharded(model):
         final = model.float()
     else:
         final = _base(context.inputs["model"], parameters, "float32", "cpu")
         take_quantised(final, model)
+    if parameters.lora is not None:
         add_lora(final, _lora_settings(parameters.lora), seed=seed)
+    places = dict(final.named_parameters())
     with torch.no_grad():
-        for name, parameter in final.named_parameters():
-            if name in masters:
-                parameter.copy_(masters[name])
+        for name, master in masters:
+            places[name].copy_(master)
     if "adapter" in outputs:
         # The folder of the run: model and adapter move with it.
         pretrained.save(final, adapter, "adapter", within=context.out.parent)

@@ -176,6 +176,17 @@ class Feed:
             batch = collate([self.rows[int(row)] for row in group], pad_id=self.pad_id)
             yield MicroBatch(batch, group)
 
+    def rounds(self, step: Step) -> int:
+        """Micro-batches of the process that has the most of them in a step."""
+        ordered = step.rows[numpy.argsort(-self.lengths[step.rows], kind="stable")]
+        return max(len(self._groups(ordered[rank :: self.size])) for rank in range(self.size))
+
+    def filler(self, step: Step) -> MicroBatch:
+        """The shortest row of a step with something to learn, for a process that joins in without a share."""
+        learnt = step.rows[self.units[step.rows] > 0]
+        row = learnt[[numpy.argmin(self.lengths[learnt])]]
+        return MicroBatch(collate([self.rows[int(row[0])]], pad_id=self.pad_id), row)
+
     def names(self, rows: NDArray[numpy.int64], most: int = 8) -> str:
         """The corpus rows whose pieces are in these packed rows, for messages; the first few."""
         pieces = (piece for row in rows for piece in self.rows[int(row)].slices)

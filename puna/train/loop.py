@@ -31,6 +31,7 @@ from puna.train.metrics import MetricsLog, peak_memory
 from puna.train.objectives import Loss, Objective
 from puna.train.optimizer import Optimizer
 from puna.train.schedule import Schedule, factor
+from puna.train.sharding import communicate_gradients, is_sharded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -119,7 +120,7 @@ class Loop:
         self.world = world or World()
         self.evaluate = evaluate
         self.handed = handed
-        self.checkpoints = Checkpoints(out / "checkpoints", recipe, self.world)
+        self.checkpoints = Checkpoints(out / "checkpoints", recipe, self.world, seed=settings.seed)
         self.state = TrainState()
         self._log: MetricsLog | None = None
         self._saved = time.monotonic()
@@ -215,8 +216,8 @@ class Loop:
         """One optimiser step: gradients of all its tokens, their mean, clipping, update."""
         start = time.perf_counter()
         loss, figures = self._accumulate(step)
-        self.world.sum_(self.optimizer.gradient)
-        norm = self.optimizer.gradient_norm(step.units)
+        self.optimizer.collect(self.world)
+        norm = self.optimizer.gradient_norm(step.units, self.world)
         if not math.isfinite(norm):
             rows = [step.rows] if self.world.is_main else []
             raise self._not_finite("the gradient", norm, step, rows)
@@ -228,10 +229,13 @@ class Loop:
         names = self.objective.figures
         found: list[torch.Tensor] = []
         rows: list[NDArray[numpy.int64]] = []
+        rounds = self.feed.rounds(step) if is_sharded(self.model) else 0
         for micro in self.feed.micro_batches(step):
-            loss = self._backward(micro)
+            loss = self._backward(micro, last=len(found) + 1 == rounds)
             found.append(torch.stack([loss.total.detach(), *(loss.figures[name] for name in names)]))
             rows.append(micro.rows)
+        for number in range(len(found) + 1, rounds + 1):
+            self._backward(self.feed.filler(step), last=number == rounds, weight=0.0)
         # A process may have no share of a small step.
         own = torch.stack(found).cpu().double() if found else torch.zeros(1, 1 + len(names)).double()
         sums = self.world.total(own.sum(0)).tolist()
@@ -241,10 +245,18 @@ class Loop:
             raise self._not_finite("the loss", sums[0], step, wrong)
         return sums[0], dict(zip(names, sums[1:], strict=True))
 
-    def _backward(self, micro: MicroBatch) -> Loss:
+    def _backward(self, micro: MicroBatch, *, last: bool, weight: float = 1.0) -> Loss:
+        """Loss and gradients of a micro-batch. Those of a sharded model go out with the ``last`` of a step.
+
+        There every process runs as many passes as any other; what is not its share has ``weight`` 0.
+        """
+        sharded = is_sharded(self.model)
+        if sharded:
+            communicate_gradients(self.model, now=last)
         loss = self.objective(self.model, micro.to(self.world.device))
-        if loss.targets:  # a row of a long prompt may hold none; the step as a whole does
-            loss.total.backward()  # type: ignore[no-untyped-call]
+        if loss.targets or sharded:  # a row of a long prompt may hold none; the step as a whole does
+            total = loss.total if weight == 1.0 else loss.total * weight
+            total.backward()  # type: ignore[no-untyped-call]
         return loss
 
     def _not_finite(

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from puna.core.errors import PunaError
+from puna.train.distributed import World
+from puna.train.sharding import is_shard, like, local_part
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -37,6 +39,9 @@ class Optimizer:
     it and frees it, so that sums over micro-batches lose nothing to bfloat16. After a step the
     masters are rounded into the parameters.
 
+    Of sharded parameters all of this is of this process's part alone: FSDP adds the sum over all
+    processes to the part's gradient. Replicated ones are summed by :meth:`collect`.
+
     Per trained parameter this takes 12 bytes (gradient and two moments), and 4 for a master.
     """
 
@@ -46,14 +51,15 @@ class Optimizer:
             raise PunaError("nothing to train", found="no parameter needs a gradient")
         self.settings = settings
         self.parameters = dict(trained)
-        device = trained[0][1].device
-        self.gradient = torch.zeros(sum(p.numel() for _, p in trained), dtype=torch.float32, device=device)
+        self.sharded = any(is_shard(parameter) for _, parameter in trained)
+        self.count = sum(parameter.numel() for _, parameter in trained)
+        """Number of trained weights, over all processes."""
+        sizes = [local_part(parameter).numel() for _, parameter in trained]
+        self.gradient = torch.zeros(sum(sizes), dtype=torch.float32, device=trained[0][1].device)
         self.masters: dict[str, Parameter] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        start = 0
-        for name, parameter in trained:
-            view = self.gradient[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        for (name, parameter), part in zip(trained, torch.split(self.gradient, sizes), strict=True):
+            view = part.view_as(local_part(parameter))
             self.masters[name] = self._master(parameter, view)
             self.masters[name].grad = view
         self._adamw = torch.optim.AdamW(
@@ -63,6 +69,10 @@ class Optimizer:
         )
 
     def _master(self, parameter: Parameter, view: Tensor) -> Parameter:
+        if is_shard(parameter):
+            assert parameter.dtype == torch.float32
+            parameter.grad = like(view, parameter)
+            return Parameter(local_part(parameter.detach()))  # the same storage: nothing is rounded into it
         if parameter.dtype == torch.float32:
             return parameter
         hook = parameter.register_post_accumulate_grad_hook(_adder(view))  # type: ignore[no-untyped-call]
@@ -82,14 +92,23 @@ class Optimizer:
             for (factor, decay), masters in groups.items()
         ]
 
-    @property
-    def count(self) -> int:
-        """Number of trained weights."""
-        return self.gradient.numel()
+    def collect(self, world: World) -> None:
+        """Sum the gathered gradients over all processes: the one communication of gradients of a step.
 
-    def gradient_norm(self, divisor: float) -> float:
-        """Global norm of the mean gradient: of the gathered sums divided by ``divisor``."""
-        return float(torch.linalg.vector_norm(self.gradient)) / divisor
+        Shards come summed out of the backward pass.
+        """
+        if not self.sharded:
+            world.sum_(self.gradient)
+
+    def gradient_norm(self, divisor: float, world: World | None = None) -> float:
+        """Global norm of the mean gradient: of the gathered sums divided by ``divisor``.
+
+        ``world`` are the processes that hold the parts of sharded gradients.
+        """
+        norm = torch.linalg.vector_norm(self.gradient)
+        if self.sharded and world is not None:
+            norm = world.total(norm.cpu().double().square()).sqrt()
+        return float(norm) / divisor
 
     @torch.no_grad()
     def step(self, schedule_factor: float, divisor: float, norm: float) -> float:
@@ -111,12 +130,12 @@ class Optimizer:
 
     def _round(self) -> None:
         for name, parameter in self.parameters.items():
-            if parameter is not self.masters[name]:
+            if not self.sharded and parameter is not self.masters[name]:
                 parameter.copy_(self.masters[name])
 
     def weights(self) -> dict[str, Tensor]:
-        """The float32 masters by parameter name."""
-        return {name: master.detach() for name, master in self.masters.items()}
+        """The float32 masters by parameter name, sharded where the parameters are."""
+        return {name: like(master.detach(), self.parameters[name]) for name, master in self.masters.items()}
 
     def moments(self) -> dict[str, Tensor]:
         """AdamW's two moments as ``first/<name>`` and ``second/<name>``; empty before a step."""
@@ -124,20 +143,23 @@ class Optimizer:
         for name, master in self.masters.items():
             state = self._adamw.state.get(master)
             if state:
-                found[f"first/{name}"] = state["exp_avg"]
-                found[f"second/{name}"] = state["exp_avg_sq"]
+                found[f"first/{name}"] = like(state["exp_avg"], self.parameters[name])
+                found[f"second/{name}"] = like(state["exp_avg_sq"], self.parameters[name])
         return found
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor], steps: int) -> None:
-        """Take over masters and moments after ``steps`` updates; the parameters follow."""
+        """Take over masters and moments after ``steps`` updates; the parameters follow.
+
+        The moments are kept, not copied; all are sharded where the parameters are.
+        """
         for name, master in self.masters.items():
-            master.copy_(weights[name])
+            master.copy_(local_part(weights[name]))
             if steps:
                 self._adamw.state[master] = {
                     "step": torch.tensor(float(steps), dtype=torch.float32, device=master.device),
-                    "exp_avg": moments[f"first/{name}"].to(master.device, copy=True),
-                    "exp_avg_sq": moments[f"second/{name}"].to(master.device, copy=True),
+                    "exp_avg": local_part(moments[f"first/{name}"]).to(master.device),
+                    "exp_avg_sq": local_part(moments[f"second/{name}"]).to(master.device),
                 }
         self.gradient.zero_()
         self._round()

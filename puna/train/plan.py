@@ -300,27 +300,6 @@ def memory(
     return weights + optimiser + activations + loss
 
 
-def layers_to_recompute(
-    spec: LlamaSpec,
-    method: Method,
-    dtype: str,
-    positions: int,
-    limit: float,
-    *,
-    longest: int | None = None,
-    device: str = "cpu",
-) -> int:
-    """The fewest layers whose activations must be made again to stay below ``limit`` bytes (:func:`memory`).
-
-    All of them if even that is not enough.
-    """
-    layers = range(len(spec.blocks) + 1)
-    needed = (
-        memory(spec, method, dtype, positions, longest=longest, device=device, recomputed=n) for n in layers
-    )
-    return next((n for n, size in zip(layers, needed, strict=True) if size <= limit), layers[-1])
-
-
 def recomputed_operations(spec: LlamaSpec, layers: int, length: int) -> float:
     """Operations for one token that recomputing the first ``layers`` adds: their forward pass."""
     total = 0.0

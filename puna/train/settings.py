@@ -48,7 +48,7 @@ class ScheduleSegment(Parameters):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ScheduleSegment:
-        shapes = [name for name in _SHAPES if getattr(self, name) is not None]
+        shapes = list(self._lengths())
         if len(shapes) != 1:
             raise ValueError(f"a segment of a schedule has one shape: one of {', '.join(_SHAPES)}")
         read_by = {"to": ("warmup", *_FALLING), "timescale": ("inverse_sqrt",)}
@@ -61,10 +61,22 @@ class ScheduleSegment(Parameters):
                 )
         return self
 
+    def _lengths(self) -> dict[Shape, Length]:
+        """Each shape that is given, with its length."""
+        every: dict[Shape, Length | None] = {
+            "warmup": self.warmup,
+            "constant": self.constant,
+            "linear": self.linear,
+            "cosine": self.cosine,
+            "decay": self.decay,
+            "inverse_sqrt": self.inverse_sqrt,
+            "step": self.step,
+        }
+        return {shape: length for shape, length in every.items() if length is not None}
+
     def part(self) -> Part:
         """The segment for :func:`puna.train.schedule.compose`."""
-        shape = next(name for name in _SHAPES if getattr(self, name) is not None)
-        length = getattr(self, shape)
+        ((shape, length),) = self._lengths().items()
         return Part(shape, length, self.start, self.to, self.timescale, self.step_size, self.gamma)
 
 

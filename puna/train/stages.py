@@ -16,10 +16,15 @@ from puna.train.plan import (
     forward_operations,
     magnitude_operations,
     memory,
+    recomputed_operations,
     trained_parameters,
     training_operations,
 )
 from puna.train.settings import Mixture, ScheduleSegment, check_segments
+from puna.train.sharded_plan import sharded_memory
+
+SHARE_OF_MEMORY = 0.8
+"""Of a device's memory, what a training may take before it recomputes activations."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -108,6 +113,11 @@ class Train(Parameters):
     """A low-rank adapter; null trains all weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the model computes in; null takes the run's. Masters and sums are float32 in either case."""
+    recompute: int | None = pydantic.Field(None, ge=0)
+    """Layers, from the first, that keep their input alone and compute the rest again in the backward pass;
+    null: as few as the memory needs. Takes time and changes no bit."""
+    sharding: Literal["none", "full"] = "none"
+    """Of several processes under torchrun: none gives each all weights, full a part of them (FSDP2)."""
     seed: int | None = None
     """null takes the run's seed."""
     logging_steps: int = pydantic.Field(1, ge=1)
@@ -163,6 +173,10 @@ class Train(Parameters):
                 "packing 'wrap' cuts conversations, so that the end of an answer would be learnt without its "
                 "question: with objective 'sft' take 'fit' or 'off'"
             )
+        if self.sharding == "full" and (
+            self.recompute or (self.lora and (self.lora.dora or self.lora.base == "nf4"))
+        ):
+            raise ValueError("sharding 'full' does not go with recompute, lora.dora or lora.base 'nf4'")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must be at least 0 and below 1")
         return self
@@ -210,7 +224,10 @@ def method_of(parameters: Train) -> Method:
 
 
 def plan_train(parameters: Train, shapes: Any) -> Cost:
-    """Tokens, weights trained, operations, peak memory and time from the shapes of model and corpus."""
+    """Tokens, weights trained, operations, peak memory and time from the shapes of model and corpus.
+
+    Memory is that of one process, time that of all, which share the tokens of each step out.
+    """
     available = {
         name.partition(".")[2]: tokens for name, tokens in shapes.corpora.items() if name.startswith("corpus")
     }
@@ -229,21 +246,53 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
     flops += tokens / parameters.micro_batch_tokens * magnitude_operations(spec, method)
     flops += looked_at * forward_operations(spec, parameters.max_length)
     device = _kind_of(shapes.device)
+    recomputed = layers_to_recompute(
+        parameters, spec, dtype, shapes.processes, device, SHARE_OF_MEMORY * shapes.device.memory
+    )
+    flops += tokens * recomputed_operations(spec, recomputed, parameters.max_length)
     traffic = tokens * dropped_elements(spec, method) * DROPOUT_TRAFFIC[device]
     return Cost(
         tokens=tokens,
         trainable=trained_parameters(spec, method),
         flops=flops,
-        memory=memory(
-            spec,
-            method,
-            dtype,
-            parameters.micro_batch_tokens,
-            longest=parameters.max_length,
-            device=device,
-        ),
-        seconds=shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic),
+        memory=memory_of(parameters, spec, dtype, shapes.processes, device, recomputed),
+        seconds=(shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic))
+        / shapes.processes,
     )
+
+
+def memory_of(
+    parameters: Train, spec: Any, dtype: str, processes: int, device: str, recomputed: int = 0
+) -> float:
+    """Peak bytes of one of so many processes; ``recomputed`` layers keep their input alone."""
+    method, positions, longest = method_of(parameters), parameters.micro_batch_tokens, parameters.max_length
+    if parameters.sharding == "none" or processes == 1:
+        return memory(spec, method, dtype, positions, longest=longest, device=device, recomputed=recomputed)
+    return sharded_memory(
+        spec,
+        method,
+        dtype,
+        positions,
+        processes,
+        accumulates=parameters.batch_tokens > processes * positions,
+        longest=longest,
+        device=device,
+    )
+
+
+def layers_to_recompute(
+    parameters: Train, spec: Any, dtype: str, processes: int, device: str, limit: float
+) -> int:
+    """How many layers keep their input alone: what is set, else as few as it takes to stay below ``limit``
+    bytes, else all.
+    """
+    if parameters.sharding == "full" and processes > 1:
+        return 0
+    if parameters.recompute is not None:
+        return min(parameters.recompute, len(spec.blocks))
+    counts = range(len(spec.blocks) + 1)
+    sizes = (memory_of(parameters, spec, dtype, processes, device, count) for count in counts)
+    return next((count for count, size in zip(counts, sizes, strict=True) if size <= limit), counts[-1])
 
 
 def _kind_of(profile: Any) -> str:

@@ -10,14 +10,22 @@ from rich.table import Table
 from puna.model.nf4 import parameter_count
 from puna.text.packing import PackReport
 from puna.train.checkpoint import TrainState
+from puna.train.distributed import World
 from puna.train.loop import LoopSettings
+from puna.train.sharding import is_sharded
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
 
 
 def start_table(
-    model: Llama, trained: int, packed: PackReport, settings: LoopSettings, expected_memory: float
+    model: Llama,
+    trained: int,
+    packed: PackReport,
+    settings: LoopSettings,
+    expected_memory: float,
+    dtype: str,
+    here: World,
 ) -> Table:
     """What is about to happen, for the terminal."""
     total = parameter_count(model)
@@ -28,7 +36,9 @@ def start_table(
     rows = {
         "model": f"{model.source}, {len(model.spec.blocks)} layers, vocabulary {model.spec.vocab_size:,}",
         "trained": f"{trained:,} of {total:,} parameters ({trained / total:.2%})",
-        "computes in": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
+        "computes in": f"{dtype} on {here.device}"
+        + (f", {here.size} processes" if here.size > 1 else "")
+        + (", weights shared out" if is_sharded(model) else ""),
         "corpus": f"{packed.used:,} rows, {packed.tokens:,} tokens, {packed.targets:,} of them learnt",
         "packed": f"{packed.rows:,} rows of {packed.length:,}, {packed.filled:.0%} full",
         "left out": "; ".join(lost) or "nothing",

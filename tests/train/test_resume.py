@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from little_checkpoints import stored
 from little_rows import Replaced
-from safetensors.torch import load_file
 
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint
@@ -24,6 +23,7 @@ from puna.train.loop import Loop
 from puna.train.metrics import read_metrics
 
 MakeLoop = Callable[..., Loop]
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 TIMES = {"seconds", "tokens_per_second", "targets_per_second", "peak_memory"}
 
 # Trains the tiny model with LoRA and dropout in an own process; dies by SIGKILL after step argv[3].
@@ -86,11 +86,11 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert read_metrics(tmp_path / "killed" / "metrics.jsonl")[-1]["step"] == 8
     assert train(tiny_config, tmp_path / "killed", -1, dtype) == 0
     ends = [tmp_path / name / "checkpoints" / "checkpoint-00000012" for name in ("whole", "killed")]
-    for file in ("weights.safetensors", "moments.safetensors", "generators.safetensors"):
-        whole, resumed = (load_file(end / file) for end in ends)
-        assert whole.keys() == resumed.keys()
-        for name, tensor in whole.items():
-            assert torch.equal(tensor, resumed[name]), f"{file}: {name}"
+    whole, resumed = (stored(end) for end in ends)
+    assert whole.keys() == resumed.keys()
+    assert {name.partition("/")[0] for name in whole} == {"weights", "first", "second", "cpu"}
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
     states = [json.loads((end / "state.json").read_text())["state"] for end in ends]
     for state in states:
         assert state.pop("seconds") > 0
@@ -148,8 +148,8 @@ def test_a_finished_run_only_reads_its_result(make_loop: MakeLoop, tmp_path: Pat
 @pytest.mark.parametrize(
     ("file", "spoil"),
     [
-        ("weights.safetensors", "cut"),
-        ("moments.safetensors", "flip"),
+        (SHARD, "cut"),
+        (SHARD, "flip"),
         ("generators.safetensors", "remove"),
         ("state.json", "cut"),
         ("state.json", "flip"),
@@ -219,20 +219,41 @@ def test_frozen_weights_are_not_in_a_checkpoint(
     model = tiny_llama()
     add_lora(model, LoraSettings(r=2), seed=1)
     make_loop(tmp_path, model=model).run()
-    stored = load_file(tmp_path / "checkpoints" / "checkpoint-00000006" / "weights.safetensors")
-    assert stored and all(
-        ".lora_" in name and tensor.dtype == torch.float32 for name, tensor in stored.items()
+    tensors = stored(tmp_path / "checkpoints" / "checkpoint-00000006")
+    del tensors["cpu/0"]
+    assert tensors and all(
+        ".lora_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items()
     )
 
 
-def test_another_number_of_processes_is_refused(make_loop: MakeLoop, tmp_path: Path) -> None:
-    stopped_at(make_loop, tmp_path, 3, save_steps=2)
-    state = tmp_path / "checkpoints" / "checkpoint-00000002" / "state.json"
-    content = json.loads(state.read_text())
-    content["recipe"]["processes"] = 4
-    content.pop("seal")
-    state.write_text(json.dumps({**content, "seal": fingerprint(content)}))
-    with pytest.raises(PunaError, match="'processes' has changed"):
-        make_loop(tmp_path).run()
-    shutil.rmtree(tmp_path / "checkpoints")
+def test_no_pickle_is_in_a_checkpoint(make_loop: MakeLoop, tmp_path: Path) -> None:
     make_loop(tmp_path).run()
+    files = sorted(path.name for path in (tmp_path / "checkpoints" / "checkpoint-00000006").iterdir())
+    assert files == ["generators.safetensors", SHARD, "state.json"]
+
+
+def test_generators_of_another_number_of_processes_are_derived_anew_and_the_same_each_time(
+    make_loop: MakeLoop, tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    from puna.model.adapters import LoraSettings, add_lora
+
+    def adapted(out: Path, **settings: Any) -> Loop:
+        model = tiny_llama()
+        add_lora(model, LoraSettings(r=2, dropout=0.5), seed=1)
+        return make_loop(out, model=model, save_steps=2, **settings)
+
+    uninterrupted = final(adapted(tmp_path / "whole"))
+    ends = []
+    for processes, out in ((1, "as before"), (4, "first"), (4, "second")):
+        stopped_at(adapted, tmp_path / out, 3)
+        state = tmp_path / out / "checkpoints" / "checkpoint-00000002" / "state.json"
+        content = json.loads(state.read_text())
+        assert content["processes"] == 1
+        content.pop("seal")
+        content["processes"] = processes
+        state.write_text(json.dumps({**content, "seal": fingerprint(content)}))
+        ends.append(final(adapted(tmp_path / out)))
+    for name, tensor in uninterrupted.items():
+        assert torch.equal(ends[0][name], tensor)
+        assert torch.equal(ends[1][name], ends[2][name])
+    assert any(not torch.equal(ends[1][name], tensor) for name, tensor in uninterrupted.items())

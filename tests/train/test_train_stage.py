@@ -497,6 +497,7 @@ _SEEN_ELSEWHERE = {
     "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
     "save_steps": "test_save_steps_make_checkpoints",
     "restore": "test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_do_not",
+    "sharding": "test_a_process_alone_shares_nothing_out",
 }
 
 
@@ -547,6 +548,12 @@ def test_micro_batch_tokens_bound_a_forward_pass(
     assert max(rows * width for rows, width in shapes) == 32
 
 
+def test_a_process_alone_shares_nothing_out(places: dict[str, Path], tmp_path: Path) -> None:
+    """What it does with several processes: test_sharding.py, test_elastic.py."""
+    alone, shared = (weights(train(places, tmp_path / way, sharding=way)[0]) for way in ("none", "full"))
+    assert all(torch.equal(tensor, shared[name]) for name, tensor in alone.items())
+
+
 def test_save_steps_make_checkpoints(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -566,6 +573,7 @@ def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path
     class Shapes:
         spec = pretrained.load(places["model"]).spec
         dtype = "float32"
+        processes = 1
         corpora: Mapping[str, float] = {"corpus.main": 500.0, "held_out.en": 40.0}
 
         class device:
