@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,20 +23,29 @@ from puna.model.nf4 import take_quantised
 from puna.model.probe import difference, probe
 from puna.text import pretrained
 from puna.text.encode import Encoded, encode_rows
-from puna.text.packing import Mode, Packed, pack, usual_mode
+from puna.text.packing import Mode, Packed, group_of, pack, usual_mode
 from puna.text.tokenizer import Tokenizer
 from puna.train import plan
 from puna.train.distributed import World, world
 from puna.train.dropout import quicken
-from puna.train.held_out import HeldOut, HeldOutCorpus
+from puna.train.held_out import HeldOut, HeldOutCorpus, passes
 from puna.train.loader import Feed
-from puna.train.loop import Loop, LoopSettings
+from puna.train.loop import Loop, LoopSettings, measuring
 from puna.train.metrics import read_metrics
-from puna.train.objectives import OBJECTIVES, CrossEntropy
+from puna.train.objectives import OBJECTIVES, CrossEntropy, Objective
 from puna.train.optimizer import Optimizer, OptimizerSettings
+from puna.train.preferences import (
+    TRAINED,
+    Answers,
+    Pairs,
+    Passes,
+    Reference,
+    pair_loss,
+    trained_passes,
+)
 from puna.train.schedule import Schedule
-from puna.train.stages import Lora, Train, method_of
-from puna.train.summary import fill_report, metrics_of, start_table
+from puna.train.stages import WITH_REFERENCE, Lora, Train, method_of, pair_settings
+from puna.train.summary import add_pairs, fill_report, metrics_of, start_table
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -46,7 +57,6 @@ def run(context: Context, parameters: Train) -> Outcome:
     with world(context.device) as here:
         model, differences = _open(context, parameters, here, seed)
         packed = _training_rows(model, context.inputs["corpus"], parameters)
-        held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, here)
         feed = Feed(
             packed,
             batch_tokens=parameters.batch_tokens,
@@ -57,25 +67,23 @@ def run(context: Context, parameters: Train) -> Outcome:
             unit=OBJECTIVES[parameters.objective].unit,
         )
         settings = _settings(parameters, feed, seed)
+        recipe = _recipe(model, context, parameters, seed)
+        held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, here)
+        objective: Objective = CrossEntropy()
+        if feed.unit == "pairs":
+            reference = Reference(context.out / "reference.safetensors", recipe, here)
+            objective, held_out = _preferences(model, parameters, feed, settings, held_out, reference)
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
         if here.is_main:
-            expected = plan.memory(
-                model.spec,
-                method_of(parameters),
-                _dtype(context, parameters),
-                parameters.micro_batch_tokens,
-                longest=parameters.max_length,
-                device=here.device.type,
-            )
-            console.print(start_table(model, optimizer.count, packed.report, settings, expected))
+            _tell(model, context, parameters, optimizer, packed, settings)
         loop = Loop(
             model,
             feed,
-            CrossEntropy(),
+            objective,
             optimizer,
             settings,
             out=context.out,
-            recipe=_recipe(model, context, parameters, seed),
+            recipe=recipe,
             world=here,
             evaluate=held_out.measure if held_out.corpora else None,
         )
@@ -88,7 +96,31 @@ def run(context: Context, parameters: Train) -> Outcome:
         return Outcome(outputs)
     lines = read_metrics(context.out / "metrics.jsonl")
     fill_report(context.report, lines, packed.report, optimizer.count)
-    return Outcome(outputs, metrics_of(lines, state, optimizer.count) | differences)
+    figures = metrics_of(lines, state, optimizer.count, objective.figures)
+    return Outcome(outputs, figures | differences)
+
+
+def _tell(
+    model: Llama,
+    context: Context,
+    parameters: Train,
+    optimizer: Optimizer,
+    packed: Packed,
+    settings: LoopSettings,
+) -> None:
+    """Print what is about to happen."""
+    expected = plan.memory(
+        model.spec,
+        method_of(parameters),
+        _dtype(context, parameters),
+        parameters.micro_batch_tokens,
+        longest=parameters.max_length,
+        device=model.device.type,
+    )
+    table = start_table(model, optimizer.count, packed.report, settings, expected)
+    if OBJECTIVES[parameters.objective].unit == "pairs":
+        add_pairs(table, packed.report, parameters.objective)
+    console.print(table)
 
 
 def _dtype(context: Context, parameters: Train) -> str:
@@ -158,7 +190,7 @@ def _training_rows(model: Llama, paths: Mapping[str, Path], parameters: Train) -
                 else "convert the corpus",
             )
         encoded += _encode(model, corpus, parameters)
-    return pack(encoded, parameters.max_length, mode=_packing(parameters))
+    return pack(encoded, parameters.max_length, mode=_packing(parameters), group=group_of(kind))
 
 
 def _packing(parameters: Train) -> Mode:
@@ -196,7 +228,40 @@ def _held_out_corpus(model: Llama, corpus: Corpus, parameters: Train) -> HeldOut
             break
         chosen += encoded
         size += len(row["text"].encode()) if corpus.kind == "documents" else 0
-    return HeldOutCorpus(pack(chosen, parameters.max_length, mode=usual_mode(corpus.kind)), size)
+    mode, group = usual_mode(corpus.kind), group_of(corpus.kind)
+    packed = pack(chosen, parameters.max_length, mode=mode, group=group)
+    # Text is measured as text beside any objective, pairs as pairs beside one of theirs.
+    compared = corpus.kind == "preferences" and OBJECTIVES[parameters.objective].unit == "pairs"
+    return HeldOutCorpus(packed, size, unit="pairs" if compared else "tokens")
+
+
+def _preferences(
+    model: Llama,
+    parameters: Train,
+    feed: Feed,
+    settings: LoopSettings,
+    held_out: HeldOut,
+    reference: Reference,
+) -> tuple[Pairs, HeldOut]:
+    """The objective over pairs, and what is held out measured by it, with their references."""
+    loss = pair_loss(parameters.objective, pair_settings(parameters))
+    corpora = {name: corpus for name, corpus in held_out.corpora.items() if corpus.unit == "pairs"}
+    known: dict[str, Tensor] = {}
+    if parameters.objective in WITH_REFERENCE:
+        looked_at = {TRAINED: trained_passes(feed, settings.total_steps)}
+        for name, corpus in corpora.items():
+            own = functools.partial(passes, corpus.packed, held_out.micro_batch_tokens, reference.world)
+            looked_at[f"held_out.{name}"] = Passes(corpus.packed, own, corpus.packed.report.tokens)
+        with measuring(model, reference.world.device):
+            known = reference.log_probs(model, looked_at)
+    compared = {
+        name: dataclasses.replace(
+            corpus, objective=Pairs(loss, Answers(corpus.packed), known.get(f"held_out.{name}"))
+        )
+        for name, corpus in corpora.items()
+    }
+    objective = Pairs(loss, Answers(feed.rows), known.get(TRAINED))
+    return objective, dataclasses.replace(held_out, corpora={**held_out.corpora, **compared})
 
 
 def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:

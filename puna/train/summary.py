@@ -11,6 +11,7 @@ from puna.model.nf4 import parameter_count
 from puna.text.packing import PackReport
 from puna.train.checkpoint import TrainState
 from puna.train.loop import LoopSettings
+from puna.train.stages import WITH_REFERENCE
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -40,8 +41,17 @@ def start_table(
     return table
 
 
-def metrics_of(lines: Sequence[dict[str, Any]], state: TrainState, trained: int) -> dict[str, float]:
-    """The stage's metrics: counts, first and last losses, speed, and held-out figures before and after."""
+def add_pairs(table: Table, packed: PackReport, objective: str) -> None:
+    """What else is about to happen where ``objective`` learns from pairs of answers."""
+    against = ", against the model as it is before training" if objective in WITH_REFERENCE else ""
+    table.add_row("preferences", f"{packed.used // 2:,} pairs, {objective}{against}")
+
+
+def metrics_of(
+    lines: Sequence[dict[str, Any]], state: TrainState, trained: int, figures: Sequence[str] = ()
+) -> dict[str, float]:
+    """The stage's metrics: counts, first and last losses and ``figures``, speed, held-out figures
+    before and after."""
     steps = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     found: dict[str, float] = {
@@ -55,6 +65,8 @@ def metrics_of(lines: Sequence[dict[str, Any]], state: TrainState, trained: int)
         "loss.last": steps[-1]["loss"],
         "peak_memory": max(line["peak_memory"] for line in steps),
     }
+    for name in figures:
+        found |= {f"{name}.first": steps[0][name], f"{name}.last": steps[-1][name]}
     if evaluations:
         for name in _measured(evaluations):
             found[f"before.{name}"] = evaluations[0][name]
@@ -68,6 +80,7 @@ def fill_report(
     """Add loss and learning-rate curves and a table of the run to a stage's report."""
     steps = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
+    unit = "pair" if "margin" in steps[0] else "token"
     losses = [_series("training", steps, "loss")]
     names = _measured(evaluations)
     losses += [
@@ -79,7 +92,8 @@ def fill_report(
         if name.endswith(".bits_per_byte")
     ]
     curves = [
-        {"title": "Loss", "x": "tokens", "y": "nats per token", "series": losses},
+        {"title": "Loss", "x": "tokens", "y": f"nats per {unit}", "series": losses},
+        *(_of_pairs(title, figure, steps, evaluations) for title, figure in _PAIR_CURVES.items()),
         {"title": "Held-out text", "x": "tokens", "y": "bits per byte", "series": bits},
         {
             "title": "Learning rate",
@@ -107,6 +121,23 @@ def fill_report(
         ["peak memory", f"{max(line['peak_memory'] for line in steps) / 1e9:.2f} GB"],
     ]
     report.setdefault("tables", []).append({"title": "Training", "columns": ["", ""], "rows": rows})
+
+
+_PAIR_CURVES = {
+    "Reward margin": "margin",
+    "Pairs with a margin above 0": "accuracy",
+    "Pairs whose chosen answer is more probable": "ranking_accuracy",
+}
+
+
+def _of_pairs(
+    title: str, figure: str, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A curve of a figure of pairs, in training and of each held-out corpus; of tokens it has no series."""
+    series = [_series("training", steps, figure)] if figure in steps[0] else []
+    names = [name for name in _measured(evaluations) if name.endswith(f".{figure}")]
+    series += [_series(name.removesuffix(f".{figure}"), evaluations, name) for name in names]
+    return {"title": title, "x": "tokens", "y": "", "series": series}
 
 
 def _measured(evaluations: Sequence[dict[str, Any]]) -> list[str]:
