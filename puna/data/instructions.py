@@ -28,7 +28,7 @@ def build_instructions(
     chats = [Corpus.open(path, kind="messages") for path in (inputs.get("messages") or {}).values()]
     held_out = [Corpus.open(path) for path in (inputs.get("held_out") or {}).values()]
     _check(parameters, pairs, chats, held_out)
-    work = _Work(parameters, seed, _inherited(pairs + chats + held_out))
+    work = _Work(parameters, seed, inherited(pairs + chats + held_out))
     apart = held_out or (pairs + chats if parameters.held_out_share else [])
     if apart:
         rows = [row for corpus in apart for row in work.rows(corpus, held_out=True)]
@@ -65,7 +65,7 @@ def _check(
         )
 
 
-def _inherited(corpora: list[Corpus]) -> list[dict[str, Any]]:
+def inherited(corpora: list[Corpus]) -> list[dict[str, Any]]:
     """Provenance of all inputs, each source once."""
     entries = [entry for corpus in corpora for entry in corpus.meta["provenance"]]
     return [entry for index, entry in enumerate(entries) if entry not in entries[:index]]
@@ -94,7 +94,7 @@ class _Work:
         made = tally if corpus.kind == "messages" else self.ledger.step(f"{step}, asked", "conversations")
         divided = self.parameters.held_out_share > 0
         for row in corpus.rows():
-            if divided and self.split.is_held_out(row["source"], _document(row)) != held_out:
+            if divided and self.split.is_held_out(row["source"], document_of(row)) != held_out:
                 continue
             # The runs of words come from the pair itself: the wording of the requests is shared by all.
             texts = list(texts_of(corpus.kind, row, system=False))
@@ -178,7 +178,7 @@ class _Work:
         self.ledger = Ledger()
 
 
-def _document(row: Mapping[str, Any]) -> str:
+def document_of(row: Mapping[str, Any]) -> str:
     """The source document a row of a corpus came from: its id without the place in the document."""
     return str(row["id"]).rpartition("#")[0] or str(row["id"])
 

@@ -106,6 +106,29 @@ class InstructionsParameters(Parameters):
     """How many tokens the training side will hold, where that is known: what a plan goes by."""
 
 
+Corruption = Literal["another_answer", "untranslated", "repeated", "truncated"]
+
+
+class PreferencesParameters(Parameters):
+    """How the answers of conversations are spoilt, to be the rejected ones beside them."""
+
+    corruptions: dict[Corruption, pydantic.PositiveFloat] | None = pydantic.Field(None, min_length=1)
+    """Ways to spoil an answer, and how often each is drawn relative to the others: another_answer (to
+    another request, of similar length), untranslated (the text that was to be translated; needs the
+    ``pairs`` that conversations were made of), repeated (its end said again and again), truncated (half
+    of it). null draws all equally often, untranslated only with pairs."""
+    held_out_share: float = pydantic.Field(default=0.0, ge=0.0, lt=1.0)
+    """Without held-out corpora among the inputs: share of the conversations to hold out."""
+    leak: Literal["drop", "report", "error"] = "drop"
+    """What to do with training conversations that share a run of words with held-out ones."""
+    leak_words: pydantic.PositiveInt = 13
+    """Length of that run in words."""
+    expected_tokens: Annotated[dict[Literal["train", "held_out"], pydantic.PositiveInt], PlanOnly()] = (
+        pydantic.Field(default_factory=dict)
+    )
+    """How many tokens each side will hold, prompts counted with both answers: what a plan goes by."""
+
+
 class SampleParameters(Parameters):
     """How much of a corpus is drawn."""
 

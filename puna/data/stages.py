@@ -1,5 +1,5 @@
-"""The stages of this room: ``corpus`` (sources -> corpus), ``sample`` (corpus -> part of it) and
-``instructions`` (pairs, chats -> messages)."""
+"""The stages of this room: ``corpus`` (sources -> corpus), ``sample`` (corpus -> part of it),
+``instructions`` (pairs, chats -> messages) and ``preferences`` (messages -> pairs of answers)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
-from puna.data.settings import CorpusParameters, InstructionsParameters, SampleParameters
+from puna.data.settings import (
+    CorpusParameters,
+    InstructionsParameters,
+    PreferencesParameters,
+    SampleParameters,
+)
 from puna.data.sources.files import FileSettings
 
 # Rough rates, for plans only.
@@ -116,3 +121,39 @@ def instructions(context: Context, parameters: InstructionsParameters) -> Outcom
     return build_instructions(parameters, context.inputs, context.out, seed=context.seed).outcome(
         context.report
     )
+
+
+def _preferences_cost(parameters: PreferencesParameters, shapes: Any) -> Cost:
+    """As many tokens as the recipe expects, or both answers with their prompts twice what goes in."""
+    expected = parameters.expected_tokens
+    tokens: dict[str, float] = {
+        "train": expected.get("train", 2 * shapes.tokens_of("messages")),
+        "held_out": expected.get("held_out", 2 * shapes.tokens_of("held_out")),
+    }
+    total = sum(tokens.values())
+    seconds = total / _TOKENS_PER_SECOND
+    return Cost(tokens=total, seconds=seconds, corpora=tokens, kind="preferences")
+
+
+@stage(
+    "preferences",
+    parameters=PreferencesParameters,
+    inputs={
+        "messages": Input("corpus", many=True),
+        "pairs": Input("corpus", many=True, optional=True),
+        "held_out": Input("corpus", many=True, optional=True),
+    },
+    outputs=_SIDES,
+    plan=_preferences_cost,
+)
+def preferences(context: Context, parameters: PreferencesParameters) -> Outcome:
+    """Make preference pairs out of conversations: their last answer, and a spoilt one that is rejected.
+
+    Time and memory grow linearly with the number of conversations, which are held in memory.
+    """
+    from puna.data.preferences import build_preferences, corruptions_table
+
+    built = build_preferences(parameters, context.inputs, context.out, seed=context.seed)
+    outcome = built.outcome(context.report)
+    context.report["tables"].append(corruptions_table(built.corpora))
+    return outcome

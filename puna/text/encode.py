@@ -72,10 +72,12 @@ def encode_messages(
     messages: Sequence[Message],
     *,
     train_on: Sequence[str] = ("assistant",),
+    first: int = 0,
     source: str = "",
 ) -> Encoded:
     """A conversation as its template writes it; the messages of ``train_on`` are targets.
 
+    Messages before ``first`` are none, whatever their role: the prompt of an answer.
     Ids equal those of transformers' ``apply_chat_template``, but for two things. The strings of
     special tokens in a content stay text. And no token reaches over the end of the generation
     prompt, since none can when the model answers: where a whole text would be split differently
@@ -86,8 +88,8 @@ def encode_messages(
     that begins with two BOS, whoever writes them.
     """
     text, spans = template.spans(messages)
-    trained_spans = [span for span in spans if span.role in train_on]
-    _check_trained(messages, trained_spans, train_on)
+    trained_spans = [span for span in spans if span.role in train_on and span.index >= first]
+    _check_trained(messages, trained_spans, train_on, first)
     pieces = _pieces(tokenizer, template, text, spans)
     return Encoded([p.id for p in pieces], _trained(text, pieces, trained_spans), source)
 
@@ -115,9 +117,9 @@ def encode_rows(
 ) -> list[Encoded]:
     """Encode the rows of a corpus of any kind.
 
-    A preference pair becomes two rows (prompt + chosen, prompt + rejected), a sentence pair two
-    documents, so the result can be longer than ``rows``. Conversations need a ``template``. With
-    the ``total`` number of rows a bar shows the progress.
+    A preference pair becomes two rows (prompt + chosen, prompt + rejected), of whose prompts nothing
+    is learnt, a sentence pair two documents, so the result can be longer than ``rows``. Conversations
+    need a ``template``. With the ``total`` number of rows a bar shows the progress.
     """
     if total is not None:
         with Track("tokenising", total, "rows") as track:
@@ -136,9 +138,13 @@ def encode_rows(
         raise PunaError(f"a corpus of {kind} needs a chat template", fix="use a model that has one")
     encoded = []
     for row in rows:
-        for name, messages in _conversations(row, kind):
+        for name, messages, first in _conversations(row, kind):
             try:
-                encoded.append(encode_messages(tokenizer, template, messages, train_on=train_on, source=name))
+                encoded.append(
+                    encode_messages(
+                        tokenizer, template, messages, train_on=train_on, first=first, source=name
+                    )
+                )
             except PunaError as error:
                 raise PunaError(
                     error.message,
@@ -157,10 +163,12 @@ def _advancing(rows: Iterable[Mapping[str, Any]], track: Track) -> Iterator[Mapp
             track.advance(_BATCH)
 
 
-def _conversations(row: Mapping[str, Any], kind: str) -> list[tuple[str, list[Message]]]:
+def _conversations(row: Mapping[str, Any], kind: str) -> list[tuple[str, list[Message], int]]:
+    """Name and messages of each conversation of a row, and which message its answer begins with."""
     if kind == "messages":
-        return [(str(row["id"]), list(row["messages"]))]
-    return [(f"{row['id']}:{side}", [*row["prompt"], *row[side]]) for side in ("chosen", "rejected")]
+        return [(str(row["id"]), list(row["messages"]), 0)]
+    sides, first = ("chosen", "rejected"), len(row["prompt"])
+    return [(f"{row['id']}:{side}", [*row["prompt"], *row[side]], first) for side in sides]
 
 
 def _pieces(tokenizer: Tokenizer, template: Template, text: str, spans: Sequence[Span]) -> list[Piece]:
@@ -193,7 +201,9 @@ def _pieces(tokenizer: Tokenizer, template: Template, text: str, spans: Sequence
     return pieces
 
 
-def _check_trained(messages: Sequence[Message], spans: Sequence[Span], train_on: Sequence[str]) -> None:
+def _check_trained(
+    messages: Sequence[Message], spans: Sequence[Span], train_on: Sequence[str], first: int
+) -> None:
     times = [0] * len(messages)
     for span in spans:
         times[span.index] += 1
@@ -205,7 +215,7 @@ def _check_trained(messages: Sequence[Message], spans: Sequence[Span], train_on:
                 fix="end the assistant's messages with {{ eos_token }} in the chat template",
             )
     for index, message in enumerate(messages):
-        if message["role"] in train_on and times[index] != 1:
+        if index >= first and message["role"] in train_on and times[index] != 1:
             raise PunaError(
                 "the chat template does not write a message to train on exactly once",
                 where=f"message {index} ({message['role']})",

@@ -26,6 +26,8 @@ IGNORED = -100
 
 NO_TARGET = "nothing to learn in it"
 TARGETS_CUT = "what is to be learnt lies beyond the length"
+WITHOUT_THE_OTHER = "the other of its group was dropped"
+ALIKE = "the documents of its group do not differ within the length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,8 @@ class PackReport:
     ``rows`` are packed rows of at most ``length`` tokens, ``tokens`` the tokens in them and
     ``targets`` those that are learnt; ``truncated`` tokens were cut off the ends of
     ``truncated_rows`` documents; ``cuts`` counts how often a document was continued in the next
-    row, which costs one target where a learnt token begins a row.
+    row, which costs one target where a learnt token begins a row. Rows are documents here, also
+    where ``group`` of them stay together: both of a pair are counted.
     """
 
     length: int
@@ -129,58 +132,114 @@ def usual_mode(kind: str) -> Mode:
     return "fit" if kind in ("messages", "preferences") else "wrap"
 
 
-def pack(encoded: Sequence[Encoded], length: int, *, mode: Mode) -> Packed:
+def group_of(kind: str) -> int:
+    """How many documents a row of a corpus of ``kind`` becomes that are compared with one another."""
+    return 2 if kind == "preferences" else 1
+
+
+def pack(encoded: Sequence[Encoded], length: int, *, mode: Mode, group: int = 1) -> Packed:
     """Distribute documents over rows of at most ``length`` tokens.
 
     ``wrap`` fills every row and continues a document in the next one as a segment of its own;
     ``fit`` keeps documents whole (best fit, longest first; rows are ordered by their earliest
     document); ``off`` gives each document a row. ``fit`` and ``off`` cut a longer document off at
     ``length``. Documents without a target are dropped; if none is left that is an error.
+
+    With a ``group`` above 1, that many consecutive documents (chosen and rejected answer of a pair)
+    stay together in one row, in order and next to one another; ``off`` gives each group a row. If
+    they are too long together, those that are longer than a common limit are cut off at it, the
+    highest one with which they fit: two long documents at half the row, and beside a short one
+    a long document has the rest. A group is dropped whole if one of its documents would be, or if
+    they are all alike once they are cut, so that there is nothing to choose.
     """
     if mode not in MODES:
         raise unknown_name("packing mode", mode, MODES)
-    if length < 2:
-        raise PunaError("a row must have room for two tokens", found=length)
-    dropped: Counter[str] = Counter()
-    dropped_tokens: Counter[str] = Counter()
-    whole: list[Slice] = []
-    truncated = truncated_rows = 0
-    for document in encoded:
-        stop = len(document) if mode == "wrap" else min(len(document), length)
-        reason = _reason_to_drop(document, stop)
-        if reason:
-            dropped[reason] += 1
-            dropped_tokens[reason] += len(document)
-            continue
-        whole.append(Slice(document, 0, stop))
-        truncated += len(document) - stop
-        truncated_rows += stop < len(document)
-    if not whole:
+    if length < 2 * group:
+        raise PunaError("a row must have room for two tokens of each document", found=length)
+    if group > 1 and (mode == "wrap" or len(encoded) % group):
+        raise PunaError(
+            f"documents that stay together come in groups of {group}, and are not wrapped",
+            found=f"{len(encoded)} documents, mode {mode!r}",
+            expected="'fit' or 'off'",
+        )
+    chosen = _Chosen()
+    for first in range(0, len(encoded), group):
+        together = encoded[first : first + group]
+        most = max(map(len, together)) if mode == "wrap" else _common_limit(together, length)
+        chosen.add(tuple(Slice(document, 0, min(len(document), most)) for document in together))
+    if not chosen.whole:
         raise PunaError(
             "no row has anything to learn",
-            found=", ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
+            found=", ".join(f"{count} rows: {reason}" for reason, count in chosen.dropped.items())
             or "no rows at all",
             expected="at least one row with a target",
             fix="look at the rows with `puna inspect`; raise the length, check the roles to train on",
         )
     packer = {"wrap": _wrap, "fit": _fit, "off": _one_each}[mode]
-    rows = packer(whole, length)
+    rows = packer(chosen.whole, length)
+    used = group * len(chosen.whole)
     report = PackReport(
         length=length,
         mode=mode,
         rows_in=len(encoded),
         tokens_in=sum(map(len, encoded)),
         rows=len(rows),
-        used=len(whole),
+        used=used,
         tokens=sum(row.tokens for row in rows),
         targets=sum(row.targets for row in rows),
-        cuts=sum(len(row.slices) for row in rows) - len(whole),
-        truncated=truncated,
-        truncated_rows=truncated_rows,
-        dropped=dict(dropped),
-        dropped_tokens=dict(dropped_tokens),
+        cuts=sum(len(row.slices) for row in rows) - used,
+        truncated=chosen.truncated,
+        truncated_rows=chosen.truncated_rows,
+        dropped=dict(chosen.dropped),
+        dropped_tokens=dict(chosen.dropped_tokens),
     )
     return Packed(rows, report)
+
+
+@dataclass
+class _Chosen:
+    """The groups that are packed, cut to their limits, and counts of what is left out of them."""
+
+    whole: list[tuple[Slice, ...]] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_tokens: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    truncated_rows: int = 0
+
+    def add(self, pieces: tuple[Slice, ...]) -> None:
+        """Keep a group, or count why it is dropped."""
+        reasons = _reasons_to_drop(pieces)
+        if not any(reasons):
+            self.whole.append(pieces)
+            self.truncated += sum(len(piece.document) - len(piece) for piece in pieces)
+            self.truncated_rows += sum(len(piece) < len(piece.document) for piece in pieces)
+            return
+        for piece, reason in zip(pieces, reasons, strict=True):
+            assert reason is not None, "all of a group are dropped, or none"
+            self.dropped[reason] += 1
+            self.dropped_tokens[reason] += len(piece.document)
+
+
+def _common_limit(together: Sequence[Encoded], length: int) -> int:
+    """The highest limit at which documents are cut so that together they fit into ``length``."""
+    room, left = length, len(together)
+    for size in sorted(map(len, together)):
+        if size * left > room:
+            return room // left
+        room, left = room - size, left - 1
+    return length
+
+
+def _reasons_to_drop(pieces: tuple[Slice, ...]) -> list[str | None]:
+    """For each document why it is dropped; all of a group or none."""
+    reasons = [_reason_to_drop(piece.document, piece.stop) for piece in pieces]
+    if any(reasons):
+        return [reason or WITHOUT_THE_OTHER for reason in reasons]
+    if len(pieces) > 1:
+        texts = [piece.document.ids[: piece.stop] for piece in pieces]
+        if all(text == texts[0] for text in texts[1:]):
+            return [ALIKE] * len(pieces)
+    return reasons
 
 
 def _reason_to_drop(document: Encoded, stop: int) -> str | None:
@@ -191,15 +250,15 @@ def _reason_to_drop(document: Encoded, stop: int) -> str | None:
     return TARGETS_CUT if first >= stop else None
 
 
-def _one_each(whole: Sequence[Slice], length: int) -> list[Row]:
-    return [Row((piece,)) for piece in whole]
+def _one_each(whole: Sequence[tuple[Slice, ...]], length: int) -> list[Row]:
+    return [Row(pieces) for pieces in whole]
 
 
-def _wrap(whole: Sequence[Slice], length: int) -> list[Row]:
+def _wrap(whole: Sequence[tuple[Slice, ...]], length: int) -> list[Row]:
     rows: list[Row] = []
     current: list[Slice] = []
     room = length
-    for piece in whole:
+    for (piece,) in whole:
         start = piece.start
         while start < piece.stop:
             stop = min(piece.stop, start + room)
@@ -212,17 +271,18 @@ def _wrap(whole: Sequence[Slice], length: int) -> list[Row]:
     return [*rows, Row(tuple(current))] if current else rows
 
 
-def _fit(whole: Sequence[Slice], length: int) -> list[Row]:
-    """Best fit decreasing: each document goes into the fullest row that has room for it.
+def _fit(whole: Sequence[tuple[Slice, ...]], length: int) -> list[Row]:
+    """Best fit decreasing: each group goes into the fullest row that has room for it.
 
     ``open_rows[space]`` holds the rows with that much room left and bit ``space`` of ``spaces``
-    tells whether there are any, so the best row is found by one shift: O(documents * length / 64).
+    tells whether there are any, so the best row is found by one shift: O(groups * length / 64).
     """
+    sizes = [sum(map(len, pieces)) for pieces in whole]
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(length + 1)]
     spaces = 0
-    for number in sorted(range(len(whole)), key=lambda index: -len(whole[index])):
-        size = len(whole[number])
+    for number in sorted(range(len(whole)), key=lambda index: -sizes[index]):
+        size = sizes[number]
         fitting = spaces >> size
         if fitting:
             space = size + (fitting & -fitting).bit_length() - 1
@@ -237,7 +297,7 @@ def _fit(whole: Sequence[Slice], length: int) -> list[Row]:
             open_rows[space - size].append(row)
             spaces |= 1 << (space - size)
     ordered = sorted(sorted(row) for row in rows)
-    return [Row(tuple(whole[number] for number in row)) for row in ordered]
+    return [Row(tuple(piece for number in row for piece in whole[number])) for row in ordered]
 
 
 @dataclass(frozen=True)

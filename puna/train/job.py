@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,22 +24,39 @@ from puna.model.nf4 import take_quantised
 from puna.model.probe import difference, probe
 from puna.text import pretrained
 from puna.text.encode import Encoded
-from puna.text.packing import pack, usual_mode
+from puna.text.packing import Packed, group_of, pack, usual_mode
 from puna.train.checkpoint import seal_of, seed_of
 from puna.train.distributed import World, world
 from puna.train.dropout import quicken
-from puna.train.held_out import HeldOut, HeldOutCorpus
+from puna.train.held_out import HeldOut, HeldOutCorpus, passes
 from puna.train.ledger import check_trained, ledger, ledger_metrics, ledger_table
 from puna.train.loader import Feed
-from puna.train.loop import Handed, Loop, LoopSettings
+from puna.train.loop import Handed, Loop, LoopSettings, measuring
 from puna.train.metrics import read_metrics
-from puna.train.objectives import OBJECTIVES, CrossEntropy
+from puna.train.objectives import OBJECTIVES, CrossEntropy, Objective
 from puna.train.optimizer import Optimizer, OptimizerSettings
+from puna.train.preferences import (
+    TRAINED,
+    Answers,
+    Pairs,
+    Passes,
+    Reference,
+    pair_loss,
+    trained_passes,
+)
 from puna.train.prepare import encode, mixed_rows, packing_of, sources_of
 from puna.train.schedule import Schedule, compose, preset
 from puna.train.sharding import is_sharded, shard, whole_on_first
-from puna.train.stages import SHARE_OF_MEMORY, Lora, Train, layers_to_recompute, memory_of
-from puna.train.summary import fill_report, metrics_of, start_table
+from puna.train.stages import (
+    SHARE_OF_MEMORY,
+    WITH_REFERENCE,
+    Lora,
+    Train,
+    layers_to_recompute,
+    memory_of,
+    pair_settings,
+)
+from puna.train.summary import add_pairs, fill_report, metrics_of, start_table
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -54,7 +73,6 @@ def run(context: Context, parameters: Train) -> Outcome:
         recipe = _recipe(model, context, parameters, seed)
         sources, recipe = sources_of(model, context, parameters, seed=seed, recipe=recipe, here=here)
         packed = sources.rows
-        held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
         feed = Feed(
             packed,
             batch_tokens=parameters.batch_tokens,
@@ -68,6 +86,11 @@ def run(context: Context, parameters: Train) -> Outcome:
             sources=None if parameters.mixture is None else sources,
         )
         settings = _settings(parameters, feed, seed)
+        held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
+        objective: Objective = CrossEntropy()
+        if feed.unit == "pairs":
+            reference = Reference(context.out / "reference.safetensors", recipe, here)
+            objective, held_out = _preferences(model, parameters, feed, settings, held_out, reference)
         if _sharded(parameters, here):
             shard(model, here)
         dtype = _dtype(context, parameters)
@@ -81,14 +104,11 @@ def run(context: Context, parameters: Train) -> Outcome:
         )
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
         if here.is_main:
-            expected = memory_of(
-                parameters, model.spec, dtype, here.size, here.device.type, model.recomputed_layers
-            )
-            console.print(start_table(model, optimizer.count, packed.report, settings, expected, dtype, here))
+            _tell(model, parameters, optimizer, packed, settings, dtype, here)
         loop = Loop(
             model,
             feed,
-            CrossEntropy(),
+            objective,
             optimizer,
             settings,
             out=context.out,
@@ -112,9 +132,8 @@ def run(context: Context, parameters: Train) -> Outcome:
     accounts = ledger(sources, feed.lengths, feed.uses(state.epoch, state.epoch_step))
     check_trained(accounts, state.tokens)
     context.report.setdefault("tables", []).append(ledger_table(accounts))
-    return Outcome(
-        outputs, metrics_of(lines, state, optimizer.count) | ledger_metrics(accounts) | differences
-    )
+    figures = metrics_of(lines, state, optimizer.count, objective.figures)
+    return Outcome(outputs, figures | ledger_metrics(accounts) | differences)
 
 
 def _handed(context: Context, parameters: Train) -> Handed | None:
@@ -125,6 +144,23 @@ def _handed(context: Context, parameters: Train) -> Handed | None:
     if "restore" in parameters.model_fields_set:
         raise PunaError("there is nothing to restore", where="restore", fix="give the stage an input state")
     return None
+
+
+def _tell(
+    model: Llama,
+    parameters: Train,
+    optimizer: Optimizer,
+    packed: Packed,
+    settings: LoopSettings,
+    dtype: str,
+    here: World,
+) -> None:
+    """Print what is about to happen."""
+    expected = memory_of(parameters, model.spec, dtype, here.size, here.device.type, model.recomputed_layers)
+    table = start_table(model, optimizer.count, packed.report, settings, expected, dtype, here)
+    if OBJECTIVES[parameters.objective].unit == "pairs":
+        add_pairs(table, packed.report, parameters.objective)
+    console.print(table)
 
 
 def _dtype(context: Context, parameters: Train) -> str:
@@ -224,7 +260,40 @@ def _held_out_corpus(model: Llama, corpus: Corpus, parameters: Train) -> HeldOut
             break
         chosen += encoded
         size += len(row["text"].encode()) if corpus.kind == "documents" else 0
-    return HeldOutCorpus(pack(chosen, parameters.max_length, mode=usual_mode(corpus.kind)), size)
+    mode, group = usual_mode(corpus.kind), group_of(corpus.kind)
+    packed = pack(chosen, parameters.max_length, mode=mode, group=group)
+    # Text is measured as text beside any objective, pairs as pairs beside one of theirs.
+    compared = corpus.kind == "preferences" and OBJECTIVES[parameters.objective].unit == "pairs"
+    return HeldOutCorpus(packed, size, unit="pairs" if compared else "tokens")
+
+
+def _preferences(
+    model: Llama,
+    parameters: Train,
+    feed: Feed,
+    settings: LoopSettings,
+    held_out: HeldOut,
+    reference: Reference,
+) -> tuple[Pairs, HeldOut]:
+    """The objective over pairs, and what is held out measured by it, with their references."""
+    loss = pair_loss(parameters.objective, pair_settings(parameters))
+    corpora = {name: corpus for name, corpus in held_out.corpora.items() if corpus.unit == "pairs"}
+    known: dict[str, Tensor] = {}
+    if parameters.objective in WITH_REFERENCE:
+        looked_at = {TRAINED: trained_passes(feed, settings.total_steps)}
+        for name, corpus in corpora.items():
+            own = functools.partial(passes, corpus.packed, held_out.micro_batch_tokens, reference.world)
+            looked_at[f"held_out.{name}"] = Passes(corpus.packed, own, corpus.packed.report.tokens)
+        with measuring(model, reference.world.device):
+            known = reference.log_probs(model, looked_at)
+    compared = {
+        name: dataclasses.replace(
+            corpus, objective=Pairs(loss, Answers(corpus.packed), known.get(f"held_out.{name}"))
+        )
+        for name, corpus in corpora.items()
+    }
+    objective = Pairs(loss, Answers(feed.rows), known.get(TRAINED))
+    return objective, dataclasses.replace(held_out, corpora={**held_out.corpora, **compared})
 
 
 def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:

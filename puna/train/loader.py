@@ -99,6 +99,7 @@ class Feed:
         self.sources = sources
         self.lengths = numpy.array([row.tokens for row in rows], dtype=numpy.int64)  # in tokens
         self.targets = numpy.array([row.targets for row in rows], dtype=numpy.int64)
+        self.unit: Unit = unit
         pairs = [len(row.slices) // 2 for row in rows]
         self.units = self.targets if unit == "tokens" else numpy.array(pairs, dtype=numpy.int64)
         self._epoch = -1

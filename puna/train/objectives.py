@@ -224,4 +224,10 @@ class ObjectiveKind:
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "clm": ObjectiveKind("documents", "tokens"),
     "sft": ObjectiveKind("messages", "tokens"),
+    "dpo": ObjectiveKind("preferences", "pairs"),
+    "length_normalised_dpo": ObjectiveKind("preferences", "pairs"),
+    "ipo": ObjectiveKind("preferences", "pairs"),
+    "orpo": ObjectiveKind("preferences", "pairs"),
+    "simpo": ObjectiveKind("preferences", "pairs"),
+    "cpo": ObjectiveKind("preferences", "pairs"),
 }

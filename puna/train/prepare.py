@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,7 @@ from puna.core.seeds import derive
 from puna.core.stage import Context
 from puna.data.corpus import Corpus
 from puna.text.encode import Encoded, encode_rows
-from puna.text.packing import Mode, usual_mode
+from puna.text.packing import Mode, group_of, usual_mode
 from puna.text.tokenizer import Tokenizer
 from puna.train.curriculum import document_losses, in_order, store, stored
 from puna.train.distributed import World
@@ -57,7 +58,9 @@ def sources_of(
             name: [documents[place] for place in in_order(keys[name], descending=parameters.descending)]
             for name, documents in kept.items()
         }
-    return pack_sources(brought, kept, parameters.max_length, mode=packing_of(parameters)), recipe
+    group = group_of(OBJECTIVES[parameters.objective].kind)
+    mode = packing_of(parameters)
+    return pack_sources(brought, kept, parameters.max_length, mode=mode, group=group), recipe
 
 
 def _documents(model: Llama, paths: Mapping[str, Path], parameters: Train) -> dict[str, list[Document]]:
@@ -76,9 +79,9 @@ def _documents(model: Llama, paths: Mapping[str, Path], parameters: Train) -> di
                 else "convert the corpus",
             )
         tasks: list[str] = []
-        for encoded, task in zip(
-            encode(model, corpus, parameters, _noting(corpus, tasks)), tasks, strict=True
-        ):
+        rows = encode(model, corpus, parameters, _noting(corpus, tasks))
+        each = itertools.chain.from_iterable(itertools.repeat(task, group_of(kind)) for task in tasks)
+        for encoded, task in zip(rows, each, strict=True):
             by_row = parameters.mixture is not None and parameters.mixture.by == "source"
             source = task if by_row else name if parameters.mixture is not None else "all"
             found.setdefault(source, []).append(Document(encoded, task))

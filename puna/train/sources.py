@@ -113,14 +113,18 @@ def pack_sources(
     length: int,
     *,
     mode: Mode,
+    group: int = 1,
 ) -> Sources:
-    """Pack the ``kept`` documents of each source by itself; ``brought`` are those before any cap."""
+    """Pack the ``kept`` documents of each source by itself; ``brought`` are those before any cap.
+
+    So many documents as ``group`` says belong together (see :func:`puna.text.packing.pack`).
+    """
     entries: list[Entry] = []
     rows: list[Row] = []
     counts: list[int] = []
     for name, documents in kept.items():
         try:
-            packed = pack([document.encoded for document in documents], length, mode=mode)
+            packed = pack([document.encoded for document in documents], length, mode=mode, group=group)
         except PunaError as error:
             where = f"source {name!r}" if len(kept) > 1 else error.where
             raise PunaError(

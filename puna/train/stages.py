@@ -1,4 +1,4 @@
-"""The stage ``train``: continued pre-training and supervised fine-tuning, in full or with LoRA."""
+"""The stage ``train``: continued pre-training, fine-tuning, preferences; in full or with LoRA."""
 
 from __future__ import annotations
 
@@ -54,8 +54,19 @@ class Lora(Parameters):
 class Train(Parameters):
     """Parameters of the stage ``train``."""
 
-    objective: Literal["clm", "sft"] = "clm"
-    """clm learns every token of documents; sft the turns of the roles ``train_on`` of conversations."""
+    objective: Literal["clm", "sft", "dpo", "length_normalised_dpo", "ipo", "orpo", "simpo", "cpo"] = "clm"
+    """clm learns every token of documents; sft the turns of the roles ``train_on`` of conversations; the
+    others which of two answers is preferred, dpo, length_normalised_dpo and ipo beside a reference: the
+    model as it is before training."""
+    beta: float | None = pydantic.Field(None, gt=0)
+    """Of preferences: scale of the rewards, of ipo the paper's tau, of orpo its lambda; null is 10 for
+    length_normalised_dpo, 2 for simpo, 0.1 for the others."""
+    label_smoothing: float = pydantic.Field(0.0, ge=0, lt=0.5)
+    """dpo, cpo: share of the pairs taken to be labelled the wrong way round."""
+    target_margin: float = pydantic.Field(1.0, ge=0)
+    """simpo: the paper's gamma, the margin of rewards that is aimed at."""
+    likelihood_weight: float = pydantic.Field(1.0, ge=0)
+    """cpo: weight of the chosen answer's mean token loss."""
     epochs: int | None = pydantic.Field(None, ge=1)
     """Passes over the corpus; one, if neither this nor another limit is given."""
     max_steps: int | None = pydantic.Field(None, ge=1)
@@ -67,10 +78,10 @@ class Train(Parameters):
     micro_batch_tokens: int = pydantic.Field(2048, ge=2)
     """Positions of one forward pass at most, padding included; memory grows with it."""
     max_length: int = pydantic.Field(1024, ge=2)
-    """Tokens of a row."""
+    """Tokens of a row; a pair of answers, each with its prompt, is in one row."""
     packing: Literal["wrap", "fit", "off"] | None = None
     """wrap fills rows and cuts documents (clm only), fit keeps them whole, off gives each a row of its own;
-    null is wrap for clm and fit for sft."""
+    null is wrap for clm and fit for all others."""
     mixture: Mixture | None = None
     """Shares of tokens by source, phases, caps; null takes every row of all corpora once an epoch."""
     order: Literal["shuffled", "sorted"] = "shuffled"
@@ -157,6 +168,18 @@ class Train(Parameters):
                 raise ValueError(
                     f"{name} {getattr(self, name)} has no room for a row of max_length {self.max_length}"
                 )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least 0 and below 1")
+        self._check_schedule(given)
+        self._check_order(given)
+        self._check_objective(given)
+        lora = self.lora
+        if self.sharding == "full" and (self.recompute or (lora and (lora.dora or lora.base == "nf4"))):
+            raise ValueError("sharding 'full' does not go with recompute, lora.dora or lora.base 'nf4'")
+        return self
+
+    def _check_schedule(self, given: set[str]) -> None:
+        """Refuse settings that the schedule does not read."""
         if not isinstance(self.schedule, str):
             check_segments(self.schedule)
         for name, schedules in _READ_BY_SCHEDULES.items():
@@ -165,21 +188,26 @@ class Train(Parameters):
                 raise ValueError(
                     f"{name} means nothing with schedule {kind}, but with {', '.join(schedules)}"
                 )
-        self._check_order(given)
-        if "train_on" in given and self.objective != "sft":
-            raise ValueError("train_on means nothing with objective 'clm', which learns every token")
-        if self.packing == "wrap" and self.objective == "sft":
+
+    def _check_objective(self, given: set[str]) -> None:
+        """Refuse settings that the objective does not read, or that it cannot learn with."""
+        for name, objectives in _READ_BY_OBJECTIVES.items():
+            if name in given and self.objective not in objectives:
+                fitting = ", ".join(objectives)
+                raise ValueError(
+                    f"{name} means nothing with objective {self.objective!r}, but with {fitting}"
+                )
+        if self.packing == "wrap" and self.objective != "clm":
             raise ValueError(
                 "packing 'wrap' cuts conversations, so that the end of an answer would be learnt without its "
-                "question: with objective 'sft' take 'fit' or 'off'"
+                f"question: with objective {self.objective!r} take 'fit' or 'off'"
             )
-        if self.sharding == "full" and (
-            self.recompute or (self.lora and (self.lora.dora or self.lora.base == "nf4"))
-        ):
-            raise ValueError("sharding 'full' does not go with recompute, lora.dora or lora.base 'nf4'")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("betas must be at least 0 and below 1")
-        return self
+        pairs = self.objective in _READ_BY_OBJECTIVES["beta"]
+        if pairs and (self.mixture or self.order == "sorted" or self.sharding == "full"):
+            raise ValueError(
+                f"objective {self.objective!r} learns from pairs, which mixture, order 'sorted' and "
+                "sharding 'full' do not know yet"
+            )
 
     def _check_order(self, given: set[str]) -> None:
         """Refuse settings of mixture and order that do not go with the others."""
@@ -214,6 +242,27 @@ _READ_BY_SCHEDULES = {
     "decay_ratio": ("wsd",),
 }
 
+_READ_BY_OBJECTIVES = {
+    "train_on": ("sft",),
+    "beta": ("dpo", "length_normalised_dpo", "ipo", "orpo", "simpo", "cpo"),
+    "label_smoothing": ("dpo", "cpo"),
+    "target_margin": ("simpo",),
+    "likelihood_weight": ("cpo",),
+}
+WITH_REFERENCE = ("dpo", "length_normalised_dpo", "ipo")
+"""Objectives that compare with the model as it is before training."""
+
+
+def pair_settings(parameters: Train) -> dict[str, float]:
+    """What the preference objective reads, by the names of its settings."""
+    settings = {"label_smoothing": "label_smoothing", "target_margin": "gamma"}
+    settings |= {"beta": "beta", "likelihood_weight": "likelihood_weight"}
+    return {
+        name: getattr(parameters, key)
+        for key, name in settings.items()
+        if parameters.objective in _READ_BY_OBJECTIVES[key] and getattr(parameters, key) is not None
+    }
+
 
 def method_of(parameters: Train) -> Method:
     """What is trained, for the planner."""
@@ -239,7 +288,10 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
     evaluations = _evaluations(parameters, steps)
     names = [name for name in shapes.corpora if name.startswith("held_out")]
     limit = math.inf if parameters.eval_tokens is None else parameters.eval_tokens
-    looked_at = evaluations * sum(min(shapes.corpora[name], limit) for name in names)
+    held_out = sum(min(shapes.corpora[name], limit) for name in names)
+    looked_at = evaluations * held_out
+    if parameters.objective in WITH_REFERENCE:  # one pass before training
+        looked_at += min(tokens, shapes.tokens_of("corpus")) + held_out
     if parameters.order == "sorted" and parameters.sort_by == "loss":
         looked_at += sum(available.values())
     flops = tokens * training_operations(spec, method, parameters.max_length)

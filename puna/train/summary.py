@@ -13,6 +13,7 @@ from puna.train.checkpoint import TrainState
 from puna.train.distributed import World
 from puna.train.loop import LoopSettings
 from puna.train.sharding import is_sharded
+from puna.train.stages import WITH_REFERENCE
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -51,8 +52,17 @@ def start_table(
     return table
 
 
-def metrics_of(lines: Sequence[dict[str, Any]], state: TrainState, trained: int) -> dict[str, float]:
-    """The stage's metrics: counts, first and last losses, speed, and held-out figures before and after."""
+def add_pairs(table: Table, packed: PackReport, objective: str) -> None:
+    """What else is about to happen where ``objective`` learns from pairs of answers."""
+    against = ", against the model as it is before training" if objective in WITH_REFERENCE else ""
+    table.add_row("preferences", f"{packed.used // 2:,} pairs, {objective}{against}")
+
+
+def metrics_of(
+    lines: Sequence[dict[str, Any]], state: TrainState, trained: int, figures: Sequence[str] = ()
+) -> dict[str, float]:
+    """The stage's metrics: counts, first and last losses and ``figures``, speed, held-out figures
+    before and after."""
     steps = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
     found: dict[str, float] = {
@@ -67,6 +77,8 @@ def metrics_of(lines: Sequence[dict[str, Any]], state: TrainState, trained: int)
         "loss.mean": sum(line["loss"] for line in steps) / len(steps),
         "peak_memory": max(line["peak_memory"] for line in steps),
     }
+    for name in figures:
+        found |= {f"{name}.first": steps[0][name], f"{name}.last": steps[-1][name]}
     if evaluations:
         for name in _measured(evaluations):
             found[f"before.{name}"] = evaluations[0][name]
@@ -80,6 +92,7 @@ def fill_report(
     """Add loss and learning-rate curves and a table of the run to a stage's report."""
     steps = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "eval"]
+    unit = "pair" if "margin" in steps[0] else "token"
     losses = [_series("training", steps, "loss")]
     names = _measured(evaluations)
     losses += [
@@ -91,7 +104,8 @@ def fill_report(
         if name.endswith(".bits_per_byte")
     ]
     curves = [
-        {"title": "Loss", "x": "tokens", "y": "nats per token", "series": losses},
+        {"title": "Loss", "x": "tokens", "y": f"nats per {unit}", "series": losses},
+        *(_of_pairs(title, figure, steps, evaluations) for title, figure in _PAIR_CURVES.items()),
         {"title": "Held-out text", "x": "tokens", "y": "bits per byte", "series": bits},
         {
             "title": "Learning rate",
@@ -134,6 +148,23 @@ def mixture_curves(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         series = [_series(name.removeprefix(prefix), own, name) for name in names]
         curves.append({"title": title, "x": "tokens", "y": "", "series": series})
     return curves
+
+
+_PAIR_CURVES = {
+    "Reward margin": "margin",
+    "Pairs with a margin above 0": "accuracy",
+    "Pairs whose chosen answer is more probable": "ranking_accuracy",
+}
+
+
+def _of_pairs(
+    title: str, figure: str, steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A curve of a figure of pairs, in training and of each held-out corpus; of tokens it has no series."""
+    series = [_series("training", steps, figure)] if figure in steps[0] else []
+    names = [name for name in _measured(evaluations) if name.endswith(f".{figure}")]
+    series += [_series(name.removesuffix(f".{figure}"), evaluations, name) for name in names]
+    return {"title": title, "x": "tokens", "y": "", "series": series}
 
 
 def _measured(evaluations: Sequence[dict[str, Any]]) -> list[str]:

@@ -170,6 +170,14 @@ class TestRowsOfEachKind:
             ("7:rejected", "Nee<|im_end|>"),
         ]
 
+    def test_nothing_of_a_prompt_is_learnt_not_even_earlier_answers(
+        self, chat_tokenizer: Tokenizer, template_named: TemplateNamed
+    ) -> None:
+        prompt = [*self.messages, *self.other, *self.messages]
+        rows = [{"id": 7, "prompt": prompt, "chosen": self.answer, "rejected": self.other}]
+        encoded = encode_rows(rows, "preferences", chat_tokenizer, template_named("chatml"))
+        assert [learnt(chat_tokenizer, row) for row in encoded] == ["Dag<|im_end|>", "Nee<|im_end|>"]
+
     def test_sentence_pairs(self, chat_tokenizer: Tokenizer) -> None:
         rows = [{"id": 7, "source_text": "De kat", "target_text": "The cat"}]
         encoded = encode_rows(rows, "sentence_pairs", chat_tokenizer)

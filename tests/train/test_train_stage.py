@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from little_preferences import sentence, write_preferences
 from safetensors.torch import load_file
 
 from puna.core.errors import PunaError
@@ -22,6 +23,7 @@ from puna.text import pretrained
 from puna.text.template import Template
 from puna.train.distributed import World
 from puna.train.metrics import read_metrics
+from puna.train.objectives import OBJECTIVES
 from puna.train.stages import Lora, Train
 
 CHAT = (
@@ -39,10 +41,6 @@ SMALL: dict[str, Any] = {
     "save_dtype": "float32",
 }
 LORA = {"r": 2, "alpha": 8.0}
-
-
-def sentence(generator: Any, words: int) -> str:
-    return " ".join(generator.choice(["the", "cat", "sat", "on", "that", "mat", "went", "again"], words))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dic
         for n in range(30)
     )
     write_corpus(root / "messages", "messages", talks, **about)
-    return {name: root / name for name in ("model", "documents", "held_out", "messages")}
+    write_preferences(root / "preferences", 20)
+    return {name: root / name for name in ("model", "documents", "held_out", "messages", "preferences")}
 
 
 def train(
@@ -93,7 +92,7 @@ def train(
     name: str = "lora",
     **parameters: Any,
 ) -> tuple[Outcome, Context]:
-    kind = "messages" if parameters.get("objective") == "sft" else "documents"
+    kind = OBJECTIVES[parameters.get("objective", "clm")].kind
     inputs: dict[str, Any] = {"model": str(places["model"]), "corpus": {"main": places[kind]}}
     if held_out:
         inputs["held_out"] = {"en": places["held_out"]}
@@ -270,6 +269,13 @@ def test_two_runs_of_one_seed_are_equal_and_another_stage_name_differs(
         ({"gamma": 0.7}, "gamma means nothing"),
         ({"schedule": "constant", "min_learning_rate_ratio": 0.1}, "min_learning_rate_ratio means nothing"),
         ({"train_on": ["user"]}, "train_on means nothing"),
+        ({"objective": "sft", "beta": 0.2}, "beta means nothing with objective 'sft'"),
+        ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing means nothing"),
+        ({"objective": "dpo", "target_margin": 0.5}, "but with simpo"),
+        ({"objective": "orpo", "likelihood_weight": 0.5}, "but with cpo"),
+        ({"objective": "dpo", "train_on": ["user"]}, "train_on means nothing with objective 'dpo'"),
+        ({"objective": "dpo", "packing": "wrap"}, "with objective 'dpo' take 'fit' or 'off'"),
+        ({"objective": "dpo", "label_smoothing": 0.5}, "label_smoothing"),
         ({"objective": "sft", "packing": "wrap"}, "packing 'wrap' cuts conversations"),
         ({"betas": [0.9, 1.0]}, "betas"),
         ({"lora": {"rank": 8}}, "rank"),
@@ -295,6 +301,12 @@ def test_a_corpus_of_the_wrong_kind_is_refused_with_the_objective_that_fits(
     with pytest.raises(PunaError, match="learns from a corpus of messages") as error:
         train({**places, "messages": places["documents"]}, tmp_path, objective="sft")
     assert "'clm'" in str(error.value)
+    with pytest.raises(PunaError, match="learns from a corpus of preferences") as error:
+        train({**places, "preferences": places["messages"]}, tmp_path, objective="dpo")
+    assert "'sft'" in str(error.value)
+    with pytest.raises(PunaError, match="learns from a corpus of documents") as error:
+        train({**places, "documents": places["preferences"]}, tmp_path)
+    assert "dpo" in str(error.value) and "simpo" in str(error.value)
 
 
 def test_resume_refuses_another_recipe_and_finishes_with_the_same(
@@ -445,8 +457,13 @@ def seen(outcome: Outcome, out: Path) -> dict[str, Any]:
 
 
 # What to change, and what must be set besides for it to mean something.
+PAIRS: dict[str, Any] = {"max_length": 96, "batch_tokens": 192, "micro_batch_tokens": 192}
 FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "objective": ({}, {"objective": "sft"}),
+    "beta": ({**PAIRS, "objective": "dpo"}, {"beta": 0.5}),
+    "label_smoothing": ({**PAIRS, "objective": "dpo"}, {"label_smoothing": 0.2}),
+    "target_margin": ({**PAIRS, "objective": "simpo"}, {"target_margin": 0.0}),
+    "likelihood_weight": ({**PAIRS, "objective": "cpo"}, {"likelihood_weight": 0.0}),
     "epochs": ({"max_steps": ..., "epochs": 1}, {"epochs": 2}),
     "max_steps": ({}, {"max_steps": 3}),
     "max_tokens": ({"max_steps": ..., "max_tokens": 100}, {"max_tokens": 200}),
