@@ -171,7 +171,8 @@ def conversations(folder: Path, model: Path, tokens: int) -> Iterator[list[dict[
         messages: list[dict[str, str]] = []
         length = 0
         while length < wanted:
-            taken = [pair for _, pair in zip(range(int(sizes.integers(1, 7))), pairs, strict=False)]
+            most = int(sizes.integers(1, 7)) if wanted - length > 150 else 1
+            taken = [pair for _, pair in zip(range(most), pairs, strict=False)]
             if not taken:
                 raise SystemExit(f"the catalogues hold no {tokens} tokens; ask for fewer steps")
             longer = [*messages, *turn(taken)]

@@ -271,6 +271,9 @@ def _prepare_pairs(work: Work, folder: Path, model: Path, count: int) -> Prepare
     steps: list[rows_of.Step] = [
         tuple(pairs[start : start + PAIRS_PER_STEP]) for start in range(0, len(pairs), PAIRS_PER_STEP)
     ]
+    # puna's steps are counted in tokens: as many as the peer's have on average.
+    mean = rows_of.counted(steps)["tokens"] // len(steps)
+    work = dataclasses.replace(work, settings={**work.settings, "batch_tokens": mean})
     return _written(work, folder, model, rows, steps)
 
 
