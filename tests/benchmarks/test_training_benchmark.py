@@ -8,7 +8,12 @@ from benchmarks import training, training_profile, training_rows, training_work
 from puna.model.spec import BlockSpec, LlamaSpec
 from puna.train.plan import Method, training_operations
 
-SPEC = LlamaSpec(vocab_size=100, hidden_size=32, blocks=(BlockSpec(4, 2, 8, 64),) * 2, tied=True)
+SPEC = LlamaSpec(
+    vocab_size=100,
+    hidden_size=32,
+    blocks=(BlockSpec(heads=4, kv_heads=2, head_dim=8, width=64),) * 2,
+    tied=True,
+)
 
 
 def document(length: int, learnt: int) -> training_rows.Document:
