@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import training_rows as rows_of
-from benchmarks.training_work import WORKS, Peer, Prepared, Work, operations, prepare
+from benchmarks.training_work import WORKS, Peer, Prepared, Work, computed_in, operations, prepare
+from puna.run.machine import choose_dtype
 
 console = Console(width=int(os.environ.get("COLUMNS", "150")))
 STEPS = {"lora-sft": 8, "lora-sft-defaults": 10, "full-cpt": 10, "dpo": 8}
@@ -140,7 +141,7 @@ def run_puna(prepared: Prepared, count: int, threads: int) -> Result:
         out = Path(name) / "run"
         command = [sys.executable, "-m", "puna.cli", "stage", "train"]
         command += ["--in", f"model={prepared.model}", "--in", f"corpus={prepared.corpus}", "--out", str(out)]
-        command += ["--dtype", "bfloat16", "--device", "cpu", *values(prepared.work.settings)]
+        command += ["--dtype", prepared.work.dtype, "--device", "cpu", *values(prepared.work.settings)]
         peak = run([*command, f"max_steps={count}"], threads)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
@@ -333,9 +334,11 @@ def losses_table(comparison: Comparison, most: int = 4) -> Table:
     return table
 
 
-def summary(comparisons: Sequence[Comparison], runs: int) -> Table:
+def summary(comparisons: Sequence[Comparison], runs: int, dtype: str) -> Table:
     """The table of ratios against the bars."""
-    table = Table(title=f"SmolLM2-135M-Instruct, medians of {runs} pairs of fresh processes in turn")
+    table = Table(
+        title=f"SmolLM2-135M-Instruct in {dtype}, medians of {runs} pairs of fresh processes in turn"
+    )
     columns = ("work", "tokens/s puna", "peer", "ratio", "at least", "peak GB puna", "peer", "ratio")
     for column in (*columns, "at most", "of the limit: puna", "peer"):
         table.add_column(column)
@@ -378,6 +381,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="pairs of runs")
     parser.add_argument("--steps", type=int, help="optimiser steps of a run, at least 2")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--json", type=Path, help="keep all figures in this file")
     parser.add_argument("--folder", type=Path, help="where model and rows are kept")
     parser.add_argument("--growth", choices=("length", "size"))
@@ -390,10 +394,12 @@ def main() -> None:
     if given.steps is not None and given.steps < 2:
         parser.error("--steps is at least 2: the first is not measured")
     folder = cache(given.folder)
+    dtype = choose_dtype(given.dtype, "cpu")
+    console.print(f"both sides compute in {dtype}")
     if given.profile:
         from benchmarks.training_profile import profile
 
-        profile(WORKS[given.profile], folder, given.threads)
+        profile(computed_in(dtype, WORKS[given.profile]), folder, given.threads)
         return
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("the peer is not installed: pip install -c constraints.txt trl==1.16.0")
@@ -405,24 +411,24 @@ def main() -> None:
     if given.growth:
         from benchmarks.training_growth import growth
 
-        growth(given, folder, peak["bfloat16"])
+        growth(given, folder, dtype, peak[dtype])
         return
     comparisons: list[Comparison] = []
     for name in given.work:
-        work, count = WORKS[name], given.steps or STEPS[name]
+        work, count = computed_in(dtype, WORKS[name]), given.steps or STEPS[name]
         console.rule(name)
         if not has_objective(work.settings["objective"]):
             console.print(f"skipped: puna's stage train has no objective {work.settings['objective']!r} yet")
             continue
         comparisons.append(
-            compare(prepare(work, folder, count), given.runs, count, given.threads, peak["bfloat16"])
+            compare(prepare(work, folder, count), given.runs, count, given.threads, peak[dtype])
         )
         if given.json:
             from puna.core.files import write_json
 
             write_json(given.json, [one.as_json() for one in comparisons])
     if comparisons:
-        console.print(summary(comparisons, given.runs))
+        console.print(summary(comparisons, given.runs, dtype))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.training import Result, console, run_peer, run_puna, share_of_limit, spec_of
-from benchmarks.training_work import SIZES, Prepared, Work, of_length, of_size, prepare
+from benchmarks.training_work import SIZES, Prepared, Work, computed_in, of_length, of_size, prepare
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 STEPS = 3
@@ -19,24 +19,24 @@ LARGEST = {"length": 4096.0, "size": 400.0}
 MILLIONS = {"40M": 40.0, "135M": 135.0, "362M": 362.0, "1.1B": 1100.0}
 
 
-def points(given: argparse.Namespace) -> list[tuple[str, float, Work]]:
+def points(given: argparse.Namespace, dtype: str) -> list[tuple[str, float, Work]]:
     """Name, size and work of each line of the table."""
     if given.growth == "length":
         lengths = [int(length) for length in given.only or LENGTHS]
-        return [(str(length), float(length), of_length(length)) for length in lengths]
+        return [(str(length), float(length), computed_in(dtype, of_length(length))) for length in lengths]
     names = given.only or list(SIZES)
     unknown = sorted(set(names) - set(SIZES))
     if unknown:
         raise SystemExit(f"no such size: {', '.join(unknown)}; there are {', '.join(SIZES)}")
-    return [(name, MILLIONS[name], of_size(name)) for name in names]
+    return [(name, MILLIONS[name], computed_in(dtype, of_size(name))) for name in names]
 
 
-def growth(given: argparse.Namespace, folder: Path, peak: float) -> None:
+def growth(given: argparse.Namespace, folder: Path, dtype: str, peak: float) -> None:
     """Measure each point on both sides, where the peer is feasible, and print the table."""
     largest = LARGEST[given.growth] if given.peer_up_to is None else given.peer_up_to
     count = given.steps or STEPS
     found: list[tuple[str, Prepared, Result, Result | None]] = []
-    for name, size, work in points(given):
+    for name, size, work in points(given, dtype):
         prepared = prepare(work, folder, count)
         ours = run_puna(prepared, count, given.threads)
         theirs = None

@@ -135,7 +135,7 @@ def measure(job: dict[str, Any]) -> None:
         setattr(Optimizer, name, recorded(getattr(Optimizer, name), "benchmark: optimiser"))
     given = {"model": job["model"], "corpus": job["corpus"]}
     settings = {**job["settings"], "max_steps": LAST}
-    run_stage("train", given, job["out"], settings, device="cpu", dtype="bfloat16")
+    run_stage("train", given, job["out"], settings, device="cpu", dtype=job["dtype"])
     groups = grouped(profiler.events() or [], job["rank"])
     write_json(Path(job["result"]), {"groups": groups, "seconds": seen["seconds"]})
 
@@ -147,7 +147,7 @@ def profile(work: Work, folder: Path, threads: int) -> None:
     if not has_objective(work.settings["objective"]):
         console.print(f"skipped: puna's stage train has no objective {work.settings['objective']!r} yet")
         return
-    peak = measured_peak(threads)["bfloat16"]
+    peak = measured_peak(threads)[work.dtype]
     prepared = prepare(work, folder, LAST)
     with tempfile.TemporaryDirectory(prefix="puna-profile-") as name:
         result = Path(name) / "result.json"
@@ -155,6 +155,7 @@ def profile(work: Work, folder: Path, threads: int) -> None:
             "model": str(prepared.model),
             "corpus": str(prepared.corpus),
             "settings": work.settings,
+            "dtype": work.dtype,
             "rank": LORA["r"] if "lora" in work.settings else -1,
             "threads": threads,
             "out": str(Path(name) / "run"),

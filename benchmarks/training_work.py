@@ -45,6 +45,7 @@ class Work:
     speed: float  # supervised tokens per second, at least so many times the peer's
     memory: float  # peak memory, at most so much of the peer's
     folder_of_model: str = ""  # another model than SmolLM2-135M
+    dtype: str = "bfloat16"  # what both sides compute in
 
     @property
     def batch_tokens(self) -> int:
@@ -101,7 +102,7 @@ DEFAULTS = dataclasses.replace(
 )
 FULL = Work(
     name="full-cpt",
-    says="all weights, 2 packed rows of 1024 a step; transformers Trainer, bfloat16 over float32 masters",
+    says="all weights, 2 packed rows of 1024 a step; transformers Trainer, float32 masters on both sides",
     kind="documents",
     settings={
         **COMMON,
@@ -112,8 +113,8 @@ FULL = Work(
         "max_length": 1024,
     },
     peers=(
-        Peer("float32 weights, bf16=True, 2 rows", "plain", 2, {"bf16": True}, dtype="float32"),
-        Peer("float32 weights, bf16=True, 1 row", "plain", 1, {"bf16": True}, dtype="float32"),
+        Peer("2 rows at once, float32 weights", "plain", 2, {"bf16": True}, dtype="float32"),
+        Peer("1 row at once, float32 weights", "plain", 1, {"bf16": True}, dtype="float32"),
         Peer("bfloat16 weights, no masters", "plain", 2, {"bf16": False}, comparable=False),
     ),
     speed=1.7,
@@ -143,6 +144,24 @@ DPO = Work(
     speed=2.0,
     memory=0.5,
 )
+
+
+def computed_in(dtype: str, work: Work) -> Work:
+    """The same work with both sides computing in ``dtype``.
+
+    Where the processor has no unit for bfloat16, products in it are ten times slower than in float32
+    for either side: the peer's own default of bfloat16 is then turned off too.
+    """
+    if dtype == "bfloat16":
+        return work
+    peers = tuple(
+        dataclasses.replace(peer, dtype=dtype, arguments={**peer.arguments, "bf16": False})
+        for peer in work.peers
+        if peer.comparable
+    )
+    return dataclasses.replace(work, peers=peers, dtype=dtype)
+
+
 WORKS = {work.name: work for work in (SFT, DEFAULTS, FULL, DPO)}
 PAIRS_PER_STEP = 8
 
