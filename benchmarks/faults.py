@@ -23,11 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.faults_setting import little_disk, tiny_model, write_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_STEPS = 48, 3
@@ -282,7 +284,7 @@ def full_disk(drill: Drill) -> None:
     """A file system with room for two checkpoints and a half; then a limit below the final model."""
     state = sum(file.stat().st_size for file in (drill.folder / "whole" / "state").iterdir())
     place = drill.folder / "little"
-    with _little_disk(place, int(2.5 * state)) as grow:
+    with little_disk(place, int(2.5 * state)) as grow:
         if grow is not None:
             code, said = drill.run("little/run")
             failures = _refused(
@@ -338,7 +340,7 @@ def changed(drill: Drill) -> None:
     else:
         others = []
     other = drill.folder / "changed" / "documents"
-    _write_documents(other, 1, 300)
+    write_documents(other, 1, 300)
     others += [
         ("recipe", {}, {"learning_rate": 0.02}, "learning_rate"),
         ("corpus", {"corpus": other}, {}, "corpus"),
@@ -421,99 +423,13 @@ def _told(said: str) -> str:
     return next(telling, "(nothing to say)")
 
 
-@contextmanager
-def _little_disk(place: Path, size: int) -> Iterator[Callable[[int], None] | None]:
-    """A small file system at ``place``, and a function that makes it larger; None where we may not mount."""
-    place.mkdir()
-    mounted = (
-        not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)],
-            stderr=subprocess.DEVNULL,
-            check=False,
-        ).returncode
-        if os.geteuid() == 0 and shutil.which("mount")
-        else False
-    )
-
-    def grow(larger: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={larger}", str(place)], check=True)
-
-    try:
-        yield grow if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(place)], check=True)
-
-
-def _write_documents(folder: Path, seed: int, count: int) -> None:
-    from puna.data.corpus import write_corpus
-
-    draws = random.Random(seed)
-    words = [
-        "the",
-        "cat",
-        "and",
-        "other",
-        "sat",
-        "on",
-        "that",
-        "mat",
-        "in",
-        "then",
-        "it",
-        "went",
-        "red",
-        "moon",
-    ]
-    rows = (
-        {
-            "id": f"{folder.name}{number}",
-            "text": " ".join(draws.choices(words, k=draws.randint(4, 40))),
-            "source": "drill",
-            "language": "en",
-        }
-        for number in range(count)
-    )
-    about = {"provenance": [{"source": "drill", "licence": "CC0"}], "ledger": {}}
-    write_corpus(folder, "documents", rows, **about)
-
-
-def _tiny_model(folder: Path) -> None:
-    """A Llama of 0.2M parameters with a byte-level tokenizer, drawn at random."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    import puna
-    from puna.core.seeds import torch_generator
-    from puna.model.llama import Llama
-    from puna.model.spec import BlockSpec, LlamaSpec
-    from puna.text.tokenizer import Tokenizer
-
-    core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<s>", "</s>", "<spare>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(["the cat and the other cat sat on that mat in the end"] * 9, trainer)
-    tokenizer = Tokenizer(core, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
-    block = BlockSpec(heads=4, kv_heads=2, head_dim=16, width=192)
-    spec = LlamaSpec(tokenizer.vocab_size, 64, (block,) * 4, tied=True, max_positions=128)
-    model: Any = Llama(spec, generator=torch_generator(0, "drill"))
-    model.tokenizer = tokenizer
-    puna.save(model, folder)
-
-
 def drill(folder: Path, *, model: str | None, count: int, seed: int, only: Sequence[str]) -> list[Verdict]:
     """Run the drill in an empty folder and return what became of each fault."""
     if model is None:
-        _tiny_model(folder / "model")
+        tiny_model(folder / "model")
         model = str(folder / "model")
-    _write_documents(folder / "documents", 0, 300)
-    _write_documents(folder / "held_out", 2, 12)
+    write_documents(folder / "documents", 0, 300)
+    write_documents(folder / "held_out", 2, 12)
     found = Drill(folder, model, count, random.Random(seed))
     code, said = found.run("whole")
     if code:

@@ -101,7 +101,9 @@ def world(device: str = "cpu") -> Iterator[World]:
     joined_here = not dist.is_initialized()
     if joined_here:
         store, rank, size = next(iter(rendezvous("env://")))
-        store = dist.PrefixStore(f"puna/{next(_groups)}", store)  # type: ignore[attr-defined]
+        # torchrun keeps its store over a restart: the addresses in it may be those of processes that died.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"puna/{attempt}/{next(_groups)}", store)  # type: ignore[attr-defined]
         backend = "nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:

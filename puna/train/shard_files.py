@@ -33,7 +33,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> 
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=_files(tensors), save_distributed=True
     )
-    with _alone(world) as no_dist:
+    with _alone(world) as no_dist, _own_error():
         save(dict(tensors), storage_writer=writer, no_dist=no_dist)
     own = sorted(folder.glob(f"shard-{world.rank + 1:05d}-{_PATTERN.removeprefix('shard-')}"))
     return _exchange({file.name: sha256_of(file) for file in own}, folder, world)
@@ -45,7 +45,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor], world: World) -> N
     from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(folder))
-    with _alone(world) as no_dist:
+    with _alone(world) as no_dist, _own_error():
         load(dict(tensors), storage_reader=reader, no_dist=no_dist)
 
 
@@ -75,6 +75,17 @@ def _alone(world: World) -> Iterator[bool]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield world.size == 1
+
+
+@contextlib.contextmanager
+def _own_error() -> Iterator[None]:
+    """DCP gathers what went wrong on all processes in an exception of its own: raise the first of them."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -255,12 +255,16 @@ WITH_REFERENCE = ("dpo", "length_normalised_dpo", "ipo")
 
 def pair_settings(parameters: Train) -> dict[str, float]:
     """What the preference objective reads, by the names of its settings."""
-    settings = {"label_smoothing": "label_smoothing", "target_margin": "gamma"}
-    settings |= {"beta": "beta", "likelihood_weight": "likelihood_weight"}
+    every = {
+        "beta": ("beta", parameters.beta),
+        "label_smoothing": ("label_smoothing", parameters.label_smoothing),
+        "target_margin": ("gamma", parameters.target_margin),
+        "likelihood_weight": ("likelihood_weight", parameters.likelihood_weight),
+    }
     return {
-        name: getattr(parameters, key)
-        for key, name in settings.items()
-        if parameters.objective in _READ_BY_OBJECTIVES[key] and getattr(parameters, key) is not None
+        name: value
+        for key, (name, value) in every.items()
+        if parameters.objective in _READ_BY_OBJECTIVES[key] and value is not None
     }
 
 

@@ -41,7 +41,7 @@ def code(package: Path, monkeypatch: pytest.MonkeyPatch) -> Code:
 
         function.__module__ = module.__name__
         fingerprints._of_source.cache_clear()
-        return fingerprints.code_of(Stage(room, function, Parameters, {}, {}, 1, None, None, False, ""))
+        return fingerprints.code_of(Stage(room, function, Parameters, {}, {}, 1, None, None, False, None, ""))
 
     return of
 

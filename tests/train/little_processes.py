@@ -30,7 +30,7 @@ from puna.train.loader import Feed
 from puna.train.loop import Loop, LoopSettings
 from puna.train.objectives import CrossEntropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
-from puna.train.schedule import Schedule
+from puna.train.schedule import preset
 from puna.train.sharding import is_shard, local_part, shard
 
 STEPS = 20
@@ -65,9 +65,7 @@ def make_loop(
         size=here.size,
     )
     steps, tokens = feed.count(max_steps=STEPS)
-    settings = LoopSettings(
-        steps, tokens, Schedule("cosine", steps), seed=3, eval_steps=HALF, save_steps=HALF
-    )
+    settings = LoopSettings(steps, tokens, preset("cosine", steps), seed=3, eval_steps=HALF, save_steps=HALF)
     held_out = HeldOut({"nl": HeldOutCorpus(rows([9, 20, 31, 6, 14], mode="wrap"), 100)}, 32, here)
 
     def evaluate(model: Llama) -> dict[str, float]:

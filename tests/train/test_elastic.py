@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "micro_batch_tokens": 32,
     "max_length": 32,
     "packing": "off",
-    "learning_rate": 1e-2,
+    "learning_rate": 1e-3,
     "dtype": "float32",
     "save_dtype": "float32",
     "sharding": "full",

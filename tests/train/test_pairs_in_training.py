@@ -314,10 +314,12 @@ def test_a_plan_counts_the_reference_pass(places: dict[str, Path]) -> None:
     class Shapes:
         spec = pretrained.load(places["model"]).spec
         dtype = "float32"
+        processes = 1
         corpora: dict[str, float] = {"corpus.main": 1000.0}  # noqa: RUF012
 
         class device:
             name = "this"
+            memory = 8e9
 
             @staticmethod
             def seconds(flops: float, dtype: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from little_checkpoints import stored
 from little_preferences import sentence, write_preferences
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from puna.model.adapter_files import read_adapter
 from puna.model.nf4 import quantize_base, take_quantised
 from puna.text import pretrained
 from puna.text.template import Template
+from puna.train.checkpoint import Checkpoints
 from puna.train.distributed import World
 from puna.train.metrics import read_metrics
 from puna.train.objectives import OBJECTIVES
@@ -354,9 +356,9 @@ def test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_
     whole, _ = train(places, tmp_path / "whole", held_out=True, state_after=4, eval_steps=2, **same)
     half, _ = train(places, tmp_path / "half", stop_after=4, state_after="end", **same)
     assert half.metrics["steps"] == 4 and whole.metrics["steps"] == 8
-    for file in ("weights", "moments", "generators"):
-        one, other = (load_file(o.outputs["state"] / f"{file}.safetensors") for o in (whole, half))
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    one, other = (stored(outcome.outputs["state"]) for outcome in (whole, half))
+    assert one.keys() == other.keys() and "cpu/0" in one
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     ends = {}
     for restore in ("all", "weights"):
         settings = {**same, "restore": restore, "save_dtype": "float32", "state_after": "end"}
@@ -380,7 +382,7 @@ def test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_
     ("changed", "words"),
     [
         ({"learning_rate": 2e-2}, "'learning_rate' has changed"),
-        ({"seed": 3}, "'seed' has changed"),
+        ({"weight_decay": 0.1}, "'weight_decay' has changed"),
         ({"stop_after": 2}, "nothing is left to train"),
     ],
 )
@@ -392,13 +394,38 @@ def test_a_state_of_another_recipe_or_beyond_the_end_is_refused(
         train(places, tmp_path / "on", state=half.outputs["state"], **changed)
 
 
+def test_recomputed_layers_change_no_bit_of_a_training(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as are set, or as few as the memory needs; dropout draws the same again."""
+    from puna.train import job
+
+    same = {"lora": {**LORA, "dropout": 0.3}, "max_steps": 3, "save_dtype": "float32"}
+    seen: list[int] = []
+    plain = job.start_table
+
+    def table(model: Any, *others: Any) -> Any:
+        seen.append(model.recomputed_layers)
+        return plain(model, *others)
+
+    monkeypatch.setattr(job, "start_table", table)
+    usual, _ = train(places, tmp_path / "usual", **same)
+    one, _ = train(places, tmp_path / "one", recompute=1, **same)
+    monkeypatch.setattr(job, "total_memory", lambda: 1)
+    needed, _ = train(places, tmp_path / "needed", **same)
+    assert seen == [0, 1, 2]
+    for outcome in (one, needed):
+        found = weights(outcome)
+        assert all(torch.equal(tensor, found[name]) for name, tensor in weights(usual).items())
+
+
 def test_a_state_with_a_torn_file_is_refused_by_name(places: dict[str, Path], tmp_path: Path) -> None:
     half, _ = train(places, tmp_path / "half", stop_after=2, state_after="end")
-    file = half.outputs["state"] / "moments.safetensors"
+    (file,) = half.outputs["state"].glob("shard-*.safetensors")
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content[:-5])
-    with pytest.raises(PunaError, match=r"moments.safetensors: not the file that was written"):
+    with pytest.raises(PunaError, match=r"shard-.*safetensors: not the file that was written"):
         train(places, tmp_path / "on", state=half.outputs["state"])
 
 
@@ -515,6 +542,7 @@ _SEEN_ELSEWHERE = {
     "save_steps": "test_save_steps_make_checkpoints",
     "restore": "test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_do_not",
     "sharding": "test_a_process_alone_shares_nothing_out",
+    "recompute": "test_recomputed_layers_change_no_bit_of_a_training",
 }
 
 
@@ -595,6 +623,7 @@ def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path
 
         class device:
             name = "this"
+            memory = 8e9
 
             @staticmethod
             def seconds(flops: float, dtype: str) -> float:
@@ -634,6 +663,7 @@ def test_another_process_than_the_first_reads_nothing_that_the_first_may_have_mo
         yield World(rank=1)
 
     monkeypatch.setattr(job, "world", second)
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: None)  # all processes write one together
     outcome, context = train(places, tmp_path / "gone", lora=LORA)
     assert outcome.outputs["model"] == tmp_path / "gone" / "model"
     assert outcome.metrics == context.report == {}
