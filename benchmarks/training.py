@@ -34,23 +34,20 @@ from benchmarks.training_work import WORKS, Peer, Prepared, Work, computed_in, o
 from puna.run.machine import choose_dtype
 
 console = Console(width=int(os.environ.get("COLUMNS", "150")))
-STEPS = {"lora-sft": 8, "lora-sft-defaults": 10, "full-cpt": 10, "dpo": 8}
-TRIAL_STEPS = 3
+STEPS = {"lora-sft": 5, "lora-sft-defaults": 5, "full-cpt": 5, "dpo": 5}
+TRIAL_STEPS = 2
 PEAK = """
 import json, sys, time, torch
 torch.set_num_threads(int(sys.argv[1]))
-rates = {}
-for dtype in (torch.bfloat16, torch.float32):
-    best = 0.0
-    for size in (1024, 2048, 4096):
-        left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+dtype, best = getattr(torch, sys.argv[2]), 0.0
+for size in (1024, 2048, 4096):
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    left @ right
+    for _ in range(6):
+        start = time.perf_counter()
         left @ right
-        for _ in range(6):
-            start = time.perf_counter()
-            left @ right
-            best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    rates[str(dtype).removeprefix("torch.")] = best
-print(json.dumps(rates))
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+print(json.dumps(best))
 """
 
 
@@ -143,6 +140,7 @@ def run_puna(prepared: Prepared, count: int, threads: int) -> Result:
         command += ["--in", f"model={prepared.model}", "--in", f"corpus={prepared.corpus}", "--out", str(out)]
         command += ["--dtype", prepared.work.dtype, "--device", "cpu", *values(prepared.work.settings)]
         peak = run([*command, f"max_steps={count}"], threads)
+        metrics = json.loads((out / "stage.json").read_text())["metrics"]
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
     return Result(
@@ -150,6 +148,7 @@ def run_puna(prepared: Prepared, count: int, threads: int) -> Result:
         targets=[int(value) for value in differences([line["targets"] for line in lines])],
         losses=[line["loss"] for line in lines],
         peak=peak,
+        precomputing=metrics.get("reference_seconds", 0.0),
     )
 
 
@@ -184,11 +183,11 @@ def run_peer(prepared: Prepared, peer: Peer, count: int, threads: int) -> Result
     return Result(targets=targets, peak=peak, **found)
 
 
-def measured_peak(threads: int) -> dict[str, float]:
+def measured_peak(threads: int, dtype: str) -> float:
     """Operations per second of large matrix products, the best of several, in a fresh process."""
-    command = [sys.executable, "-c", PEAK, str(threads)]
+    command = [sys.executable, "-c", PEAK, str(threads), dtype]
     done = subprocess.run(command, env=environment(threads), capture_output=True, text=True, check=True)
-    return {name: float(rate) for name, rate in json.loads(done.stdout).items()}
+    return float(json.loads(done.stdout))
 
 
 def trial(prepared: Prepared, threads: int) -> tuple[Peer, list[tuple[Peer, Result]]]:
@@ -403,15 +402,12 @@ def main() -> None:
         return
     if importlib.util.find_spec("trl") is None:
         raise SystemExit("the peer is not installed: pip install -c constraints.txt trl==1.16.0")
-    peak = measured_peak(given.threads)
-    console.print(
-        f"large matrix product, {given.threads} threads: "
-        + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peak.items())
-    )
+    peak = measured_peak(given.threads, dtype)
+    console.print(f"large matrix product, {given.threads} threads: {dtype} {peak / 1e9:.0f} GFLOP/s")
     if given.growth:
         from benchmarks.training_growth import growth
 
-        growth(given, folder, dtype, peak[dtype])
+        growth(given, folder, dtype, peak)
         return
     comparisons: list[Comparison] = []
     for name in given.work:
@@ -420,9 +416,7 @@ def main() -> None:
         if not has_objective(work.settings["objective"]):
             console.print(f"skipped: puna's stage train has no objective {work.settings['objective']!r} yet")
             continue
-        comparisons.append(
-            compare(prepare(work, folder, count), given.runs, count, given.threads, peak[dtype])
-        )
+        comparisons.append(compare(prepare(work, folder, count), given.runs, count, given.threads, peak))
         if given.json:
             from puna.core.files import write_json
 

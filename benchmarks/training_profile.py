@@ -147,7 +147,7 @@ def profile(work: Work, folder: Path, threads: int) -> None:
     if not has_objective(work.settings["objective"]):
         console.print(f"skipped: puna's stage train has no objective {work.settings['objective']!r} yet")
         return
-    peak = measured_peak(threads)[work.dtype]
+    peak = measured_peak(threads, work.dtype)
     prepared = prepare(work, folder, LAST)
     with tempfile.TemporaryDirectory(prefix="puna-profile-") as name:
         result = Path(name) / "result.json"

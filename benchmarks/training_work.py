@@ -72,21 +72,14 @@ SFT = Work(
         "objective": "sft",
         "lora": LORA,
         "learning_rate": 1e-3,
-        "batch_tokens": 4096,
-        "micro_batch_tokens": 2048,
+        "batch_tokens": 2048,
+        "micro_batch_tokens": 1024,
         "max_length": 1024,
     },
     peers=(
         Peer("bfd, 1 row at once", "sft", 1, {**PACKED, **NO_CHECKPOINTS}),
         Peer("bfd, 2 rows at once", "sft", 2, {**PACKED, **NO_CHECKPOINTS}),
-        Peer("bfd, 4 rows at once", "sft", 4, {**PACKED, **NO_CHECKPOINTS}),
-        Peer("bfd, 1 row, checkpointing", "sft", 1, PACKED),
-        Peer(
-            "wrapped, 2 rows at once", "sft", 2, {**PACKED, "packing_strategy": "wrapped", **NO_CHECKPOINTS}
-        ),
-        Peer(
-            "wrapped, 4 rows at once", "sft", 4, {**PACKED, "packing_strategy": "wrapped", **NO_CHECKPOINTS}
-        ),
+        Peer("wrapped, 2 rows at once", "sft", 2, WRAPPED),
     ),
     speed=2.0,
     memory=0.6,
@@ -130,15 +123,13 @@ DPO = Work(
         "beta": 0.1,
         "lora": LORA,
         "learning_rate": 1e-4,
-        "batch_tokens": 4096,
-        "micro_batch_tokens": 2048,
+        "batch_tokens": 2048,
+        "micro_batch_tokens": 1024,
         "max_length": 1024,
     },
     peers=(
-        Peer("8 pairs at once", "dpo", 8, NO_CHECKPOINTS),
         Peer("4 pairs at once", "dpo", 4, NO_CHECKPOINTS),
         Peer("2 pairs at once", "dpo", 2, NO_CHECKPOINTS),
-        Peer("4 pairs, reference ahead", "dpo", 4, {**NO_CHECKPOINTS, "precompute_ref_log_probs": True}),
         Peer("2 pairs, reference ahead", "dpo", 2, {**NO_CHECKPOINTS, "precompute_ref_log_probs": True}),
     ),
     speed=2.0,
@@ -163,7 +154,7 @@ def computed_in(dtype: str, work: Work) -> Work:
 
 
 WORKS = {work.name: work for work in (SFT, DEFAULTS, FULL, DPO)}
-PAIRS_PER_STEP = 8
+PAIRS_PER_STEP = 4
 
 
 def of_length(length: int) -> Work:
@@ -283,7 +274,7 @@ def _prepare_pairs(work: Work, folder: Path, model: Path, count: int) -> Prepare
     documents = [rows_of.completion(one.ids, one.trained) for one in pieces]
     longest = int(work.settings["max_length"])
     both = zip(drawn, documents[::2], documents[1::2], strict=True)
-    fitting = [(row, (one, two)) for row, one, two in both if max(len(one.ids), len(two.ids)) <= longest]
+    fitting = [(row, (one, two)) for row, one, two in both if len(one.ids) + len(two.ids) <= longest]
     if len(fitting) < wanted:
         raise SystemExit(f"{work.name}: {len(fitting)} pairs fit, not {wanted}")
     rows, pairs = [row for row, _ in fitting[:wanted]], [pair for _, pair in fitting[:wanted]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def run(context: Context, parameters: Train) -> Outcome:
     if handed is not None and parameters.seed is None:
         seed = seed_of(handed.folder)
     with world(context.device) as here:
-        model, differences = _open(context, parameters, here, seed)
+        model, measured = _open(context, parameters, here, seed)
         recipe = _recipe(model, context, parameters, seed)
         sources, recipe = sources_of(model, context, parameters, seed=seed, recipe=recipe, here=here)
         packed = sources.rows
@@ -89,8 +90,10 @@ def run(context: Context, parameters: Train) -> Outcome:
         held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
         objective: Objective = CrossEntropy()
         if feed.unit == "pairs":
+            start = time.perf_counter()
             reference = Reference(context.out / "reference.safetensors", recipe, here)
             objective, held_out = _preferences(model, parameters, feed, settings, held_out, reference)
+            measured["reference_seconds"] = time.perf_counter() - start
         if _sharded(parameters, here):
             shard(model, here)
         dtype = _dtype(context, parameters)
@@ -133,7 +136,7 @@ def run(context: Context, parameters: Train) -> Outcome:
     check_trained(accounts, state.tokens)
     context.report.setdefault("tables", []).append(ledger_table(accounts))
     figures = metrics_of(lines, state, optimizer.count, objective.figures)
-    return Outcome(outputs, figures | ledger_metrics(accounts) | differences)
+    return Outcome(outputs, figures | ledger_metrics(accounts) | measured)
 
 
 def _handed(context: Context, parameters: Train) -> Handed | None:
