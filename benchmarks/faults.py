@@ -33,6 +33,7 @@ from benchmarks.faults_setting import little_disk, tiny_model, write_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_STEPS = 48, 3
+SHARD = "shard-00001-model-00001-of-00001.safetensors"  # a process alone writes one
 CLOCK = ("seconds", "tokens_per_second", "targets_per_second", "peak_memory")
 SETTINGS = {
     "max_steps": STEPS,
@@ -250,7 +251,8 @@ def accumulation(drill: Drill) -> None:
         if code:
             drill.judge("accumulation", f"micro_batch_tokens={size}", said, [f"exit code {code}"])
             return
-        found.append(load_file(drill.folder / name / "state" / "moments.safetensors"))
+        stored = load_file(drill.folder / name / "state" / SHARD)
+        found.append({key: tensor for key, tensor in stored.items() if not key.startswith("weights/")})
     largest = max(float((tensor - found[1][name]).abs().max()) for name, tensor in found[0].items())
     failures = [] if largest < 1e-6 else ["the averages of the gradients differ by more than 1e-6"]
     said = f"(averages of gradients after 8 steps differ by at most {largest:.1e})"
@@ -259,11 +261,9 @@ def accumulation(drill: Drill) -> None:
 
 def damaged(drill: Drill) -> None:
     """A torn file, and a flipped byte in each file of the newest checkpoint."""
-    names = ("weights.safetensors", "moments.safetensors", "generators.safetensors", "state.json")
-    cut = drill.generator.choice(names)
-    for name in names:
-        torn = name == cut
-        out = f"damaged-{name.partition('.')[0]}"
+    names = [SHARD, "generators.safetensors", "state.json"]
+    for name, torn in [(SHARD, True), *((name, False) for name in names)]:
+        out = f"damaged-{name.partition('.')[0]}-{'torn' if torn else 'flipped'}"
         newest = sorted(drill.unfinished(out).glob("checkpoint-*"))[-1]
         content = bytearray((newest / name).read_bytes())
         place = drill.generator.randrange(len(content))
