@@ -102,7 +102,7 @@ FULL = Work(
         "objective": "clm",
         "learning_rate": 1e-4,
         "batch_tokens": 2048,
-        "micro_batch_tokens": 2048,
+        "micro_batch_tokens": 1024,
         "max_length": 1024,
     },
     peers=(
@@ -269,7 +269,7 @@ def prepare(work: Work, folder: Path, count: int) -> Prepared:
 def _prepare_pairs(work: Work, folder: Path, model: Path, count: int) -> Prepared:
     """Preference pairs; a step of the peer has a fixed number of them, a step of puna a number of tokens."""
     wanted = count * PAIRS_PER_STEP
-    drawn = list(rows_of.preference_rows(folder, model, 3 * wanted * rows_of.MEAN_TOKENS))
+    drawn = list(rows_of.preference_rows(folder, model, 6 * wanted * rows_of.MEAN_TOKENS))
     pieces = rows_of.encoded(model, work.kind, drawn)
     documents = [rows_of.completion(one.ids, one.trained) for one in pieces]
     longest = int(work.settings["max_length"])
