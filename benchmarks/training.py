@@ -139,7 +139,8 @@ def run_puna(prepared: Prepared, count: int, threads: int) -> Result:
         command = [sys.executable, "-m", "puna.cli", "stage", "train"]
         command += ["--in", f"model={prepared.model}", "--in", f"corpus={prepared.corpus}", "--out", str(out)]
         command += ["--dtype", prepared.work.dtype, "--device", "cpu", *values(prepared.work.settings)]
-        peak = run([*command, f"max_steps={count}"], threads)
+        length = "epochs=1" if prepared.work.kind == "preferences" else f"max_steps={count}"
+        peak = run([*command, length], threads)
         metrics = json.loads((out / "stage.json").read_text())["metrics"]
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]

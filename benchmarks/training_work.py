@@ -267,7 +267,10 @@ def prepare(work: Work, folder: Path, count: int) -> Prepared:
 
 
 def _prepare_pairs(work: Work, folder: Path, model: Path, count: int) -> Prepared:
-    """Preference pairs; a step of the peer has a fixed number of them, a step of puna a number of tokens."""
+    """Preference pairs; a step of the peer has a fixed number of them, a step of puna a number of tokens.
+
+    Both run through all of them once.
+    """
     wanted = count * PAIRS_PER_STEP
     drawn = list(rows_of.preference_rows(folder, model, 6 * wanted * rows_of.MEAN_TOKENS))
     pieces = rows_of.encoded(model, work.kind, drawn)
@@ -281,9 +284,6 @@ def _prepare_pairs(work: Work, folder: Path, model: Path, count: int) -> Prepare
     steps: list[rows_of.Step] = [
         tuple(pairs[start : start + PAIRS_PER_STEP]) for start in range(0, len(pairs), PAIRS_PER_STEP)
     ]
-    # puna's steps are counted in tokens: as many as the peer's have on average.
-    mean = rows_of.counted(steps)["tokens"] // len(steps)
-    work = dataclasses.replace(work, settings={**work.settings, "batch_tokens": mean})
     return _written(work, folder, model, rows, steps)
 
 
