@@ -52,9 +52,7 @@ def execute(
         with PeakMemory(parts["device"]) as peak:
             outcome = entry.stage.function(context, entry.parameters)
     except BaseException:
-        say(
-            f"{entry.id}: stopped; {work} is kept, and the same run continues there",
-        )
+        say(f"{entry.id}: stopped; {work} is kept, and the same run continues there")
         raise
     seconds = time.monotonic() - clock
     record = {

@@ -48,6 +48,7 @@ from puna.train.preferences import (
 from puna.train.prepare import encode, mixed_rows, packing_of, sources_of
 from puna.train.schedule import Schedule, compose, preset
 from puna.train.sharding import is_sharded, shard, whole_on_first
+from puna.train.sources import Sources
 from puna.train.stages import (
     SHARE_OF_MEMORY,
     WITH_REFERENCE,
@@ -74,18 +75,7 @@ def run(context: Context, parameters: Train) -> Outcome:
         recipe = _recipe(model, context, parameters, seed)
         sources, recipe = sources_of(model, context, parameters, seed=seed, recipe=recipe, here=here)
         packed = sources.rows
-        feed = Feed(
-            packed,
-            batch_tokens=parameters.batch_tokens,
-            micro_batch_tokens=parameters.micro_batch_tokens,
-            seed=seed,
-            rank=here.rank,
-            size=here.size,
-            unit=OBJECTIVES[parameters.objective].unit,
-            shuffled=parameters.order == "shuffled",
-            mixture=mixed_rows(sources, parameters, seed),
-            sources=None if parameters.mixture is None else sources,
-        )
+        feed = _feed(sources, parameters, seed, here)
         settings = _settings(parameters, feed, seed)
         held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
         objective: Objective = CrossEntropy()
@@ -94,17 +84,8 @@ def run(context: Context, parameters: Train) -> Outcome:
             reference = Reference(context.out / "reference.safetensors", recipe, here)
             objective, held_out = _preferences(model, parameters, feed, settings, held_out, reference)
             measured["reference_seconds"] = time.perf_counter() - start
-        if _sharded(parameters, here):
-            shard(model, here)
         dtype = _dtype(context, parameters)
-        model.recomputed_layers = layers_to_recompute(
-            parameters,
-            model.spec,
-            dtype,
-            here.size,
-            here.device.type,
-            SHARE_OF_MEMORY * _memory_of_device(here),
-        )
+        _fit_into_memory(model, parameters, dtype, here)
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
         if here.is_main:
             _tell(model, parameters, optimizer, packed, settings, dtype, here)
@@ -137,6 +118,32 @@ def run(context: Context, parameters: Train) -> Outcome:
     context.report.setdefault("tables", []).append(ledger_table(accounts))
     figures = metrics_of(lines, state, optimizer.count, objective.figures)
     return Outcome(outputs, figures | ledger_metrics(accounts) | measured)
+
+
+def _feed(sources: Sources, parameters: Train, seed: int, here: World) -> Feed:
+    """The order in which this process gets the rows."""
+    return Feed(
+        sources.rows,
+        batch_tokens=parameters.batch_tokens,
+        micro_batch_tokens=parameters.micro_batch_tokens,
+        seed=seed,
+        rank=here.rank,
+        size=here.size,
+        unit=OBJECTIVES[parameters.objective].unit,
+        shuffled=parameters.order == "shuffled",
+        mixture=mixed_rows(sources, parameters, seed),
+        sources=None if parameters.mixture is None else sources,
+    )
+
+
+def _fit_into_memory(model: Llama, parameters: Train, dtype: str, here: World) -> None:
+    """Share the weights out, or recompute layers, where that is asked for or needed."""
+    if _sharded(parameters, here):
+        shard(model, here)
+    limit = SHARE_OF_MEMORY * _memory_of_device(here)
+    model.recomputed_layers = layers_to_recompute(
+        parameters, model.spec, dtype, here.size, here.device.type, limit
+    )
 
 
 def _handed(context: Context, parameters: Train) -> Handed | None:
