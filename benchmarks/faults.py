@@ -13,6 +13,7 @@ code is 1 if a fault was not met.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -391,16 +392,26 @@ def _environment() -> dict[str, str]:
 
 def _result(folder: Path) -> dict[str, Any]:
     """All that a finished run left and no clock gave: SHA-256 of weights, counts, lines of metrics."""
-    from puna.core.files import sha256_of
-
     found: dict[str, Any] = {
-        file.relative_to(folder).as_posix(): sha256_of(file) for file in folder.rglob("*.safetensors")
+        file.relative_to(folder).as_posix(): _content(file) for file in folder.rglob("*.safetensors")
     }
     state = json.loads((folder / "state" / "state.json").read_text())["state"]
     found["state"] = {key: value for key, value in state.items() if key != "seconds"}
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     found["metrics"] = [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
     return found
+
+
+def _content(file: Path) -> str:
+    """A SHA-256 of a file's tensors by name: their order in it says nothing."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    with safe_open(file, framework="numpy") as tensors:
+        for name in sorted(tensors.keys()):
+            array = tensors.get_tensor(name)
+            digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _refused(code: int, said: str, words: Sequence[str]) -> list[str]:
