@@ -20,7 +20,6 @@ from puna.model.tiles import Tile, make_tiles, tiled_attention
 
 PADDING = -1  # the segment id of padding
 _SMALLEST_BAND = 128  # queries handled together where attention has a window
-_LONGEST_IN_TILES = 512  # tokens of a document in float32; in bfloat16 tiles are quicker at any length
 _FEW_QUERIES = 16  # up to here a grouped product over stored keys beats expanding them
 
 
@@ -114,10 +113,9 @@ class Layout:
         ``queries`` [batch, time, heads, head_dim], ``keys`` and ``values`` [batch, time, kv_heads,
         head_dim]; returns the shape of ``queries``.
         """
-        if self._in_tiles(queries):
+        if queries.dtype == torch.bfloat16 and queries.device.type == "cpu":
             lines = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
-            tiles = self._tiles_for(block, queries.dtype)
-            return tiled_attention(*lines, tiles, block.scale).view(queries.shape)
+            return tiled_attention(*lines, self._tiles_for(block), block.scale).view(queries.shape)
         group = block.heads // block.kv_heads
         if group > 1:
             keys, values = (tensor.repeat_interleave(group, dim=2) for tensor in (keys, values))
@@ -132,19 +130,13 @@ class Layout:
             mixed.append(_document_attention(*alone, block)[0] if real else torch.zeros_like(query))
         return torch.cat(mixed).view(queries.shape)
 
-    def _in_tiles(self, queries: Tensor) -> bool:
-        """Whether tiles are at least as quick as torch's attention; they keep less for the backward pass."""
-        if queries.device.type != "cpu" or queries.dtype not in (torch.bfloat16, torch.float32):
-            return False
-        return queries.dtype == torch.bfloat16 or max(self._lengths) <= _LONGEST_IN_TILES
-
-    def _tiles_for(self, block: BlockSpec, dtype: torch.dtype) -> list[Tile]:
+    def _tiles_for(self, block: BlockSpec) -> list[Tile]:
         kind = (block.causal, block.window)
         if kind not in self._tiles:
             ends = list(itertools.accumulate(self._lengths))
             spans = zip(self._lengths, ends, self._real, strict=True)
             documents = [(end - length, end) for length, end, real in spans if real]
-            self._tiles[kind] = make_tiles(documents, causal=block.causal, window=block.window, dtype=dtype)
+            self._tiles[kind] = make_tiles(documents, causal=block.causal, window=block.window)
         return self._tiles[kind]
 
     def attend_stored(self, queries: Tensor, keys: Tensor, values: Tensor, block: BlockSpec) -> Tensor:

@@ -1,10 +1,10 @@
-"""Attention in tiles, for a CPU.
+"""Attention in tiles, for bfloat16 on a CPU.
 
-There torch's fused attention spends most of its time outside matrix products, above all in bfloat16
-and in its backward pass, and wants keys and values repeated for their group. Here tokens of all rows
-lie in one line; a tile is a short stretch of queries with the stretch of keys they may see, so that
-scores are small matrix products with a softmax in place. Neighbouring short documents share a tile.
-Weights are computed again in the backward pass instead of being kept.
+There torch's fused attention spends most of its time outside matrix products, above all in its
+backward pass. Here tokens of all rows lie in one line; a tile is a short stretch of queries with
+the stretch of keys they may see, so that scores are small matrix products with a softmax in place.
+Neighbouring short documents share a tile. Weights are computed again in the backward pass instead
+of being kept.
 """
 
 from __future__ import annotations
@@ -33,44 +33,35 @@ class Tile:
     mask: Tensor | None
 
 
-def make_tiles(
-    documents: Iterable[tuple[int, int]], *, causal: bool, window: int | None, dtype: torch.dtype
-) -> list[Tile]:
-    """Tiles for documents, given in order as (start, end) in one line of tokens; a window only if causal.
-
-    ``dtype`` is that of queries and keys.
-    """
+def make_tiles(documents: Iterable[tuple[int, int]], *, causal: bool, window: int | None) -> list[Tile]:
+    """Tiles for documents, given in order as (start, end) in one line of tokens; a window only if causal."""
     tiles: list[Tile] = []
     short: list[tuple[int, int]] = []  # neighbouring documents that will share a tile
     for start, end in documents:
         if short and (short[-1][1] != start or end - short[0][0] > QUERIES_PER_TILE):
-            tiles.append(_shared_tile(short, causal, window, dtype))
+            tiles.append(_shared_tile(short, causal, window))
             short = []
         if end - start <= QUERIES_PER_TILE:
             short.append((start, end))
         else:
-            tiles.extend(_document_tiles(start, end, causal, window, dtype))
+            tiles.extend(_document_tiles(start, end, causal, window))
     if short:
-        tiles.append(_shared_tile(short, causal, window, dtype))
+        tiles.append(_shared_tile(short, causal, window))
     return tiles
 
 
-def _shared_tile(
-    documents: list[tuple[int, int]], causal: bool, window: int | None, dtype: torch.dtype
-) -> Tile:
+def _shared_tile(documents: list[tuple[int, int]], causal: bool, window: int | None) -> Tile:
     first, end = documents[0][0], documents[-1][1]
     lengths = torch.tensor([stop - start for start, stop in documents])
     owners = torch.arange(len(documents)).repeat_interleave(lengths)
     seen = owners[:, None] == owners
     if causal:
         seen = seen & _causal(end - first, end - first, window)
-    return Tile(first, end, first, end, None if bool(seen.all()) else _additive(seen, dtype))
+    return Tile(first, end, first, end, None if bool(seen.all()) else _additive(seen))
 
 
-def _document_tiles(
-    start: int, end: int, causal: bool, window: int | None, dtype: torch.dtype
-) -> Iterable[Tile]:
-    triangle = _additive(_causal(QUERIES_PER_TILE, QUERIES_PER_TILE, None), dtype)
+def _document_tiles(start: int, end: int, causal: bool, window: int | None) -> Iterable[Tile]:
+    triangle = _additive(_causal(QUERIES_PER_TILE, QUERIES_PER_TILE, None))
     for first in range(start, end, QUERIES_PER_TILE):
         last = min(first + QUERIES_PER_TILE, end)
         if not causal:
@@ -79,7 +70,7 @@ def _document_tiles(
             yield Tile(first, last, start, last, triangle[: last - first, :, : last - first])
         else:
             low = max(start, first - window + 1)
-            yield Tile(first, last, low, last, _additive(_causal(last - first, last - low, window), dtype))
+            yield Tile(first, last, low, last, _additive(_causal(last - first, last - low, window)))
 
 
 def _causal(queries: int, keys: int, window: int | None) -> Tensor:
@@ -88,15 +79,15 @@ def _causal(queries: int, keys: int, window: int | None) -> Tensor:
     return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))
+def _additive(seen: Tensor) -> Tensor:
+    mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, float("-inf"))
     return mask[:, None]
 
 
 def tiled_attention(queries: Tensor, keys: Tensor, values: Tensor, tiles: list[Tile], scale: float) -> Tensor:
     """Attention of ``queries`` [tokens, heads, head_dim] within tiles.
 
-    ``keys`` and ``values`` are [tokens, kv_heads, head_dim], all of one type, on the CPU. Tokens that
+    ``keys`` and ``values`` are [tokens, kv_heads, head_dim], all in bfloat16 on the CPU. Tokens that
     no tile covers (padding) give zeros.
     """
     mixed: Tensor = _TiledAttention.apply(queries, keys, values, tiles, scale)  # type: ignore[no-untyped-call]

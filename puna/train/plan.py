@@ -22,7 +22,6 @@ DROPOUT_TRAFFIC = {"cpu": 80, "cuda": 10}
 
 _SCRATCH_ON_CPU = 1.5  # glibc, SmolLM2-135M with LoRA in bfloat16: 2.36 GB resident for 1.57 GB kept
 _EMBEDDING = "model.embed_tokens"
-LONGEST_IN_TILES = 512  # puna.model.attention._LONGEST_IN_TILES
 LOGITS_AT_ONCE = 2048  # puna.train.objectives.CHUNK, which cannot be imported without torch
 
 
@@ -191,21 +190,21 @@ def _attention_product(block: BlockSpec, length: int) -> float:
 
 
 def activation_bytes(
-    spec: LlamaSpec, method: Method, dtype: str, *, longest: int, device: str = "cpu", recomputed: int = 0
+    spec: LlamaSpec, method: Method, dtype: str, *, device: str = "cpu", recomputed: int = 0
 ) -> float:
     """Bytes that autograd saves per position of a micro-batch, over all layers.
 
-    Counted from the decoder: a norm keeps its input and one float32 figure. Attention in tiles (on a
-    CPU, in float32 if the ``longest`` document is not too long for it) keeps rotated queries, keys and
-    values; any other keeps keys and values repeated for their group, its output and a float32 sum for
-    each head. SwiGLU keeps gate and up, and makes their product for the down projection again where
-    that is plain or carries a plain LoRA. A projection keeps its input if it is trained, an adapted
-    one what enters A (after dropout a tensor of its own, and a mask of bytes) and what leaves it; DoRA
-    keeps the outputs of base and adapter, whose ratio its magnitudes set. A tensor that several keep
-    counts once. Of the first ``recomputed`` layers only the input is kept.
+    Counted from the decoder: a norm keeps its input and one float32 figure. Attention in tiles
+    (of bfloat16 on a CPU) keeps rotated queries, keys and values; any other keeps keys and values
+    repeated for their group, its output and a float32 sum for each head. SwiGLU keeps gate and up, and
+    makes their product for the down projection again where that is plain or carries a plain LoRA. A
+    projection keeps its input if it is trained, an adapted one what enters A (after dropout a tensor of
+    its own, and a mask of bytes) and what leaves it; DoRA keeps the outputs of base and adapter, whose
+    ratio its magnitudes set. A tensor that several keep counts once. Of the first ``recomputed`` layers
+    only the input is kept.
     """
     size = BYTES[dtype]
-    tiled = device == "cpu" and (dtype == "bfloat16" or longest <= LONGEST_IN_TILES)
+    tiled = dtype == "bfloat16" and device == "cpu"
     total = float(3 * spec.hidden_size * size + 4)  # final norm, its output, the loss's gradient
     for layer, block in enumerate(spec.blocks):
         whole = layer >= recomputed
@@ -271,13 +270,10 @@ def memory(
     dtype: str,
     positions: int,
     *,
-    longest: int | None = None,
     device: str = "cpu",
     recomputed: int = 0,
 ) -> float:
     """Peak bytes of weights, optimiser, activations of ``positions`` and the loss.
-
-    ``longest`` is the longest document (None: it fills all positions).
 
     Per trained weight: a float32 gradient and two moments, and a master where the model is not
     float32. The peak is the end of the forward pass, when all activations, a chunk of logits and
@@ -293,8 +289,7 @@ def memory(
     if method.trains_head(spec):
         several = positions > LOGITS_AT_ONCE
         loss += spec.vocab_size * spec.hidden_size * (size + (8 if several and size != 4 else 0))
-    longest = positions if longest is None else longest
-    kept = activation_bytes(spec, method, dtype, longest=longest, device=device, recomputed=recomputed)
+    kept = activation_bytes(spec, method, dtype, device=device, recomputed=recomputed)
     activations = kept * positions
     activations *= _SCRATCH_ON_CPU if device == "cpu" else 1.0
     return weights + optimiser + activations + loss

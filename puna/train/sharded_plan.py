@@ -69,7 +69,6 @@ def sharded_memory(
     processes: int,
     *,
     accumulates: bool,
-    longest: int | None = None,
     device: str = "cpu",
 ) -> float:
     """Peak bytes of one of ``processes`` that share the weights out; see :func:`puna.train.plan.memory`.
@@ -93,7 +92,7 @@ def sharded_memory(
     root = layers.pop(ROOT)
     gathered = root + 2 * max(layers.values(), default=0) + max(gradients.values(), default=0)
     kept = shard_bytes(spec, method, dtype, processes).total + (trained * _FLOAT32 if accumulates else 0)
-    alone = memory(spec, method, dtype, positions, longest=longest, device=device)
+    alone = memory(spec, method, dtype, positions, device=device)
     return alone - replicated + gathered + kept
 
 

@@ -321,9 +321,9 @@ def memory_of(
     parameters: Train, spec: Any, dtype: str, processes: int, device: str, recomputed: int = 0
 ) -> float:
     """Peak bytes of one of so many processes; ``recomputed`` layers keep their input alone."""
-    method, positions, longest = method_of(parameters), parameters.micro_batch_tokens, parameters.max_length
+    method, positions = method_of(parameters), parameters.micro_batch_tokens
     if parameters.sharding == "none" or processes == 1:
-        return memory(spec, method, dtype, positions, longest=longest, device=device, recomputed=recomputed)
+        return memory(spec, method, dtype, positions, device=device, recomputed=recomputed)
     return sharded_memory(
         spec,
         method,
@@ -331,7 +331,6 @@ def memory_of(
         positions,
         processes,
         accumulates=parameters.batch_tokens > processes * positions,
-        longest=longest,
         device=device,
     )
 

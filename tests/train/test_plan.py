@@ -12,7 +12,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from puna.core.seeds import torch_generator
-from puna.model import attention
 from puna.model.adapters import LoraSettings, add_lora
 from puna.train import plan
 from puna.train.dropout import quicken
@@ -119,15 +118,12 @@ def ids(batch: int, time: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_operations_are_those_torch_counts(
-    tiny_llama: Callable[..., Any], name: str, tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Torch counts attention dense, so it is compared on documents as short as they come, not in tiles.
+def test_operations_are_those_torch_counts(tiny_llama: Callable[..., Any], name: str, tied: bool) -> None:
+    """Torch counts attention dense, so it is compared on documents as short as they come.
 
     Where nothing before it is trained, the first layer passes no gradient on: one of twelve is little.
     """
     length = 2
-    monkeypatch.setattr(attention, "_LONGEST_IN_TILES", 0)
     model = prepared(tiny_llama, METHODS[name], tie_word_embeddings=tied, num_hidden_layers=12)
     tokens = ids(40, length)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
@@ -183,7 +179,7 @@ def test_activations_are_what_autograd_keeps(tiny_llama: Callable[..., Any], nam
             4 * model.spec.vocab_size * model.spec.hidden_size
         )  # the head's gradient, counted with the loss
     assert loss.targets == tokens.numel()
-    expected = plan.activation_bytes(model.spec, method, dtype, longest=64) * tokens.numel()
+    expected = plan.activation_bytes(model.spec, method, dtype) * tokens.numel()
     assert measured == pytest.approx(expected, rel=0.05)
 
 
@@ -191,7 +187,7 @@ def test_memory_grows_with_what_it_is_made_of(tiny_llama: Callable[..., Any]) ->
     spec = tiny_llama().spec
     lora = METHODS["lora"]
     small = plan.memory(spec, lora, "bfloat16", 256, device="cuda")
-    kept = plan.activation_bytes(spec, lora, "bfloat16", longest=256, device="cuda")
+    kept = plan.activation_bytes(spec, lora, "bfloat16", device="cuda")
     more = plan.memory(spec, lora, "bfloat16", 512, device="cuda")
     assert more - small == pytest.approx(256 * (kept + 2 * spec.vocab_size))
     assert plan.memory(spec, lora, "float32", 256, device="cuda") > small
@@ -201,7 +197,3 @@ def test_memory_grows_with_what_it_is_made_of(tiny_llama: Callable[..., Any]) ->
 
 def test_the_planner_knows_the_chunk_of_the_loss() -> None:
     assert plan.LOGITS_AT_ONCE == CHUNK
-
-
-def test_the_planner_knows_which_documents_are_attended_in_tiles() -> None:
-    assert plan.LONGEST_IN_TILES == attention._LONGEST_IN_TILES
