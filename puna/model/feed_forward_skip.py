@@ -13,7 +13,6 @@ cosines measured on calibration text, and may answer that nothing is saturated e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +34,8 @@ class FeedForwardSkip:
     ``first`` and ``last`` are the ends of the middle, both included: layers outside never skip.
     ``threshold`` is the cosine above which a token skips from the next layer on (above 1: never),
     ``budget`` the most feed-forwards a token leaves out. The rule "random" is the baseline: each
-    middle layer of each token is left out with probability ``share``, by ``seed`` and position.
+    middle layer of each token is left out with probability ``share``, drawn by ``seed``, the token's
+    row in its read, and the layer.
     """
 
     first: int
@@ -72,81 +72,59 @@ class FeedForwardSkip:
                 expected=f"at most {layers - 1}, the last of {layers} layers",
             )
 
+    def begin(self, rows: int) -> SkippingPass:
+        """Start the pass of ``rows`` tokens through the layers."""
+        return SkippingPass(self, rows)
+
 
 class SkippingPass:
-    """The skipping of one forward pass: one row per token, each with its own settings or none.
+    """Tokens on their way through the layers, which all have the same settings; each goes its own way."""
 
-    ``spans`` are (skip, start, count): the rows' settings and how many rows have them, in the order of
-    the rows; ``start`` is the first row's position in its text. What one row leaves out depends on
-    nothing but that row.
-    """
-
-    def __init__(self, spans: Sequence[tuple[FeedForwardSkip | None, int, int]], layers: int) -> None:
-        self._spans = spans
-        rows = sum(count for _, _, count in spans)
-        skips = [skip for skip, _, _ in spans if skip is not None]
-        for each in skips:
-            each.check(layers)
-        self._first = min((skip.first for skip in skips), default=layers)
-        self._last = max((skip.last for skip in skips), default=-1)
-        self._bounds = torch.zeros(rows, 2, dtype=torch.int64)  # first and last layer of each row's middle
-        self._bounds[:, 0] = layers  # no middle
-        self._threshold = torch.full((rows,), math.inf)
-        self._left = torch.zeros(rows, dtype=torch.int64)
+    def __init__(self, settings: FeedForwardSkip, rows: int) -> None:
+        self._settings = settings
         self._skipping = torch.zeros(rows, dtype=torch.bool)
-        self.skipped = torch.zeros(rows, dtype=torch.int64)
+        self._left = torch.full((rows,), settings.budget)
+        self.by_row = torch.zeros(rows, dtype=torch.int64)
         """Feed-forwards left out so far, [rows]."""
-        self._random = any(skip.rule == "random" for skip in skips)
-        start = 0
-        for skip, _, count in spans:
-            if skip is not None:
-                here = slice(start, start + count)
-                self._bounds[here] = torch.tensor([skip.first, skip.last])
-                self._left[here] = skip.budget
-                self._threshold[here] = skip.threshold if skip.rule == "saturation" else math.inf
-            start += count
 
-    def apply(self, layer: int, hidden: Tensor, feed_forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """The stream after this layer's feed-forward, [rows, hidden].
+    @property
+    def skipped(self) -> int:
+        """Feed-forwards left out so far, by all rows together."""
+        return int(self.by_row.sum())
 
-        ``feed_forward`` adds the update to the rows that it is given. If no row skips it gets
-        ``hidden`` itself, so the result has the bits of a pass without skipping.
-        """
-        if not self._first <= layer <= self._last:
-            return feed_forward(hidden)
-        inside = (self._bounds[:, 0] <= layer) & (layer <= self._bounds[:, 1])
-        if self._random:
-            self._draw(layer)
-        skip = inside & self._skipping & (self._left > 0)
-        self._left -= skip.long()
-        self.skipped += skip.long()
+    def running(self, layer: int) -> Tensor | None:
+        """Which rows run the feed-forward of ``layer``, [rows] bool; None: all of them."""
+        if not self._settings.first <= layer <= self._settings.last:
+            return None
+        if self._settings.rule == "random":
+            self._skipping = self._drawn(layer)
+        skip = self._skipping & (self._left > 0)
         if not bool(skip.any()):
-            after = feed_forward(hidden)
-            self._test(inside, hidden, after, slice(None))
-            return after
-        running = torch.nonzero(~skip).flatten()
-        if not len(running):
-            return hidden
-        on_device = running.to(hidden.device)
-        before = hidden[on_device]
-        updated = feed_forward(before)
-        self._test(inside[running], before, updated, running)
-        return hidden.index_copy(0, on_device, updated)
+            return None
+        self._left -= skip.long()
+        self.by_row += skip.long()
+        return ~skip
 
-    def _test(self, inside: Tensor, before: Tensor, after: Tensor, rows: Tensor | slice) -> None:
-        """Let rows of the middle whose stream hardly turned skip from the next layer on."""
-        cosine = stream_cosine(before, after).cpu()
-        self._skipping[rows] |= inside & (cosine > self._threshold[rows])
+    def saw(self, layer: int, rows: Tensor | None, before: Tensor, after: Tensor) -> None:
+        """Let the rows whose stream hardly turned skip from the next layer on.
 
-    def _draw(self, layer: int) -> None:
-        """Decide anew which rows of the rule "random" leave out this layer."""
-        start = 0
-        for skip, position, count in self._spans:
-            if skip is not None and skip.rule == "random":
-                for row in range(count):
-                    draw = derive(skip.seed, "feed-forward skip", position + row, layer) / 2**63
-                    self._skipping[start + row] = draw < skip.share
-            start += count
+        ``before`` and ``after`` [running, hidden] are the stream around the feed-forward of the
+        ``rows`` that ran it.
+        """
+        settings = self._settings
+        if settings.rule == "random" or not settings.first <= layer <= settings.last or not len(before):
+            return
+        saturated = (stream_cosine(before, after) > settings.threshold).cpu()
+        if rows is None:
+            self._skipping |= saturated
+        else:
+            self._skipping[rows.cpu()] |= saturated
+
+    def _drawn(self, layer: int) -> Tensor:
+        """Which rows the rule "random" lets leave out this layer, [rows] bool."""
+        seed, share = self._settings.seed, self._settings.share
+        draws = [derive(seed, "feed-forward skip", row, layer) / 2**63 for row in range(len(self._left))]
+        return torch.tensor(draws, dtype=torch.float64) < share
 
 
 def stream_cosine(before: Tensor, after: Tensor) -> Tensor:
