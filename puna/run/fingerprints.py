@@ -18,7 +18,7 @@ from puna.run.recipe import StageEntry
 from puna.run.references import Reference
 
 PACKAGE = Path(__file__).parent.parent
-ROOMS = ("core", "model", "text", "data", "train", "decode", "evaluate", "run")
+ROOMS = ("core", "model", "text", "data", "train", "decode", "evaluate", "edit", "run")
 """The rooms in their layers: each builds on those before it."""
 CARD = "README.md"
 LISTED_WHOLE = 16 * 1024 * 1024

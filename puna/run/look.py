@@ -14,7 +14,7 @@ from rich.text import Text
 from puna.core.rows import META
 from puna.run import claims
 from puna.run.planner import duration, size
-from puna.run.recipe import Recipe, StageEntry, load, system_names
+from puna.run.recipe import Recipe, StageEntry, load, recipe_names
 from puna.run.record import Run, StageRecord
 from puna.run.runner import Decision, default_folder
 from puna.run.source import dump
@@ -35,7 +35,7 @@ def look_at(
     ``length`` (1024 by default); a recipe shows this for what its run has built already.
     """
     path = Path(target).expanduser()
-    if path.suffix in (".yaml", ".yml") or (target in system_names() and not path.exists()):
+    if path.suffix in (".yaml", ".yml") or (target in recipe_names() and not path.exists()):
         yield from _recipe(target, scale, samples)
     elif (path / "run.json").is_file():
         yield from _run(Run.open(path))

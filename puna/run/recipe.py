@@ -18,6 +18,8 @@ from puna.run.references import InputBuilder, Inputs, Reference
 from puna.run.source import KeyPath, Source
 
 SYSTEMS = Path(__file__).parent.parent / "systems"
+RECIPES = SYSTEMS.parent / "recipes"
+"""Recipes that come with puna and are no published system: what builds a small sibling, and the like."""
 ScaleName = Literal["demo", "paper"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -198,8 +200,13 @@ def system_names() -> list[str]:
     return sorted(file.stem for file in SYSTEMS.glob("*.yaml"))
 
 
+def recipe_names() -> list[str]:
+    """Names of all recipes that come with puna: the systems, and those that are none."""
+    return sorted([*system_names(), *(file.stem for file in RECIPES.glob("*.yaml"))])
+
+
 def find(recipe: str | Path) -> Path:
-    """The file of a recipe: a path, or the name of a system that comes with puna."""
+    """The file of a recipe: a path, or the name of one that comes with puna."""
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
@@ -207,10 +214,12 @@ def find(recipe: str | Path) -> Path:
         return path / "run.yaml"
     if str(recipe) in system_names():
         return SYSTEMS / f"{recipe}.yaml"
-    close = nearest(str(recipe), system_names())
+    if str(recipe) in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    close = nearest(str(recipe), recipe_names())
     raise PunaError(
         f"no recipe is called {str(recipe)!r}",
-        expected=f"a YAML file, a run folder, or a system: {', '.join(system_names())}",
+        expected=f"a YAML file, a run folder, or one that comes with puna: {', '.join(recipe_names())}",
         fix=f"did you mean {close!r}?" if close else "puna systems lists them",
     )
 

@@ -59,6 +59,7 @@ from puna.train.stages import (
     pair_settings,
 )
 from puna.train.summary import add_pairs, fill_report, metrics_of, start_table
+from puna.train.teacher import bytes_beside, distillation, teacher_of
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -72,7 +73,11 @@ def run(context: Context, parameters: Train) -> Outcome:
         seed = seed_of(handed.folder)
     with world(context.device) as here:
         model, measured = _open(context, parameters, here, seed)
+        dtype = _dtype(context, parameters)
+        teacher = teacher_of(context.inputs.get("teacher"), model, parameters, dtype, here)
         recipe = _recipe(model, context, parameters, seed)
+        if teacher is not None:
+            recipe["teacher"] = _weights_fingerprint(teacher)
         sources, recipe = sources_of(model, context, parameters, seed=seed, recipe=recipe, here=here)
         packed = sources.rows
         feed = _feed(sources, parameters, seed, here)
@@ -84,8 +89,10 @@ def run(context: Context, parameters: Train) -> Outcome:
             reference = Reference(context.out / "reference.safetensors", recipe, here)
             objective, held_out = _preferences(model, parameters, feed, settings, held_out, reference)
             measured["reference_seconds"] = time.perf_counter() - start
-        dtype = _dtype(context, parameters)
-        _fit_into_memory(model, parameters, dtype, here)
+        if teacher is not None:
+            objective = distillation(teacher, parameters, feed.rows, context.out / "teacher", recipe, here)
+            teacher = None  # a stored one is no longer held
+        _fit_into_memory(model, parameters, dtype, here, beside=bytes_beside(objective))
         optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
         if here.is_main:
             _tell(model, parameters, optimizer, packed, settings, dtype, here)
@@ -136,11 +143,14 @@ def _feed(sources: Sources, parameters: Train, seed: int, here: World) -> Feed:
     )
 
 
-def _fit_into_memory(model: Llama, parameters: Train, dtype: str, here: World) -> None:
-    """Share the weights out, or recompute layers, where that is asked for or needed."""
+def _fit_into_memory(model: Llama, parameters: Train, dtype: str, here: World, *, beside: int) -> None:
+    """Share the weights out, or recompute layers, where that is asked for or needed.
+
+    ``beside`` are the bytes of what else lies on the device: a teacher.
+    """
     if _sharded(parameters, here):
         shard(model, here)
-    limit = SHARE_OF_MEMORY * _memory_of_device(here)
+    limit = SHARE_OF_MEMORY * _memory_of_device(here) - beside
     model.recomputed_layers = layers_to_recompute(
         parameters, model.spec, dtype, here.size, here.device.type, limit
     )

@@ -34,9 +34,10 @@ class Loss:
     """What an objective returns for one batch.
 
     ``total`` is the sum of the losses of its units, tokens or pairs (a differentiable float32
-    scalar), ``tokens`` the cross-entropy of each labelled position in nats, in reading order
-    (float32, [targets], not differentiable). ``figures`` are sums over the units of what else is
-    logged, scalars. The step divides by the units of all its micro-batches on all processes.
+    scalar), ``tokens`` the cross-entropy of each labelled position in nats, or its divergence from a
+    teacher, in reading order (float32, [targets], not differentiable). ``figures`` are sums over the
+    units of what else is logged, scalars. The step divides by the units of all its micro-batches on all
+    processes.
     """
 
     total: Tensor
@@ -224,6 +225,8 @@ class ObjectiveKind:
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "clm": ObjectiveKind("documents", "tokens"),
     "sft": ObjectiveKind("messages", "tokens"),
+    "distill": ObjectiveKind("documents", "tokens"),
+    "distill_sft": ObjectiveKind("messages", "tokens"),
     "dpo": ObjectiveKind("preferences", "pairs"),
     "length_normalised_dpo": ObjectiveKind("preferences", "pairs"),
     "ipo": ObjectiveKind("preferences", "pairs"),

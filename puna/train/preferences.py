@@ -195,7 +195,7 @@ class Reference:
     def log_probs(self, model: Llama, corpora: Mapping[str, Passes]) -> dict[str, Tensor]:
         """float32 [documents] on the CPU for each corpus; NaN for rows that no pass looks at."""
         about = {"format": _FORMAT, "recipe": self.recipe}
-        about |= {f"rows.{name}": _fingerprint_of(passes.rows) for name, passes in corpora.items()}
+        about |= {f"rows.{name}": fingerprint_of_rows(passes.rows) for name, passes in corpora.items()}
         stored = self._stored(about)
         # All processes have looked before the first one writes, and none goes on alone.
         having = self.world.total(torch.tensor([float(stored is not None)], dtype=torch.float64))
@@ -264,7 +264,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint_of(rows: Sequence[Row]) -> str:
+def fingerprint_of_rows(rows: Sequence[Row]) -> str:
     """A fingerprint of packed rows: their tokens, which of them are learnt, and how they are cut."""
     digest = hashlib.sha256()
     for row in rows:

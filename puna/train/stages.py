@@ -1,4 +1,4 @@
-"""The stage ``train``: continued pre-training, fine-tuning, preferences; in full or with LoRA."""
+"""The stage ``train``: pre-training, fine-tuning, distillation, preferences; in full or with LoRA."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.train.plan import (
+    BYTES,
     DROPOUT_TRAFFIC,
     Method,
     dropped_elements,
@@ -54,10 +55,31 @@ class Lora(Parameters):
 class Train(Parameters):
     """Parameters of the stage ``train``."""
 
-    objective: Literal["clm", "sft", "dpo", "length_normalised_dpo", "ipo", "orpo", "simpo", "cpo"] = "clm"
-    """clm learns every token of documents; sft the turns of the roles ``train_on`` of conversations; the
-    others which of two answers is preferred, dpo, length_normalised_dpo and ipo beside a reference: the
-    model as it is before training."""
+    objective: Literal[
+        "clm",
+        "sft",
+        "distill",
+        "distill_sft",
+        "dpo",
+        "length_normalised_dpo",
+        "ipo",
+        "orpo",
+        "simpo",
+        "cpo",
+    ] = "clm"
+    """clm learns every token of documents; sft the turns of the roles ``train_on`` of conversations; distill
+    and distill_sft the distributions that the input ``teacher`` has there; the others which of two answers
+    is preferred, dpo, length_normalised_dpo and ipo beside a reference: the model as it is before
+    training."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """Of distillation: forward is KL(teacher || student), reverse KL(student || teacher)."""
+    temperature: float = pydantic.Field(1.0, gt=0)
+    """Of distillation: divides the logits of both sides."""
+    top_k: int | None = pydantic.Field(None, ge=1)
+    """Of distillation: compare over the teacher's likeliest tokens alone, so many; null: over all tokens."""
+    store_teacher: bool = False
+    """Of distillation with top_k: the teacher reads the corpus once, and its tokens are kept in the stage's
+    folder; it takes no memory in training and no time in further epochs."""
     beta: float | None = pydantic.Field(None, gt=0)
     """Of preferences: scale of the rewards, of ipo the paper's tau, of orpo its lambda; null is 10 for
     length_normalised_dpo, 2 for simpo, 0.1 for the others."""
@@ -80,8 +102,8 @@ class Train(Parameters):
     max_length: int = pydantic.Field(1024, ge=2)
     """Tokens of a row; a pair of answers, each with its prompt, is in one row."""
     packing: Literal["wrap", "fit", "off"] | None = None
-    """wrap fills rows and cuts documents (clm only), fit keeps them whole, off gives each a row of its own;
-    null is wrap for clm and fit for all others."""
+    """wrap fills rows and cuts documents (clm, distill), fit keeps them whole, off gives each its own row;
+    null is wrap for these two and fit for all others."""
     mixture: Mixture | None = None
     """Shares of tokens by source, phases, caps; null takes every row of all corpora once an epoch."""
     order: Literal["shuffled", "sorted"] = "shuffled"
@@ -197,11 +219,15 @@ class Train(Parameters):
                 raise ValueError(
                     f"{name} means nothing with objective {self.objective!r}, but with {fitting}"
                 )
-        if self.packing == "wrap" and self.objective != "clm":
+        if self.packing == "wrap" and _usual_packing(self.objective) != "wrap":
             raise ValueError(
                 "packing 'wrap' cuts conversations, so that the end of an answer would be learnt without its "
                 f"question: with objective {self.objective!r} take 'fit' or 'off'"
             )
+        if self.store_teacher and self.top_k is None:
+            raise ValueError("store_teacher keeps the teacher's likeliest tokens: say how many with top_k")
+        if self.objective in WITH_TEACHER and self.sharding == "full":
+            raise ValueError(f"objective {self.objective!r} does not go with sharding 'full' yet")
         pairs = self.objective in _READ_BY_OBJECTIVES["beta"]
         if pairs and (self.mixture or self.order == "sorted" or self.sharding == "full"):
             raise ValueError(
@@ -229,7 +255,7 @@ class Train(Parameters):
 
 
 def _usual_packing(objective: str) -> str:
-    return "wrap" if objective == "clm" else "fit"
+    return "wrap" if objective in ("clm", "distill") else "fit"
 
 
 _READ_BY_SCHEDULES = {
@@ -243,7 +269,11 @@ _READ_BY_SCHEDULES = {
 }
 
 _READ_BY_OBJECTIVES = {
-    "train_on": ("sft",),
+    "train_on": ("sft", "distill_sft"),
+    "divergence": ("distill", "distill_sft"),
+    "temperature": ("distill", "distill_sft"),
+    "top_k": ("distill", "distill_sft"),
+    "store_teacher": ("distill", "distill_sft"),
     "beta": ("dpo", "length_normalised_dpo", "ipo", "orpo", "simpo", "cpo"),
     "label_smoothing": ("dpo", "cpo"),
     "target_margin": ("simpo",),
@@ -251,6 +281,8 @@ _READ_BY_OBJECTIVES = {
 }
 WITH_REFERENCE = ("dpo", "length_normalised_dpo", "ipo")
 """Objectives that compare with the model as it is before training."""
+WITH_TEACHER = ("distill", "distill_sft")
+"""Objectives that learn from another model."""
 
 
 def pair_settings(parameters: Train) -> dict[str, float]:
@@ -301,9 +333,11 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
     flops = tokens * training_operations(spec, method, parameters.max_length)
     flops += tokens / parameters.micro_batch_tokens * magnitude_operations(spec, method)
     flops += looked_at * forward_operations(spec, parameters.max_length)
+    taught, beside = _teacher_cost(parameters, shapes, tokens, dtype)
+    flops += taught
     device = _kind_of(shapes.device)
     recomputed = layers_to_recompute(
-        parameters, spec, dtype, shapes.processes, device, SHARE_OF_MEMORY * shapes.device.memory
+        parameters, spec, dtype, shapes.processes, device, SHARE_OF_MEMORY * shapes.device.memory - beside
     )
     flops += tokens * recomputed_operations(spec, recomputed, parameters.max_length)
     traffic = tokens * dropped_elements(spec, method) * DROPOUT_TRAFFIC[device]
@@ -311,10 +345,20 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
         tokens=tokens,
         trainable=trained_parameters(spec, method),
         flops=flops,
-        memory=memory_of(parameters, spec, dtype, shapes.processes, device, recomputed),
+        memory=memory_of(parameters, spec, dtype, shapes.processes, device, recomputed) + beside,
         seconds=(shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic))
         / shapes.processes,
     )
+
+
+def _teacher_cost(parameters: Train, shapes: Any, tokens: float, dtype: str) -> tuple[float, float]:
+    """Operations of the teacher, and the bytes it takes beside the student: none once it is stored."""
+    spec = shapes.models.get("teacher")
+    if spec is None:
+        return 0.0, 0.0
+    read = min(tokens, shapes.tokens_of("corpus")) if parameters.store_teacher else tokens
+    held = 0.0 if parameters.store_teacher else float(spec.parameter_count() * BYTES[dtype])
+    return read * forward_operations(spec, parameters.max_length), held
 
 
 def memory_of(
@@ -385,6 +429,7 @@ def _length(parameters: Train, corpus: float, available: Mapping[str, float]) ->
         "model": Input("model"),
         "corpus": Input("corpus", many=True),
         "held_out": Input("corpus", many=True, optional=True),
+        "teacher": Input("model", optional=True),
         "state": Input("state", optional=True),
     },
     outputs={"model": "model", "adapter": "model", "state": "state"},

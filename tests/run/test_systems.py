@@ -15,7 +15,7 @@ PACKAGE = Path(recipe.__file__).parent.parent
 
 
 def scales() -> list[tuple[str, str]]:
-    names = recipe.system_names()
+    names = recipe.recipe_names()
     return [(name, scale) for name in names for scale in recipe.load_header(name).scales or ("demo",)]
 
 

@@ -13,6 +13,7 @@ import torch
 from little_checkpoints import stored
 from little_preferences import sentence, write_preferences
 from safetensors.torch import load_file
+from test_distilling import FLIPS as OF_DISTILLING
 
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
@@ -302,10 +303,10 @@ def test_a_corpus_of_the_wrong_kind_is_refused_with_the_objective_that_fits(
 ) -> None:
     with pytest.raises(PunaError, match="learns from a corpus of messages") as error:
         train({**places, "messages": places["documents"]}, tmp_path, objective="sft")
-    assert "'clm'" in str(error.value)
+    assert "'clm, distill'" in str(error.value)
     with pytest.raises(PunaError, match="learns from a corpus of preferences") as error:
         train({**places, "preferences": places["messages"]}, tmp_path, objective="dpo")
-    assert "'sft'" in str(error.value)
+    assert "'sft, distill_sft'" in str(error.value)
     with pytest.raises(PunaError, match="learns from a corpus of documents") as error:
         train({**places, "documents": places["preferences"]}, tmp_path)
     assert "dpo" in str(error.value) and "simpo" in str(error.value)
@@ -547,7 +548,7 @@ _SEEN_ELSEWHERE = {
 
 
 def test_no_option_is_left_out_of_these_tests() -> None:
-    assert set(FLIPS) | set(_SEEN_ELSEWHERE) == set(Train.model_fields)
+    assert set(FLIPS) | set(_SEEN_ELSEWHERE) | set(OF_DISTILLING) == set(Train.model_fields)
     assert set(LORA_FLIPS) == set(Lora.model_fields)
     assert all(name in globals() for name in _SEEN_ELSEWHERE.values())
 
@@ -619,6 +620,7 @@ def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path
         spec = pretrained.load(places["model"]).spec
         dtype = "float32"
         processes = 1
+        models: Mapping[str, Any] = {}
         corpora: Mapping[str, float] = {"corpus.main": 500.0, "held_out.en": 40.0}
 
         class device:

@@ -1,0 +1,53 @@
+"""The stage of this room: ``shorten`` (model -> a model of some of its blocks)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+
+from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Shorten(Parameters):
+    """Parameters of the stage ``shorten``."""
+
+    blocks: tuple[int, ...] = pydantic.Field(min_length=1)
+    """The blocks that are kept, counted from 0, in the model's order."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the weights are saved in."""
+
+
+def _plan(parameters: Shorten, shapes: Any) -> Cost:
+    """The weights are read and held once, in float32, and those that are kept are written."""
+    spec = shapes.spec
+    if spec is None:
+        return Cost()
+    blocks = tuple(spec.blocks[block] for block in parameters.blocks if 0 <= block < len(spec.blocks))
+    short = spec.replace(blocks=blocks) if blocks else spec
+    held, written = 4 * spec.parameter_count(), short.parameter_count() * _BYTES[parameters.save_dtype]
+    return Cost(memory=held + written, seconds=shapes.device.read_seconds(held + written), spec=short)
+
+
+@stage(
+    "shorten", parameters=Shorten, inputs={"model": Input("model")}, outputs={"model": "model"}, plan=_plan
+)
+def shorten(context: Context, parameters: Shorten) -> Outcome:
+    """Keep some blocks of a model and leave the others out: the raw form of a small sibling.
+
+    Time and memory grow linearly with the number of weights.
+    """
+    from puna.edit.shorten import shorten as keep
+    from puna.model.adapters import merge_lora
+    from puna.text import pretrained
+
+    model = pretrained.load(context.inputs["model"], dtype="float32")
+    if model.adapter is not None:
+        merge_lora(model)
+    short = keep(model, parameters.blocks).to(pretrained.DTYPES[parameters.save_dtype])
+    written = pretrained.save(short, context.out / "model")
+    count, before = short.spec.parameter_count(), model.spec.parameter_count()
+    figures = {"parameters": float(count), "blocks": len(short.spec.blocks), "share": count / before}
+    return Outcome({"model": written}, figures)

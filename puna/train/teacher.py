@@ -1,0 +1,227 @@
+"""Learning from another model's distributions: the teacher in the loop, live or kept on disk.
+
+The student meets the teacher at every labelled position, over the whole vocabulary or the teacher's
+``top_k`` likeliest tokens; the losses are those of ``distillation.py``. A live teacher reads each
+micro-batch beside the student. A stored one reads every row once, before the first step, and is let
+go: its likeliest tokens are then taken from disk, in every epoch and after every restart. A teacher
+reads a row alone for that; where a micro-batch is one row, live and stored give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from puna.core.errors import PunaError
+from puna.core.files import fingerprint
+from puna.core.progress import Track, say
+from puna.model.adapters import merge_lora
+from puna.text import pretrained
+from puna.text.packing import IGNORED, Row, collate
+from puna.train.distillation import (
+    Direction,
+    LinearTeacher,
+    TopTokens,
+    linear_kl,
+    linear_top_k_kl,
+    linear_top_tokens,
+)
+from puna.train.distributed import World
+from puna.train.loader import MicroBatch
+from puna.train.objectives import Loss, Objective
+from puna.train.preferences import fingerprint_of_rows
+from puna.train.stages import WITH_TEACHER, Train
+from puna.train.teacher_cache import TeacherCache, write_teacher_cache
+
+if TYPE_CHECKING:
+    from puna.model.llama import Llama
+    from puna.text.packing import Batch
+
+
+def teacher_of(
+    source: str | Path | None, student: Llama, parameters: Train, dtype: str, world: World
+) -> Llama | None:
+    """The model in ``source`` that is learnt from; None where the objective has no teacher."""
+    wanted = parameters.objective in WITH_TEACHER
+    if (source is not None) != wanted:
+        raise PunaError(
+            f"objective {parameters.objective!r} {'learns from a teacher' if wanted else 'has no teacher'}",
+            where="teacher",
+            found=source or "no such input",
+            fix="give the stage an input teacher" if wanted else f"take {' or '.join(WITH_TEACHER)}",
+        )
+    return None if source is None else open_teacher(source, student, dtype=dtype, world=world)
+
+
+def distillation(
+    teacher: Llama,
+    parameters: Train,
+    rows: Sequence[Row],
+    folder: Path,
+    recipe: Mapping[str, Any],
+    world: World,
+) -> Distill:
+    """The objective that ``parameters`` ask for, with the teacher in it, or what it said of ``rows``.
+
+    That is kept in ``folder``; ``recipe`` is what the run's weights depend on.
+    """
+    size = teacher.spec.vocab_size
+    if parameters.top_k is not None and parameters.top_k > size:
+        raise PunaError(
+            "more tokens than there are", where="top_k", found=parameters.top_k, expected=f"at most {size:,}"
+        )
+    settings = DistillSettings(parameters.divergence, parameters.temperature, parameters.top_k)
+    if not parameters.store_teacher:
+        return Distill(settings, live=teacher)
+    assert parameters.top_k is not None
+    known = fingerprint([recipe["teacher"], recipe["dtype"], parameters.top_k, fingerprint_of_rows(rows)])
+    stored = store_teacher(teacher, rows, folder, k=parameters.top_k, recipe=known, world=world)
+    return Distill(settings, stored=stored)
+
+
+def open_teacher(source: str | Path, student: Llama, *, dtype: str, world: World) -> Llama:
+    """The model in ``source`` as a teacher of ``student``: its adapter merged, no gradients, no dropout.
+
+    A tokenizer other than the student's is an error: the two distributions would be over different words.
+    """
+    teacher = pretrained.load(source, dtype=dtype, device=str(world.device))
+    if teacher.adapter is not None:
+        merge_lora(teacher)
+    theirs, ours = (
+        None if one.tokenizer is None else one.tokenizer.fingerprint for one in (teacher, student)
+    )
+    if theirs != ours or teacher.spec.vocab_size != student.spec.vocab_size:
+        raise PunaError(
+            "teacher and student must share one vocabulary",
+            where=source,
+            found=f"{teacher.spec.vocab_size:,} tokens, tokenizer {theirs}",
+            expected=f"{student.spec.vocab_size:,} tokens, tokenizer {ours}",
+            fix="take a teacher with the student's tokenizer",
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """What is compared: ``direction`` of the divergence, ``temperature`` of both sides, ``top_k`` tokens
+    (None: the whole vocabulary)."""
+
+    direction: Direction = "forward"
+    temperature: float = 1.0
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Distill:
+    """The objective: divergence from a teacher, summed over labelled positions. One teacher is given.
+
+    ``live`` is a model of the student's vocabulary in the student's dtype; ``stored`` holds its
+    likeliest tokens at the labelled positions of each packed row.
+    """
+
+    settings: DistillSettings
+    live: Llama | None = None
+    stored: StoredTeacher | None = None
+    figures: tuple[str, ...] = ()
+
+    def __call__(self, model: Llama, micro: MicroBatch) -> Loss:
+        """Sum over the labelled positions of ``micro``."""
+        batch, settings = micro.batch, self.settings
+        labelled = batch.labels != IGNORED
+        hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)[labelled]  # [targets, width]
+        if settings.top_k is None:
+            assert self.live is not None
+            teacher = LinearTeacher(_states(self.live, batch)[labelled], self.live.head_weight.detach())
+            found = linear_kl(
+                hidden, model.head_weight, teacher, settings.direction, temperature=settings.temperature
+            )
+            return Loss(found.total, found.positions)
+        if self.stored is not None:
+            likeliest = self.stored.tokens(micro, hidden.device)
+        else:
+            assert self.live is not None
+            likeliest = _likeliest(self.live, batch, settings.top_k)
+        found = linear_top_k_kl(
+            hidden, model.head_weight, likeliest, settings.direction, temperature=settings.temperature
+        )
+        return Loss(found.total, found.positions)
+
+
+@torch.no_grad()
+def _states(teacher: Llama, batch: Batch) -> Tensor:
+    """Final hidden states of the teacher, [rows, time, its width]."""
+    return teacher.hidden(batch.input_ids, batch.positions, batch.segments)
+
+
+def _likeliest(teacher: Llama, batch: Batch, k: int) -> TopTokens:
+    """The teacher's ``k`` likeliest tokens at the labelled positions, [targets, k]."""
+    states = _states(teacher, batch)[batch.labels != IGNORED]
+    return linear_top_tokens(states, teacher.head_weight, k)
+
+
+def bytes_beside(objective: Objective) -> int:
+    """Bytes of the weights of a live teacher; 0 for any other objective."""
+    live = objective.live if isinstance(objective, Distill) else None
+    return 0 if live is None else sum(tensor.nbytes for tensor in live.parameters())
+
+
+class StoredTeacher:
+    """A teacher's likeliest tokens at the labelled positions of packed rows, in a folder."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self._cache = cache
+
+    def tokens(self, micro: MicroBatch, device: torch.device) -> TopTokens:
+        """Those of the rows of a micro-batch, in reading order: [targets, k]."""
+        parts = [self._cache.row(str(int(row))) for row in micro.rows]
+        found = [part for part in parts if isinstance(part, TopTokens)]
+        assert len(found) == len(parts), "rows are stored with their likeliest tokens"
+        ids = torch.cat([part.ids for part in found]).to(device)
+        return TopTokens(ids, torch.cat([part.log_probs for part in found]).to(device))
+
+
+def store_teacher(
+    teacher: Llama, rows: Sequence[Row], folder: Path, *, k: int, recipe: str, world: World
+) -> StoredTeacher:
+    """The teacher's ``k`` likeliest tokens for ``rows``, from ``folder`` if they are there, else made there.
+
+    ``recipe`` is a fingerprint of all they depend on. Of several processes the first one makes them.
+    Time is one forward pass over the rows; disk takes 8 k bytes a position.
+    """
+    known = _opened(folder, recipe) if folder.exists() else None
+    world.wait()  # all have looked before the first process writes
+    if known is None and world.is_main:
+        write_teacher_cache(
+            folder,
+            _read(teacher, rows, k, world),
+            vocabulary=teacher.spec.vocab_size,
+            dtype="float32",
+            about={"recipe": recipe},
+        )
+    world.wait()
+    return StoredTeacher(known or TeacherCache(folder))
+
+
+def _opened(folder: Path, recipe: str) -> TeacherCache | None:
+    """The cache in ``folder``; None, once that is said, if it is of no use."""
+    try:
+        cache = TeacherCache(folder)
+    except PunaError as error:
+        say(f"The teacher reads the rows again. {error}")
+        return None
+    if cache.about.get("recipe") != recipe:
+        say(f"The teacher reads the rows again: {folder} was made for something else.")
+        return None
+    return cache
+
+
+def _read(teacher: Llama, rows: Sequence[Row], k: int, world: World) -> Iterator[tuple[str, TopTokens]]:
+    with Track("teacher", sum(row.tokens for row in rows), "tokens") as track:
+        for number, row in enumerate(rows):
+            yield str(number), _likeliest(teacher, collate([row]).to(world.device), k)
+            track.advance(row.tokens)
