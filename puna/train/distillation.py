@@ -8,16 +8,15 @@ The student p_s learns from a teacher p_t of the same vocabulary, position by po
   negative, and the full divergence at k = vocabulary. Baichuan Alignment (2410.14940) holds a policy
   to its reference so, with k = 500. It says nothing about the mass outside those tokens.
 
-As in :mod:`puna.train.objectives`, the student's head is applied a chunk of positions at a time and
-the gradients are made there, so that the logits of a whole batch never exist; the teacher's are
-made, or fetched, for the same chunk. Logits are finite: no token is ever ruled out. A temperature
+The student's head is applied a chunk of positions at a time (:mod:`puna.train.linear_loss`); the teacher's
+logits are made, or fetched, for the same chunk. Logits are finite: no token is ever ruled out. A temperature
 divides both sides' logits, and the loss is not multiplied by its square.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +24,10 @@ from torch.nn.functional import cosine_similarity
 
 from puna.core.errors import PunaError, unknown_name
 from puna.train.arguments import precise, precise_dtype, require_positive, require_setting, require_shape
-from puna.train.objectives import CHUNK
+from puna.train.linear_loss import CHUNK, linear_loss, rows_at_a_time
 
 Direction = Literal["forward", "reverse"]
 DIRECTIONS = ("forward", "reverse")
-
-_ROWS_IN_CACHE = 16  # positions whose float32 distributions fit a CPU core's cache at a 49k vocabulary
 
 
 @dataclass(frozen=True)
@@ -235,11 +232,18 @@ def _linear(
     if weights is None:
         weights = torch.ones(positions, device=hidden.device)
     require_shape("weights", weights, positions)
-    job = _Job(_flat(teacher), direction, k, temperature, chunk)
-    total, kept = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, weights.detach().reshape(-1), job
-    )
-    return PositionLoss(total, kept)
+    job = _Job(_flat(teacher), direction, k, temperature)
+    flat = weights.detach().reshape(-1)
+    places = flat.nonzero()[:, 0]  # [targets]
+    factors = flat[places].to(precise_dtype(hidden))
+
+    def to_gradient_(logits: Tensor, part: slice, losses: Tensor) -> None:
+        ids, targets = job.targets(places[part])
+        _divergence_to_gradient_(logits, ids, targets, factors[part], losses, job)
+
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    sums = linear_loss(rows, weight, places, to_gradient_, dtype=factors.dtype, factors=factors, chunk=chunk)
+    return PositionLoss(*sums)
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,6 @@ class _Job:
     direction: Direction
     k: int | None
     temperature: float
-    chunk: int
 
     def targets(self, places: Tensor) -> tuple[Tensor | None, Tensor]:
         """Ids (None for the whole vocabulary) and logits of the teacher at ``places``, [n, k] each."""
@@ -266,50 +269,6 @@ class _Job:
         return ids, values
 
 
-class _LinearDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, weights: Tensor, job: _Job
-    ) -> tuple[Tensor, Tensor]:
-        places = weights.nonzero()[:, 0]  # [targets]
-        rows = hidden[places]
-        factors = weights[places].to(precise_dtype(hidden))
-        losses = torch.empty_like(factors)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        row_gradient = torch.empty_like(rows) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight) if needs_weight and not len(places) else None
-        for start in range(0, len(places), job.chunk):
-            part = slice(start, start + job.chunk)
-            logits = rows[part] @ weight.T  # [chunk, vocabulary]
-            ids, targets = job.targets(places[part])
-            _divergence_to_gradient_(logits, ids, targets, factors[part], losses[part], job)
-            if row_gradient is not None:
-                torch.mm(logits, weight, out=row_gradient[part])
-            if needs_weight:
-                weight_gradient = _sum(weight_gradient, logits.T @ rows[part])
-        gradient = None
-        if row_gradient is not None:
-            gradient = torch.zeros_like(hidden)
-            gradient[places] = row_gradient
-        ctx.save_for_backward(gradient, weight_gradient)
-        ctx.mark_non_differentiable(losses)
-        return (losses * factors).sum(), losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        outer = gradients[0]
-        hidden, weight = ctx.saved_tensors
-        if outer.device.type != "cpu" or float(outer) != 1.0:  # the training loop's gradient is 1
-            hidden = None if hidden is None else hidden * outer.to(hidden.dtype)
-            weight = None if weight is None else weight * outer.to(weight.dtype)
-        return hidden, weight, None, None
-
-
-def _sum(so_far: Tensor | None, product: Tensor) -> Tensor:
-    """Sum over chunks in float32 or wider; a single chunk stays what it is."""
-    return product if so_far is None else precise(so_far).add_(precise(product))
-
-
 def _divergence_to_gradient_(
     logits: Tensor, ids: Tensor | None, targets: Tensor, factors: Tensor, losses: Tensor, job: _Job
 ) -> None:
@@ -317,9 +276,9 @@ def _divergence_to_gradient_(
 
     The float32 copies are made of a few rows at a time: on a CPU they then stay in the cache.
     """
-    step = _ROWS_IN_CACHE if logits.device.type == "cpu" else max(len(logits), 1)
-    for start in range(0, len(logits), step):
-        part = slice(start, start + step)
+    runs = rows_at_a_time(logits)
+    for start in runs:
+        part = slice(start, start + runs.step)
         scores = logits[part] if ids is None else logits[part].gather(1, ids[part])
         ours = (precise(scores) / job.temperature).log_softmax(-1)
         theirs = (targets[part].to(ours.dtype) / job.temperature).log_softmax(-1)

@@ -2,9 +2,8 @@
 
 An objective gives the summed loss of a micro-batch (:class:`Loss`): sums, so that neither the cut
 into micro-batches nor the number of processes matters. The head is applied and the loss taken only
-at positions that have a label, a chunk of positions at a time, so that the logits of a whole batch
-never exist. The gradients are made chunk by chunk in the forward pass, when the logits are at hand,
-as fused linear cross-entropy kernels do; the backward pass only scales them.
+at positions that have a label, a chunk of positions at a time (:mod:`puna.train.linear_loss`), so
+that the logits of a whole batch never exist.
 """
 
 from __future__ import annotations
@@ -16,17 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from puna.train.linear_loss import CHUNK, add_product, linear_loss, rows_at_a_time
+
 if TYPE_CHECKING:
     from puna.model.llama import Llama
     from puna.train.loader import MicroBatch
 
 IGNORED = -100
 """The label of a position at which nothing is learnt."""
-
-CHUNK = 2048
-"""Positions whose logits exist at a time."""
-
-_ROWS_IN_CACHE = 16  # positions whose float32 softmax fits a CPU core's cache at a 49k vocabulary
 
 
 @dataclass(frozen=True)
@@ -57,47 +53,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     [...] with :data:`IGNORED` where nothing is learnt. Products run in the dtype of ``hidden``, the
     softmax and the sums over chunks in float32. Only gradients that are needed are computed.
     """
-    total, tokens = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk
-    )
-    return Loss(total, tokens)
+    flat = labels.reshape(-1)
+    places = (flat != IGNORED).nonzero()[:, 0]  # [targets]
+    wanted = flat[places]
 
+    def to_gradient_(logits: Tensor, part: slice, losses: Tensor) -> None:
+        _softmax_minus_one_hot_(logits, wanted[part], losses)
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        places = (labels != IGNORED).nonzero()[:, 0]  # [targets]
-        rows, wanted = hidden[places], labels[places]
-        losses = torch.empty(len(places), dtype=torch.float32, device=hidden.device)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        row_gradient = torch.empty_like(rows) if needs_hidden else None
-        weight_gradient = torch.zeros_like(weight) if needs_weight and not len(places) else None
-        for start in range(0, len(places), chunk):
-            part = slice(start, start + chunk)
-            logits = rows[part] @ weight.T  # [chunk, vocabulary]
-            _softmax_minus_one_hot_(logits, wanted[part], losses[part])
-            if row_gradient is not None:
-                torch.mm(logits, weight, out=row_gradient[part])
-            if needs_weight:
-                weight_gradient = _sum(weight_gradient, logits.T @ rows[part])
-        gradient = None
-        if row_gradient is not None:
-            gradient = torch.zeros_like(hidden)
-            gradient[places] = row_gradient
-        ctx.save_for_backward(gradient, weight_gradient)
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        outer = gradients[0]
-        hidden, weight = ctx.saved_tensors
-        if outer.device.type != "cpu" or float(outer) != 1.0:  # the training loop's gradient is 1
-            hidden = None if hidden is None else hidden * outer.to(hidden.dtype)
-            weight = None if weight is None else weight * outer.to(weight.dtype)
-        return hidden, weight, None, None
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return Loss(*linear_loss(rows, weight, places, to_gradient_, chunk=chunk))
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK) -> Tensor:
@@ -145,17 +109,9 @@ class _LinearLogProbs(torch.autograd.Function):
                 logits = rows[part] @ weight.T
                 _softmax_minus_one_hot_(logits, wanted[part], torch.empty_like(gradient[part]))
                 scaled = (rows[part] * -gradient[part, None]).to(rows.dtype)
-                to_weight = _sum(to_weight, logits.T @ scaled)
+                to_weight = add_product(to_weight, logits.T @ scaled)
             to_weight = torch.zeros_like(weight) if to_weight is None else to_weight.to(weight.dtype)
         return to_hidden, to_weight, None, None
-
-
-def _sum(so_far: Tensor | None, product: Tensor) -> Tensor:
-    """Sum over chunks in float32; a single chunk stays what it is."""
-    if so_far is None:
-        return product
-    # Adding bfloat16 to float32 in one operation is four times slower on a CPU.
-    return so_far.float().add_(product.float())
 
 
 def _softmax_minus_one_hot_(logits: Tensor, wanted: Tensor, losses: Tensor) -> None:
@@ -164,15 +120,15 @@ def _softmax_minus_one_hot_(logits: Tensor, wanted: Tensor, losses: Tensor) -> N
     The float32 copies are made of a few rows at a time: on a CPU they then stay in the cache, which
     makes this several times faster than over the whole chunk.
     """
-    step = _ROWS_IN_CACHE if logits.device.type == "cpu" else max(len(logits), 1)
-    for start in range(0, len(logits), step):
-        part = logits[start : start + step]
-        label = wanted[start : start + step, None]
+    runs = rows_at_a_time(logits)
+    for start in runs:
+        part = logits[start : start + runs.step]
+        label = wanted[start : start + runs.step, None]
         scores = part.float()
         probabilities = torch.softmax(scores, dim=-1)
         # log sum exp, read off at the most probable token: its probability is never zero
         log_sum = scores.amax(-1) - probabilities.amax(-1).log()
-        losses[start : start + step] = log_sum - scores.gather(1, label)[:, 0]
+        losses[start : start + runs.step] = log_sum - scores.gather(1, label)[:, 0]
         probabilities.scatter_add_(1, label, torch.full_like(label, -1.0, dtype=torch.float32))
         part.copy_(probabilities)
 

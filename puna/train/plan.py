@@ -22,7 +22,7 @@ DROPOUT_TRAFFIC = {"cpu": 80, "cuda": 10}
 
 _SCRATCH_ON_CPU = 1.5  # glibc, SmolLM2-135M with LoRA in bfloat16: 2.36 GB resident for 1.57 GB kept
 _EMBEDDING = "model.embed_tokens"
-LOGITS_AT_ONCE = 2048  # puna.train.objectives.CHUNK, which cannot be imported without torch
+LOGITS_AT_ONCE = 2048  # puna.train.linear_loss.CHUNK, which cannot be imported without torch
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]
     return found
 
 
-def _module(layer: int, projection: str) -> str:
+def module_of(layer: int, projection: str) -> str:
     """The whole name of a projection."""
     group = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
     return f"model.layers.{layer}.{group}.{projection}"
 
 
-def _adapted(name: str, layer: int, method: Method) -> bool:
+def adapts(name: str, layer: int, method: Method) -> bool:
     """Whether a projection has a LoRA; targets may name a projection of one layer only."""
-    whole = f".{_module(layer, name)}"
+    whole = f".{module_of(layer, name)}"
     return bool(method.r) and any(whole.endswith(f".{target}") for target in method.target)
 
 
@@ -86,7 +86,7 @@ def _adapted_sizes(spec: LlamaSpec, method: Method) -> Iterator[tuple[int, int]]
     """Inputs and outputs of each adapted projection."""
     for layer, block in enumerate(spec.blocks):
         for name, sizes in projections(spec, block).items():
-            if _adapted(name, layer, method):
+            if adapts(name, layer, method):
                 yield sizes
 
 
@@ -94,7 +94,7 @@ def _held_in_nf4(spec: LlamaSpec, method: Method) -> Iterator[tuple[int, int]]:
     """Inputs and outputs of each projection that is held in NF4: all that are not trained in full."""
     for layer, block in enumerate(spec.blocks):
         for name, sizes in projections(spec, block).items():
-            if method.base == "nf4" and not method.trains(_module(layer, name), spec):
+            if method.base == "nf4" and not method.trains(module_of(layer, name), spec):
                 yield sizes
 
 
@@ -108,7 +108,7 @@ def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
         if block.feed_forward != "none":
             yield f"model.layers.{layer}.post_attention_layernorm", spec.hidden_size
         for name, (inputs, outputs) in projections(spec, block).items():
-            module = _module(layer, name)
+            module = module_of(layer, name)
             biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
             biased = biased or (spec.attention_bias == "qkv" and name in ("q_proj", "k_proj", "v_proj"))
             yield module, inputs * outputs + (outputs if biased else 0)
@@ -157,8 +157,8 @@ def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
     total = forward_operations(spec, length) + (4 if method.trains_head(spec) else 2) * head
     for layer, block in enumerate(spec.blocks):
         for name, (inputs, outputs) in projections(spec, block).items():
-            total += (4 if method.trains(_module(layer, name), spec) else 2) * inputs * outputs
-            again = method.dora and method.dropout and _adapted(name, layer, method)
+            total += (4 if method.trains(module_of(layer, name), spec) else 2) * inputs * outputs
+            again = method.dora and method.dropout and adapts(name, layer, method)
             total += 4 * inputs * outputs if again else 0
         total += 4 * _attention_product(block, length)
     return total + 6 * lora_parameters(spec, dataclasses.replace(method, dora=False))
@@ -224,14 +224,14 @@ def _layer_bytes(
         total += 2 * block.width * size
     shared: dict[str, int] = {}  # inputs that are kept once, however many projections want them
     for name, (inputs, outputs) in projections(spec, block).items():
-        adapted = _adapted(name, layer, method)
+        adapted = adapts(name, layer, method)
         if adapted:
             total += method.r * size + (2 * outputs * size if method.dora else 0)
         if adapted and method.dropout:
             total += inputs * (size + 1)
         elif name == "down_proj" and not (adapted and (method.dora or method.base == "nf4")):
             pass  # its input is made again
-        elif adapted or method.trains(_module(layer, name), spec):
+        elif adapted or method.trains(module_of(layer, name), spec):
             shared[_source_of(name)] = inputs
     return total + sum(width * size for width in shared.values())
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from puna.train.plan import (
     BYTES,
     Method,
-    _adapted,
-    _module,
+    adapts,
     lora_parameters,
     memory,
+    module_of,
     projections,
     trained_parameters,
 )
@@ -113,12 +113,12 @@ def _weights(spec: LlamaSpec, method: Method) -> Iterator[_Weight]:
 
 def _of_projections(spec: LlamaSpec, method: Method, layer: int, block: BlockSpec) -> Iterator[_Weight]:
     for name, (inputs, outputs) in projections(spec, block).items():
-        module = _module(layer, name)
+        module = module_of(layer, name)
         trained = method.trains(module, spec)
         yield _Weight(layer, (outputs, inputs), trained)
         biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
         if biased or (spec.attention_bias == "qkv" and name in ("q_proj", "k_proj", "v_proj")):
             yield _Weight(layer, (outputs,), trained)
-        if _adapted(name, layer, method):
+        if adapts(name, layer, method):
             yield _Weight(layer, (method.r, inputs), True)
             yield _Weight(layer, (outputs, method.r), True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from little_rows import MIXED, rows
+from little_trainings import write_places
 
 from puna.text.packing import Packed
 from puna.train.loader import Feed
@@ -58,3 +59,9 @@ def make_loop(tiny_llama: Callable[..., Any]) -> Callable[..., Loop]:
         )
 
     return build
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, Path]:
+    """A model folder and corpora of documents, conversations and preferences."""
+    return write_places(tmp_path_factory.mktemp("train-stage"), tiny_tokenizer)

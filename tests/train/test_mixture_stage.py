@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import little_trainings
 import pytest
 import torch
-from safetensors.torch import load_file
+from little_trainings import weights, write_model
 
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
@@ -21,30 +22,15 @@ from puna.train.metrics import read_metrics
 from puna.train.settings import Cap, Feedback, Mixture, Phase, ScheduleSegment
 from puna.train.stages import Train, plan_train
 
-SMALL: dict[str, Any] = {
-    "batch_tokens": 64,
-    "micro_batch_tokens": 64,
-    "max_length": 32,
-    "learning_rate": 1e-2,
-    "dtype": "float32",
-    "save_dtype": "float32",
-}
+SMALL = {key: value for key, value in little_trainings.SMALL.items() if key != "max_steps"}
 WORDS = ["the", "cat", "sat", "on", "that", "mat", "went", "again"]
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dict[str, Path]:
     """A model, two corpora whose documents differ in length, and held-out text of both."""
-    from puna.model.llama import Llama
-    from puna.model.spec import BlockSpec, LlamaSpec
-
     root = tmp_path_factory.mktemp("mixture-stage")
-    block = BlockSpec(heads=4, kv_heads=2, head_dim=8, width=48)
-    model = Llama(
-        LlamaSpec(vocab_size=320, hidden_size=32, blocks=(block, block), tied=True, max_positions=64)
-    )
-    model.tokenizer = tiny_tokenizer
-    pretrained.save(model, root / "model")
+    write_model(root / "model", tiny_tokenizer)
     generator = numpy_generator(0, "mixture stage")
     for name, words, count, length in (
         ("long", WORDS[:4], 40, 30),
@@ -80,10 +66,6 @@ def train(places: Mapping[str, Path], out: Path, **parameters: Any) -> tuple[Out
 
 def lines(out: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == kind]
-
-
-def weights(outcome: Outcome) -> dict[str, torch.Tensor]:
-    return load_file(outcome.outputs["model"] / "model.safetensors")
 
 
 EQUAL = {"weights": {"long": 1, "short": 1}}

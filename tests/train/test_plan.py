@@ -15,7 +15,8 @@ from puna.core.seeds import torch_generator
 from puna.model.adapters import LoraSettings, add_lora
 from puna.train import plan
 from puna.train.dropout import quicken
-from puna.train.objectives import CHUNK, linear_cross_entropy
+from puna.train.linear_loss import CHUNK
+from puna.train.objectives import linear_cross_entropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
 
 FULL = plan.Method()

@@ -1,0 +1,145 @@
+"""Every option of the stage ``train`` by what it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_distilling import FLIPS as OF_DISTILLING
+import torch
+from little_trainings import LORA, TIMED, train, weights
+
+from puna.core.stage import Outcome
+from puna.train.metrics import read_metrics
+from puna.train.stages import Lora, Train
+
+
+def seen(outcome: Outcome, out: Path) -> dict[str, Any]:
+    """All that can be observed of a run, apart from times."""
+    lines = read_metrics(out / "metrics.jsonl")
+    model = {
+        name: (str(tensor.dtype), float(tensor.double().sum())) for name, tensor in weights(outcome).items()
+    }
+    return {
+        "lines": [{key: value for key, value in line.items() if key not in TIMED} for line in lines],
+        "model": model,
+        "outputs": sorted(outcome.outputs),
+        "files": sorted(str(path.relative_to(out)).partition("events")[0] for path in out.rglob("*")),
+    }
+
+
+# What to change, and what must be set besides for it to mean something.
+PAIRS: dict[str, Any] = {"max_length": 96, "batch_tokens": 192, "micro_batch_tokens": 192}
+FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "objective": ({}, {"objective": "sft"}),
+    "beta": ({**PAIRS, "objective": "dpo"}, {"beta": 0.5}),
+    "label_smoothing": ({**PAIRS, "objective": "dpo"}, {"label_smoothing": 0.2}),
+    "target_margin": ({**PAIRS, "objective": "simpo"}, {"target_margin": 0.0}),
+    "likelihood_weight": ({**PAIRS, "objective": "cpo"}, {"likelihood_weight": 0.0}),
+    "epochs": ({"max_steps": ..., "epochs": 1}, {"epochs": 2}),
+    "max_steps": ({}, {"max_steps": 3}),
+    "max_tokens": ({"max_steps": ..., "max_tokens": 100}, {"max_tokens": 200}),
+    "batch_tokens": ({}, {"batch_tokens": 96}),
+    "max_length": ({}, {"max_length": 24}),
+    "packing": ({}, {"packing": "fit"}),
+    "mixture": ({}, {"mixture": {"caps": {"main": {"rows": 9}}}}),
+    "order": ({}, {"order": "sorted"}),
+    "sort_by": ({"order": "sorted"}, {"sort_by": "loss"}),
+    "descending": ({"order": "sorted"}, {"descending": True}),
+    "train_on": ({"objective": "sft"}, {"train_on": ["user"]}),
+    "learning_rate": ({}, {"learning_rate": 2e-2}),
+    "embedding_learning_rate_factor": ({}, {"embedding_learning_rate_factor": 0.1}),
+    "schedule": ({}, {"schedule": "linear"}),
+    "warmup_ratio": ({}, {"warmup_ratio": 0.5}),
+    "warmup_steps": ({}, {"warmup_steps": 2}),
+    "min_learning_rate_ratio": ({}, {"min_learning_rate_ratio": 0.5}),
+    "timescale": ({"schedule": "inverse_sqrt"}, {"timescale": 2}),
+    "step_size": ({"schedule": "step"}, {"step_size": 2}),
+    "gamma": ({"schedule": "step", "step_size": 1}, {"gamma": 0.9}),
+    "decay_ratio": ({"schedule": "wsd"}, {"decay_ratio": 0.9}),
+    "weight_decay": ({}, {"weight_decay": 0.5}),
+    "betas": ({}, {"betas": [0.5, 0.9]}),
+    "max_grad_norm": ({}, {"max_grad_norm": 1e-3, "betas": [0.0, 0.0]}),
+    "lora": ({}, {"lora": LORA}),
+    "dtype": ({}, {"dtype": "bfloat16"}),
+    "seed": ({}, {"seed": 1}),
+    "logging_steps": ({}, {"logging_steps": 2}),
+    "eval_steps": ({"held_out": True}, {"eval_steps": 1}),
+    "eval_tokens": ({"held_out": True}, {"eval_tokens": 10}),
+    "stop_after": ({}, {"stop_after": 3}),
+    "state_after": ({}, {"state_after": "end"}),
+    "report_to": ({}, {"report_to": "tensorboard"}),
+    "save_adapter": ({"lora": LORA}, {"save_adapter": False}),
+    "save_dtype": ({}, {"save_dtype": "bfloat16"}),
+}
+LORA_FLIPS: dict[str, Any] = {
+    "r": 3,
+    "alpha": 4.0,
+    "dropout": 0.5,
+    "target": ["q_proj"],
+    "rslora": True,
+    "full": ["embed_tokens"],
+    "dora": True,
+    "base": "nf4",
+}
+_SEEN_ELSEWHERE = {
+    "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
+    "save_steps": "test_save_steps_make_checkpoints",
+    "restore": "test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_do_not",
+    "sharding": "test_a_process_alone_shares_nothing_out",
+    "recompute": "test_recomputed_layers_change_no_bit_of_a_training",
+}
+
+
+def test_no_option_is_left_out_of_these_tests() -> None:
+    assert set(FLIPS) | set(_SEEN_ELSEWHERE) | set(OF_DISTILLING) == set(Train.model_fields)
+    assert set(LORA_FLIPS) == set(Lora.model_fields)
+    assert all(name in globals() for name in _SEEN_ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_flipping_an_option_changes_something(places: dict[str, Path], tmp_path: Path, name: str) -> None:
+    if name == "report_to":
+        pytest.importorskip("tensorboard")
+    besides, flip = FLIPS[name]
+    if name == "max_grad_norm":  # AdamW forgives a constant factor unless its averages are off
+        besides = {"betas": [0.0, 0.0]}
+    before = seen(train(places, tmp_path / "before", **besides)[0], tmp_path / "before")
+    after = seen(train(places, tmp_path / "after", **{**besides, **flip})[0], tmp_path / "after")
+    assert before != after
+
+
+@pytest.mark.parametrize("name", LORA_FLIPS)
+def test_flipping_an_option_of_lora_changes_the_model(
+    places: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    before = weights(train(places, tmp_path / "before", lora=LORA)[0])
+    after = weights(train(places, tmp_path / "after", lora={**LORA, name: LORA_FLIPS[name]})[0])
+    assert any(not torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_micro_batch_tokens_bound_a_forward_pass(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.model.llama import Llama
+
+    plain = Llama.hidden
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(self: Llama, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(input_ids.shape))
+        return plain(self, input_ids, *rest)
+
+    monkeypatch.setattr(Llama, "hidden", noted)
+    train(places, tmp_path / "64")
+    assert max(rows * width for rows, width in shapes) == 64
+    shapes.clear()
+    train(places, tmp_path / "32", micro_batch_tokens=32)
+    assert max(rows * width for rows, width in shapes) == 32
+
+
+def test_a_process_alone_shares_nothing_out(places: dict[str, Path], tmp_path: Path) -> None:
+    """What it does with several processes: test_sharding.py, test_elastic.py."""
+    alone, shared = (weights(train(places, tmp_path / way, sharding=way)[0]) for way in ("none", "full"))
+    assert all(torch.equal(tensor, shared[name]) for name, tensor in alone.items())
