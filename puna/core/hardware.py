@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -14,3 +16,10 @@ def total_memory() -> int:
         with contextlib.suppress(OSError, ValueError):
             memory = min(memory, int(Path(file).read_text()))
     return memory
+
+
+def release_memory() -> None:
+    """Collect garbage and give free pages back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import importlib.metadata
 import os
 import platform
@@ -18,7 +16,7 @@ from typing import Any
 
 from puna import __version__
 from puna.core.errors import PunaError
-from puna.core.hardware import total_memory
+from puna.core.hardware import release_memory, total_memory
 
 _PACKAGES = (
     "torch",
@@ -155,13 +153,6 @@ class PeakMemory:
             self.bytes = int(torch.cuda.max_memory_allocated(self.device))
         else:
             self.bytes = _peak_resident()
-
-
-def release_memory() -> None:
-    """Collect garbage and give free pages back to the system."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def resident_memory() -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint, room_for
-from puna.core.hardware import total_memory
+from puna.core.hardware import release_memory, total_memory
 from puna.core.progress import console
 from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
@@ -112,6 +112,7 @@ def run(context: Context, parameters: Train) -> Outcome:
         optimizer.close()
         with room_for(context.out / "model", fix=loop.checkpoints.advice()):
             weights = whole_on_first(optimizer.weights(), here)
+            release_memory()  # what steps left behind would stand beside the float32 model that is written
             outputs = _write(context, parameters, model, weights, seed, here)
         if parameters.state_after is not None:
             outputs["state"] = context.out / "state"
