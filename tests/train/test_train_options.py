@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distilling import FLIPS as OF_DISTILLING
 import torch
 from little_trainings import LORA, TIMED, train, weights
+from test_distilling import FLIPS as OF_DISTILLING
 
 from puna.core.stage import Outcome
 from puna.train.metrics import read_metrics
