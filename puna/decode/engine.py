@@ -1,66 +1,102 @@
-"""The decode engine: batches of prompts through one model with a key-value cache.
+"""The decode engine: one loop that reads for every method, request and model.
 
-Small and exact. Prompts of similar length run together, left-padded, each row attending to its own
-tokens only, so a text is the same alone and in any batch. What changes the result of a request is
-its prompt, the settings, and its index among the prompts (the index picks its generator).
+A request's method is a generator that says what it wants read. In each step the engine gathers what
+all running requests want, cuts long prompts into chunks, reads in one pass a model, and resumes the
+methods that have their answer. What a request gets depends on its prompt, its settings and its
+index among the prompts (the index picks its generator), not on its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from torch import Tensor
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError
 from puna.core.progress import Track
-from puna.decode.pieces import TextPieces
-from puna.decode.sampling import Sampling, choose
-from puna.model.cache import KeyValueCache
-from puna.model.rope import depends_on_length
+from puna.decode.batching import Batcher, Job, Statistics
+from puna.decode.request import TARGET, Loaded, Running
+from puna.decode.sampling import Sampling
+from puna.decode.scheduler import BatchSettings
+from puna.decode.strategy import Strategy, StrategySettings, resolve
+from puna.decode.ticket import Completion, Event, FinishReason, Ticket
+from puna.model.paged import BLOCK
+from puna.model.steppers import Kernels, Quantize, make_stepper
 from puna.text.encode import encode_prompt
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
+    from puna.model.paged import CachePolicy
+
+__all__ = ["Completion", "Engine", "Event", "FinishReason", "Message", "Prompt", "Ticket"]
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was generated for one prompt.
-
-    ``ids`` are all produced tokens, the stop token included; ``text`` is without stop token and cut
-    before a stop string. ``logprobs`` (natural logarithms, one per id) only if they were asked for.
-    """
-
-    text: str
-    ids: list[int]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    logprobs: list[float] | None = None
+Chosen = str | Mapping[str, Any] | StrategySettings | Strategy | None
+"""A strategy: its name, a mapping with its name and settings, settings, or the strategy; None is plain."""
+_USUAL_CACHE = 32_768
 
 
 class Engine:
     """Generates text with a model that has a tokenizer.
 
-    ``max_batch_tokens`` bounds rows x (longest prompt + tokens to come) of a group of prompts and
-    with it the cache's memory; a single longer prompt still runs, alone. The model is put into
-    evaluation mode.
+    ``max_batch_tokens`` bounds the tokens of a step, ``chunk_tokens`` those of prompts in a step in
+    which texts decode, ``max_running`` the texts that run at once. ``cache_tokens`` is the room for
+    the keys of all of them (default: 32768, or the model's context if that is longer), for each
+    model. ``models`` are further models that strategies use, by name. ``quantize`` lays the weights
+    of all models out in integers; ``kernels`` says what runs them. ``policies`` gives the target's
+    layers other cache policies than the model's own. The models are put into evaluation mode.
     """
 
-    def __init__(self, model: Llama, *, max_batch_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        quantize: Quantize | None = None,
+        max_batch_tokens: int = 512,
+        chunk_tokens: int = 256,
+        cache_tokens: int | None = None,
+        max_running: int = 64,
+        kernels: Kernels = "auto",
+        models: Mapping[str, Llama] | None = None,
+        policies: Sequence[CachePolicy] | None = None,
+    ) -> None:
         if model.tokenizer is None:
             raise PunaError("the model has no tokenizer", where=model.source, fix="open it with puna.load")
-        if max_batch_tokens < 1:
-            raise PunaError("max_batch_tokens is out of range", found=max_batch_tokens, expected="at least 1")
+        if TARGET in (models or {}):
+            raise PunaError("'target' is the engine's own model", found="a further model of that name")
         self.model = model.eval()
         self.tokenizer = model.tokenizer
-        self.max_batch_tokens = max_batch_tokens
+        self.threaded = False  # whether a thread of its own runs the steps
+        tokens = cache_tokens or max(_USUAL_CACHE, model.spec.max_positions)
+        self._models: dict[str, Loaded] = {}
+        for name, each in {TARGET: model, **(models or {})}.items():
+            stepper = make_stepper(
+                each,
+                quantize=quantize,
+                cache_tokens=tokens,
+                kernels=kernels,
+                policies=policies if name == TARGET else None,
+            )
+            weight = each.spec.parameter_count() / model.spec.parameter_count()
+            self._models[name] = Loaded(each.eval(), stepper, weight)
+        self._batcher = Batcher(self._models, BatchSettings(max_batch_tokens, chunk_tokens), max_running)
+        self._turn = threading.Lock()  # one step at a time, whoever asks for it
+        self._mail = threading.Lock()  # guards what was submitted and is not in the batcher yet
+        self._submitted: list[Job] = []
+        self._numbers = itertools.count()
+        self.woken = threading.Event()  # set when there is something new to do
+
+    @property
+    def kernels(self) -> str:
+        """Which kernels run the target."""
+        return self._models[TARGET].stepper.name
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts of what runs, waits and was done so far."""
+        return self._batcher.statistics()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
@@ -97,32 +133,108 @@ class Engine:
             )
         return encode_prompt(self.tokenizer, self.model.template, messages)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
-        """Complete each prompt; the results are in the order of the prompts.
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling | None = None, strategy: Chosen = None
+    ) -> list[Completion]:
+        """Complete each prompt; the results are in the order of the prompts, ``sampling.n`` of each.
 
         Raises :class:`PunaError` for a prompt that is empty or does not fit the context. Where
         prompt and ``max_tokens`` together do not fit, generation ends at the context with "length".
         """
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping | int)):
             raise PunaError("generate takes a list of prompts", found="one prompt", fix="put it into a list")
-        requests = [
-            self._request(index, prompt, sampling or Sampling()) for index, prompt in enumerate(prompts)
-        ]
-        groups = self._groups(requests)
-        with Track("generating", len(requests), "prompts") as track:
-            for group in groups:
-                for _ in self._steps(group):
-                    pass
-                track.advance(len(group))
-        return [request.completion() for request in requests]
+        chosen, settings = resolve(strategy), sampling or Sampling()
+        jobs = [self._job(index, prompt, settings, chosen, None) for index, prompt in enumerate(prompts)]
+        self._submit(jobs)
+        try:
+            with Track("generating", len(jobs), "prompts") as track:
+                for job in jobs:
+                    for _ in job.ticket.events():
+                        pass
+                    track.advance()
+        finally:
+            for job in jobs:
+                if not job.ticket.done:
+                    job.ticket.cancel()
+        return [completion for job in jobs for completion in job.ticket.completions]
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
-        """Yield the completion's text piece by piece; joined, the pieces are ``generate``'s text."""
-        for pieces in self._steps([self._request(0, prompt, sampling or Sampling())]):
-            if pieces[0]:
-                yield pieces[0]
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, strategy: Chosen = None
+    ) -> Iterator[str]:
+        """Yield the completion's text piece by piece; joined, the pieces are ``generate``'s text.
 
-    def _request(self, index: int, prompt: Prompt, sampling: Sampling) -> _Request:
+        Closing the iterator cancels the request.
+        """
+        settings = sampling or Sampling()
+        if settings.n != 1:
+            raise PunaError(
+                "a stream is of one text", found=f"n = {settings.n}", fix="submit, and tell the choices apart"
+            )
+        ticket = self.submit(prompt, settings, strategy)
+        try:
+            for event in ticket.events():
+                if event.text:
+                    yield event.text
+        finally:
+            if not ticket.done:
+                ticket.cancel()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        strategy: Chosen = None,
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        index: int = 0,
+    ) -> Ticket:
+        """Queue a request; any thread may call. ``index`` picks its generator, as in :meth:`generate`.
+
+        ``on_event`` is called from the thread that runs the engine, in place of :meth:`Ticket.events`;
+        it must not run the engine itself.
+        """
+        job = self._job(index, prompt, sampling or Sampling(), resolve(strategy), on_event)
+        self._submit([job])
+        return job.ticket
+
+    def step(self) -> bool:
+        """One round; returns False when nothing runs or waits."""
+        with self._turn:
+            self._take_in()
+            self._batcher.sweep()
+            self._batcher.step()
+            self._batcher.sweep()
+            return bool(self._batcher.running or self._batcher.waiting or self._submitted)
+
+    def tend(self) -> None:
+        """End what was cancelled now, if no step is running; else that happens at the end of the step."""
+        self.woken.set()
+        if self._turn.acquire(blocking=False):
+            try:
+                self._take_in()
+                self._batcher.sweep()
+            finally:
+                self._turn.release()
+
+    def _submit(self, jobs: Sequence[Job]) -> None:
+        with self._mail:
+            self._submitted += jobs
+        self.woken.set()
+
+    def _take_in(self) -> None:
+        with self._mail:
+            jobs, self._submitted = self._submitted, []
+        for job in jobs:
+            self._batcher.add(job)
+
+    def _job(
+        self,
+        index: int,
+        prompt: Prompt,
+        sampling: Sampling,
+        strategy: Strategy,
+        on_event: Callable[[Event], None] | None,
+    ) -> Job:
         ids = self.encode(prompt)
         room = self.model.spec.max_positions - len(ids)
         if room < 1:
@@ -133,101 +245,20 @@ class Engine:
                 expected=f"at most {self.model.spec.max_positions - 1}, so that one can follow",
                 fix="shorten the prompt or use a model with a longer context",
             )
-        return _Request(index, ids, min(sampling.max_tokens, room), sampling, self.tokenizer)
-
-    def _groups(self, requests: list[_Request]) -> list[list[_Request]]:
-        """Requests of similar size together, each group within ``max_batch_tokens``, the largest first."""
-        if any(depends_on_length(block.rope) for block in self.model.spec.blocks):
-            return [[request] for request in requests]  # such rotations follow the longest row of a batch
-        groups: list[list[_Request]] = []
-        for request in sorted(
-            requests, key=lambda request: (-len(request.prompt), -request.limit, request.index)
-        ):
-            group = [*groups[-1], request] if groups else []
-            if group and len(group) * _extent(group) <= self.max_batch_tokens:
-                groups[-1] = group
-            else:
-                groups.append([request])
-        return groups
-
-    @torch.inference_mode()
-    def _steps(self, group: list[_Request]) -> Iterator[list[str]]:
-        """Run a group to its end; yields each step's new text of every request."""
-        model = self.model
-        cache = KeyValueCache(model.spec, len(group), _extent(group), dtype=model.dtype, device=model.device)
-        input_ids, segments = _left_padded(group, model.device)
-        hidden = model.hidden(input_ids, segments=segments, cache=cache)
-        while True:
-            logits = model.logits(hidden[:, -1:])[:, 0]  # [rows, vocab]
-            yield [request.take(row) for request, row in zip(group, logits, strict=True)]
-            if all(request.finish_reason for request in group):
-                return
-            # A finished row runs along with its last token; nobody reads what it produces.
-            last = torch.tensor([request.ids[-1:] for request in group], device=model.device)
-            hidden = model.hidden(last, cache=cache)
-
-
-class _Request:
-    """One prompt on its way: what was produced so far and why it ended."""
-
-    def __init__(self, index: int, prompt: list[int], limit: int, sampling: Sampling, tokenizer: Any) -> None:
-        self.index = index
-        self.prompt = prompt
-        self.limit = limit
-        self.ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self._sampling = sampling
-        self._generator = sampling.generator(index)
-        self._stop_ids = () if sampling.ignore_eos else tokenizer.stop_ids
-        self._pieces = TextPieces(tokenizer.decode, sampling.stop)
-        self._text: list[str] = []
-        self._logprobs: list[float] = []
-
-    def take(self, logits: Tensor) -> str:
-        """Choose the next token from ``logits`` ``[vocab]``; returns the text that became certain."""
-        if self.finish_reason:
-            return ""
-        token = choose(logits, self._sampling, self._generator)
-        self.ids.append(token)
-        if self._sampling.logprobs:
-            self._logprobs.append(float(logits[token] - logits.logsumexp(0)))
-        text = ""
-        if token in self._stop_ids:
-            self.finish_reason = "stop"
-        else:
-            text = self._pieces.push(token)
-            if not self._pieces.stopped and len(self.ids) == self.limit:
-                self.finish_reason = "length"
-        if self.finish_reason:
-            text += self._pieces.finish()
-        if self._pieces.stopped:
-            self.finish_reason = "stop"
-        self._text.append(text)
-        return text
-
-    def completion(self) -> Completion:
-        assert self.finish_reason is not None
-        return Completion(
-            text="".join(self._text),
-            ids=self.ids,
-            finish_reason=self.finish_reason,
-            prompt_tokens=len(self.prompt),
-            logprobs=self._logprobs if self._sampling.logprobs else None,
-        )
-
-
-def _extent(group: list[_Request]) -> int:
-    """Positions a row of the group's cache needs at most."""
-    return max(len(request.prompt) for request in group) + max(request.limit for request in group)
-
-
-def _left_padded(group: list[_Request], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Ids and segments ``[rows, longest prompt]``, -1 at padding; no segments where nothing is padded."""
-    longest = max(len(request.prompt) for request in group)
-    input_ids = torch.zeros(len(group), longest, dtype=torch.int64)
-    segments = torch.full_like(input_ids, -1)
-    for row, request in enumerate(group):
-        start = longest - len(request.prompt)
-        input_ids[row, start:] = torch.tensor(request.prompt)
-        segments[row, start:] = 0
-    return input_ids.to(device), segments.to(device) if bool((segments < 0).any()) else None
+        stored = self._models[TARGET].stepper.pool.capacity * BLOCK
+        if len(ids) > stored:
+            raise PunaError(
+                "the prompt does not fit the cache",
+                where=f"prompt {index}",
+                found=f"{len(ids)} tokens",
+                expected=f"at most {stored}",
+                fix="make the engine with larger cache_tokens",
+            )
+        # The last token is produced and never stored.
+        limit = min(sampling.max_tokens, room, stored - len(ids) + 1)
+        ticket = Ticket(self, sampling.n, on_event)
+        requests = [
+            Running(ids, sampling, strategy, limit, index=index, choice=choice, models=self._models)
+            for choice in range(sampling.n)
+        ]
+        return Job((next(self._numbers), 0), ticket, requests[0], requests[1:])

@@ -7,7 +7,7 @@ Seams, from the inside out: rope (``rope.py``), attention for training, prefill 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
-from puna.model.attention import Layout, lay_out
+from puna.model.attention import lay_out
 from puna.model.cache import KeyValueCache
 from puna.model.rope import Rotation, depends_on_length, rotate, rotation
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
@@ -24,6 +24,31 @@ from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
 INITIAL_DEVIATION = 0.02
 
 _Rotations = dict[tuple[RopeRule, int], Rotation]
+
+
+class Attending(Protocol):
+    """What attention asks of a layout; see :class:`puna.model.attention.Layout`."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, block: BlockSpec) -> Tensor:
+        """Attention among the tokens of this pass alone."""
+        ...
+
+    def attend_stored(self, queries: Tensor, keys: Tensor, values: Tensor, block: BlockSpec) -> Tensor:
+        """Attention on all that is stored for the layer."""
+        ...
+
+
+class Storing(Protocol):
+    """What attention asks of a cache; see :class:`puna.model.cache.KeyValueCache`."""
+
+    @property
+    def length(self) -> int:
+        """Tokens stored by earlier passes."""
+        ...
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's keys and values; returns all that is stored for it."""
+        ...
 
 
 class _RootMeanSquare(torch.autograd.Function):
@@ -77,7 +102,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, spec.hidden_size, bias=spec.attention_bias == "all")
 
     def forward(
-        self, hidden: Tensor, rotations: _Rotations, layout: Layout, cache: KeyValueCache | None
+        self, hidden: Tensor, rotations: _Rotations, layout: Attending, cache: Storing | None
     ) -> Tensor:
         """[batch, time, hidden] to the same; appends to the cache if there is one."""
         block = self.block
@@ -176,11 +201,21 @@ class Block(nn.Module):
             self.mlp = FeedForward(spec.hidden_size, self.block.width, spec.mlp_bias)
 
     def forward(
-        self, hidden: Tensor, rotations: _Rotations, layout: Layout, cache: KeyValueCache | None
+        self, hidden: Tensor, rotations: _Rotations, layout: Attending, cache: Storing | None
     ) -> Tensor:
         """[batch, time, hidden] to the same."""
+        return self.feed(self.attend(hidden, rotations, layout, cache))
+
+    def attend(
+        self, hidden: Tensor, rotations: _Rotations, layout: Attending, cache: Storing | None
+    ) -> Tensor:
+        """The attention half, [batch, time, hidden] to the same."""
         if self.block.attention == "full":
             hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotations, layout, cache)
+        return hidden
+
+    def feed(self, hidden: Tensor) -> Tensor:
+        """The feed-forward half, [..., hidden] to the same."""
         if self.block.feed_forward == "swiglu":
             hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden

@@ -186,14 +186,17 @@ def test_a_model_without_tokenizer_is_refused(model: Any) -> None:
         Engine(model)
 
 
-def test_groups_respect_the_bound_and_no_prompt_is_lost(model: Any) -> None:
-    engine = Engine(model, max_batch_tokens=200)
-    requests = [engine._request(index, [5] * (1 + 7 * index), Sampling(max_tokens=30)) for index in range(20)]
-    groups = engine._groups(requests)
-    assert sorted(request.index for group in groups for request in group) == list(range(20))
-    for group in groups:
-        assert len(group) == 1 or len(group) * (max(len(request.prompt) for request in group) + 30) <= 200
-    assert len(groups) < 20
+def test_no_step_reads_more_than_the_bound_and_no_prompt_is_lost(model: Any) -> None:
+    engine = Engine(model, max_batch_tokens=40, chunk_tokens=25, kernels="plain")
+    tickets = [
+        engine.submit([5] * (1 + 7 * index), Sampling(max_tokens=9), index=index) for index in range(20)
+    ]
+    read = 0
+    while engine.step():
+        assert engine.statistics.tokens_read - read <= 40
+        read = engine.statistics.tokens_read
+    assert [len(ticket.completion.ids) for ticket in tickets] == [9] * 20
+    assert [ticket.completion.prompt_tokens for ticket in tickets] == [1 + 7 * index for index in range(20)]
 
 
 @pytest.mark.smollm

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
-from puna.decode.sampling import Sampling, choose, distribution
+from puna.decode.sampling import Law, Sampling, draw_from, entropy_bits, make_law, penalised
 
 logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30)
 
@@ -24,7 +24,14 @@ logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30)
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_k", -1),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", float("inf")),
         ("stop", ("",)),
+        ("stop_ids", (-1,)),
+        ("logprobs", -1),
+        ("n", 0),
     ],
 )
 def test_a_setting_out_of_range_is_named_with_what_was_expected(name: str, value: Any) -> None:
@@ -39,33 +46,104 @@ def test_one_stop_string_means_a_tuple_of_one() -> None:
     assert Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    return make_law(logits, sampling).draw(generator)
+
+
+def by_hand(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The law written down from its definition, with sorting and without haste."""
+    law = (logits.double() / sampling.temperature).softmax(0)
+    order = sorted(range(len(law)), key=lambda token: (-float(law[token]), token))
+    kept = order[: sampling.top_k] if sampling.top_k else order
+    law = torch.zeros_like(law).index_copy(0, torch.tensor(kept), law[kept]) / law[kept].sum()
+    run, mass = [], 0.0
+    for token in kept:
+        if sampling.top_p < 1 and mass >= sampling.top_p:
+            break
+        run.append(token)
+        mass += float(law[token])
+    run = [token for token in run if law[token] >= sampling.min_p * law[run[0]]]
+    return torch.zeros_like(law).index_copy(0, torch.tensor(run), law[run]) / law[run].sum()
+
+
 @settings(deadline=None)
 @given(logits_lists)
 def test_greedy_is_the_first_of_the_largest(values: list[float]) -> None:
     logits = torch.tensor(values)
     assert values[choose(logits, Sampling(), Sampling().generator(0))] == max(values)
+    law = make_law(logits, Sampling())
+    assert law.probabilities.tolist() == [
+        float(token == values.index(max(values))) for token in range(len(values))
+    ]
 
 
 @settings(deadline=None)
-@given(logits_lists, st.floats(0.1, 3), st.floats(0.05, 1), st.integers(0, 10))
-def test_filters_keep_the_likeliest_and_a_proper_distribution(
-    values: list[float], temperature: float, top_p: float, top_k: int
+@given(
+    st.one_of(logits_lists, st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=1, max_size=40)),
+    st.floats(0.1, 3),
+    st.floats(0.05, 1),
+    st.integers(0, 10),
+    st.sampled_from([0.0, 0.05, 0.5]),
+)
+def test_a_law_is_what_its_settings_say(
+    values: list[float], temperature: float, top_p: float, top_k: int, min_p: float
 ) -> None:
     logits = torch.tensor(values)
-    probabilities, ids = distribution(logits, Sampling(temperature=temperature, top_p=top_p, top_k=top_k))
-    assert len(set(ids.tolist())) == len(ids)
-    assert torch.isclose(probabilities.sum(), torch.tensor(1.0, dtype=torch.float64))
-    assert (probabilities.diff() <= 1e-12).all()
-    if top_k:
-        assert len(ids) <= top_k
-    excluded = set(range(len(values))) - set(ids.tolist())
-    assert all(values[id] <= logits[ids].min() for id in excluded)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    found, expected = make_law(logits, sampling).probabilities, by_hand(logits, sampling)
+    assert torch.isclose(found.sum(), torch.tensor(1.0, dtype=torch.float64))
+    if not torch.equal(found > 0, expected > 0):
+        # The sum of a run may meet top_p to the last bit: one token more or less, of nothing to speak of.
+        assert (found - expected).abs().sum() < 1e-9 or float(abs(expected.cumsum(0) - top_p).min()) < 1e-9
+    else:
+        assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_filters_look_as_far_as_they_must_in_a_large_vocabulary() -> None:
+    logits = (
+        torch.randn(5000, generator=torch.Generator().manual_seed(1)) * 0.1
+    )  # a flat law: top-p keeps thousands
+    for sampling in (
+        Sampling(temperature=1.0, top_p=0.9),
+        Sampling(temperature=1.0, min_p=0.5),
+        Sampling(temperature=1.0, top_k=700, top_p=0.5),
+        Sampling(temperature=1.0, top_p=0.02),
+    ):
+        found = make_law(logits, sampling).probabilities
+        assert torch.allclose(found, by_hand(logits, sampling), atol=1e-12)
 
 
 def test_top_p_keeps_the_shortest_run_that_reaches_it() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for top_p, kept in ((0.4, 1), (0.6, 2), (0.9, 3), (0.97, 4)):
-        assert len(distribution(logits, Sampling(temperature=1.0, top_p=top_p))[1]) == kept
+        law = make_law(logits, Sampling(temperature=1.0, top_p=top_p))
+        assert int((law.probabilities > 0).sum()) == kept
+
+
+def test_penalties_change_the_logits_of_tokens_that_were_there() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0, 1.0, 0.5])
+    repeated = penalised(logits, Sampling(repetition_penalty=2.0), prompt=[0, 1], ids=[2])
+    assert repeated.tolist() == [1.0, -4.0, 0.5, 1.0, 0.5]
+    present = penalised(
+        logits, Sampling(presence_penalty=0.5, frequency_penalty=0.25), prompt=[0], ids=[2, 3, 3]
+    )
+    assert present.tolist() == [2.0, -2.0, 0.25, 0.0, 0.5]
+    assert logits.tolist() == [2.0, -2.0, 1.0, 1.0, 0.5]
+
+
+def test_entropy_is_in_bits() -> None:
+    assert entropy_bits(torch.zeros(8)) == pytest.approx(3.0)
+    assert entropy_bits(torch.tensor([0.0, -1e9])) == pytest.approx(0.0)
+
+
+def test_weights_of_any_sum_can_be_drawn_from() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        draw_from(torch.tensor([0.0, 3.0, 0.0, 1.0], dtype=torch.float64), generator) for _ in range(400)
+    ]
+    assert set(drawn) == {1, 3}
+    assert 60 < drawn.count(3) < 140
+    assert Law.certain(2, 5).draw(generator) == 2
 
 
 def test_draws_follow_the_distribution_at_the_temperature() -> None:

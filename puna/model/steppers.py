@@ -1,0 +1,44 @@
+"""Which stepper runs a model: the native one where machine and model allow it, else the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+from puna.core.errors import PunaError, unknown_name
+from puna.model.plain_stepper import PlainStepper
+
+if TYPE_CHECKING:
+    from puna.model.llama import Llama
+    from puna.model.paged import CachePolicy
+    from puna.model.stepper import Stepper
+
+Quantize = Literal["int8", "int4"]
+Kernels = Literal["auto", "native", "plain"]
+
+
+def make_stepper(
+    model: Llama,
+    *,
+    quantize: Quantize | None = None,
+    cache_tokens: int,
+    kernels: Kernels = "auto",
+    policies: Sequence[CachePolicy] | None = None,
+) -> Stepper:
+    """Lay ``model`` out for decoding, with a cache of ``cache_tokens`` tokens for all texts together.
+
+    ``stepper.name`` says which kernels were taken.
+    """
+    if kernels not in get_args(Kernels):
+        raise unknown_name("kernels", str(kernels), get_args(Kernels))
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise unknown_name("quantisation", str(quantize), get_args(Quantize))
+    if cache_tokens < 1:
+        raise PunaError("cache_tokens is out of range", found=cache_tokens, expected="at least 1")
+    if kernels == "native" or quantize is not None:
+        raise PunaError(
+            "this needs the native kernels, which are not part of this version",
+            found=f"kernels {kernels!r}, quantize {quantize!r}",
+            fix="kernels='plain' without quantize",
+        )
+    return PlainStepper(model, cache_tokens=cache_tokens, policies=policies)
