@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 class FeedForwardTurns(Protocol):
     """One read's rows on their way through the layers: which run their feed-forward, which skip it."""
 
-    skipped: int
-    """Feed-forwards skipped so far, counted by row."""
+    @property
+    def skipped(self) -> int:
+        """Feed-forwards skipped so far, by all rows together."""
+        ...
 
     def running(self, layer: int) -> Tensor | None:
         """Which rows run the feed-forward of ``layer``, [rows] bool; None: all of them."""
