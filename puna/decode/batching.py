@@ -115,6 +115,17 @@ class Batcher:
                     self._tell(job.ticket, request)
                 self._drop(job)
 
+    def cancel(self) -> None:
+        """End every job."""
+        for job in (*self.running, *self.waiting):
+            job.ticket.cancelled = True
+        self.sweep()
+
+    def abandon(self, error: Exception) -> None:
+        """End every job with an error."""
+        for job in (*self.running, *self.waiting):
+            self._fail(job, error)
+
     @torch.inference_mode()
     def step(self) -> bool:
         """Read once with each model that has something to read; returns whether any job is left."""

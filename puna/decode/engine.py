@@ -85,6 +85,7 @@ class Engine:
         self._turn = threading.Lock()  # one step at a time, whoever asks for it
         self._mail = threading.Lock()  # guards what was submitted and is not in the batcher yet
         self._submitted: list[Job] = []
+        self._closed = False
         self._numbers = itertools.count()
         self.woken = threading.Event()  # set when there is something new to do
 
@@ -216,8 +217,32 @@ class Engine:
             finally:
                 self._turn.release()
 
+    def cancel_all(self) -> None:
+        """Cancel every request that has not ended, after the step that runs."""
+        with self._turn:
+            self._take_in()
+            self._batcher.cancel()
+
+    def close(self) -> None:
+        """Refuse further requests; those submitted go on."""
+        with self._mail:
+            self._closed = True
+
+    def open(self) -> None:
+        """Take requests again."""
+        with self._mail:
+            self._closed = False
+
+    def abandon(self, error: Exception) -> None:
+        """A step has failed: end every request with ``error`` and free what they hold."""
+        with self._turn:
+            self._take_in()
+            self._batcher.abandon(error)
+
     def _submit(self, jobs: Sequence[Job]) -> None:
         with self._mail:
+            if self._closed:
+                raise PunaError("the engine takes no further requests", found="it is being stopped")
             self._submitted += jobs
         self.woken.set()
 
