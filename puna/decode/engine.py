@@ -26,6 +26,7 @@ from puna.model.steppers import Kernels, Quantize, make_stepper
 from puna.text.encode import encode_prompt
 
 if TYPE_CHECKING:
+    from puna.decode.grammar import Constraint
     from puna.model.llama import Llama
     from puna.model.paged import CachePolicy
 
@@ -252,6 +253,18 @@ class Engine:
         for job in jobs:
             self._batcher.add(job)
 
+    def _constraint(self, sampling: Sampling) -> Constraint | None:
+        if not sampling.constrained:
+            return None
+        from puna.decode.grammar import Constraint
+
+        return Constraint(
+            self.tokenizer,
+            self.model.spec.vocab_size,
+            json_schema=sampling.json_schema,
+            regex=sampling.regex,
+        )
+
     def _job(
         self,
         index: int,
@@ -283,7 +296,16 @@ class Engine:
         limit = min(sampling.max_tokens, room, stored - len(ids) + 1)
         ticket = Ticket(self, sampling.n, on_event)
         requests = [
-            Running(ids, sampling, strategy, limit, index=index, choice=choice, models=self._models)
+            Running(
+                ids,
+                sampling,
+                strategy,
+                limit,
+                index=index,
+                choice=choice,
+                models=self._models,
+                constraint=self._constraint(sampling),
+            )
             for choice in range(sampling.n)
         ]
         return Job((next(self._numbers), 0), ticket, requests[0], requests[1:])

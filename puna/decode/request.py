@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from puna.decode.trace import TraceRow
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from puna.decode.grammar import Constraint
     from puna.model.llama import Llama
     from puna.model.stepper import Stepper
 
@@ -52,6 +54,7 @@ class Running:
         index: int,
         choice: int,
         models: Mapping[str, Loaded],
+        constraint: Constraint | None = None,
     ) -> None:
         self.prompt = prompt
         self.sampling = sampling
@@ -64,6 +67,7 @@ class Running:
         self.cached_tokens = 0
         self.lanes: list[Lane] = []
         self._models = models
+        self._constraint = constraint
         self._limit = limit
         tokenizer: Any = models[TARGET].model.tokenizer
         self.tokenizer = tokenizer
@@ -117,6 +121,10 @@ class Running:
         """
         if self.sampling.penalised:
             logits = penalised(logits, self.sampling, self.prompt, self.ids if ids is None else ids)
+        if self._constraint is not None:
+            allowed = self._constraint.mask(self.ids if ids is None else ids)
+            if allowed is not None:
+                logits = logits.cpu().masked_fill(~allowed, -math.inf)
         return make_law(logits, self.sampling)
 
     def emit(self, token: int, row: TraceRow, logits: Tensor | None = None) -> bool:

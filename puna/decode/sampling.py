@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Sampling:
     With ``logprobs`` each produced token's natural-log probability under the unchanged distribution
     at temperature 1 is kept, and those of so many likeliest tokens where it is a number. ``entropy``
     notes the entropy of the raw logits in the trace. ``n`` texts are made of each prompt.
+    ``json_schema`` (a mapping or its JSON) or ``regex`` admits only tokens that keep the text on the
+    way to fitting it, and ends it there.
     """
 
     max_tokens: int = 128
@@ -44,6 +47,8 @@ class Sampling:
     entropy: bool = False
     ignore_eos: bool = False
     n: int = 1
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -72,11 +77,22 @@ class Sampling:
         _require(all(token >= 0 for token in self.stop_ids), "stop_ids", self.stop_ids, "token ids")
         _require(self.logprobs >= 0, "logprobs", self.logprobs, "true, false or how many alternatives")
         _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(
+            self.json_schema is None or self.regex is None, "regex", self.regex, "None beside a json_schema"
+        )
+        _require(
+            not (self.constrained and self.ignore_eos), "ignore_eos", True, "False where the text must fit"
+        )
 
     def generator(self, index: int, choice: int = 0) -> torch.Generator:
         """The generator of a request: its draws depend on seed, index and choice alone."""
         purpose = (index,) if choice == 0 else (index, choice)
         return torch_generator(self.seed, "sampling", *purpose)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the text has to fit something."""
+        return self.json_schema is not None or self.regex is not None
 
     @property
     def penalised(self) -> bool:
@@ -140,6 +156,7 @@ def draw_from(weights: Tensor, generator: torch.Generator) -> int:
 def make_law(logits: Tensor, sampling: Sampling) -> Law:
     """The law of raw or :func:`penalised` logits [vocab] (float32) under ``sampling``.
 
+    A token whose logit is minus infinity has no probability; some token must have one.
     Temperature first; then top-k keeps the k likeliest, top-p the shortest run of likeliest tokens
     whose probability reaches it, min-p those of at least that share of the likeliest's probability.
     Ties keep the lower id. What a filter leaves is in falling order of probability.
@@ -161,7 +178,7 @@ def make_law(logits: Tensor, sampling: Sampling) -> Law:
             ordered, ids = _likeliest(scaled, min(count, vocab))
             probabilities = (ordered - total).exp()
             kept = _run_length(probabilities, sampling)
-            if kept < len(ids) or len(ids) == vocab:
+            if kept < len(ids) or len(ids) < count:
                 break
             count *= 8
     probabilities, ids = probabilities[:kept], ids[:kept]
@@ -171,7 +188,7 @@ def make_law(logits: Tensor, sampling: Sampling) -> Law:
 def _likeliest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """At least the ``count`` largest with their ids, in falling order; of equal ones the lower id first."""
     least = scaled.topk(count, sorted=False).values.min()
-    ids = (scaled >= least).nonzero()[:, 0]
+    ids = (scaled >= least if least > -math.inf else scaled > -math.inf).nonzero()[:, 0]
     ordered, places = scaled[ids].sort(descending=True, stable=True)
     return ordered, ids[places]
 
