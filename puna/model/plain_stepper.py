@@ -44,7 +44,7 @@ class PlainStepper:
         self.skipped: Sequence[int] = ()
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         by_layer = layer_policies(self.spec.blocks) if policies is None else list(policies)
-        _check_policies(self.spec.blocks, by_layer)
+        check_policies(self.spec.blocks, by_layer)
         self._groups = list(dict.fromkeys(by_layer)) or [CachePolicy()]
         self._group_of = [self._groups.index(policy) for policy in by_layer]
         self._rules = {
@@ -72,7 +72,7 @@ class PlainStepper:
     @torch.inference_mode()
     def step(self, reads: Sequence[Read]) -> list[Tensor]:
         """See :meth:`Stepper.step`."""
-        _reserve(reads)
+        reserve_all(reads)
         order = sorted(range(len(reads)), key=lambda place: len(reads[place].ids))
         line = [reads[place] for place in order]
         ids = torch.tensor([token for read in line for token in read.ids], device=self.model.device)
@@ -137,7 +137,8 @@ def layer_policies(blocks: Sequence[BlockSpec]) -> list[CachePolicy]:
     return [CachePolicy() if block.window is None else CachePolicy.sliding(block.window) for block in blocks]
 
 
-def _check_policies(blocks: Sequence[BlockSpec], policies: Sequence[CachePolicy]) -> None:
+def check_policies(blocks: Sequence[BlockSpec], policies: Sequence[CachePolicy]) -> None:
+    """Refuse policies under which these layers cannot be decoded, or would see more than they should."""
     both_ways = [str(layer) for layer, block in enumerate(blocks) if not block.causal]
     if both_ways:
         raise PunaError(
@@ -176,7 +177,7 @@ def _storage(block: BlockSpec, blocks: int, model: Llama) -> Tensor | None:
     return raw.view(model.dtype).view(shape)
 
 
-def _reserve(reads: Sequence[Read]) -> None:
+def reserve_all(reads: Sequence[Read]) -> None:
     """Room for all reads or for none."""
     before = [[len(table) for table in read.sequence.tables] for read in reads]
     for count, read in enumerate(reads):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from puna.core.errors import PunaError, unknown_name
+from puna.core.progress import say
 from puna.model.plain_stepper import PlainStepper
 
 if TYPE_CHECKING:
@@ -35,10 +37,26 @@ def make_stepper(
         raise unknown_name("quantisation", str(quantize), get_args(Quantize))
     if cache_tokens < 1:
         raise PunaError("cache_tokens is out of range", found=cache_tokens, expected="at least 1")
-    if kernels == "native" or quantize is not None:
+    if kernels == "plain" and quantize is not None:
         raise PunaError(
-            "this needs the native kernels, which are not part of this version",
-            found=f"kernels {kernels!r}, quantize {quantize!r}",
-            fix="kernels='plain' without quantize",
+            "integers need the native kernels",
+            found=f"kernels 'plain', quantize {quantize!r}",
+            fix="kernels='auto', or no quantize",
         )
+    if kernels != "plain":
+        from puna.model.native.build import CompilationError
+        from puna.model.native.stepper import NativeStepper
+
+        try:
+            return NativeStepper(model, quantize=quantize, cache_tokens=cache_tokens, policies=policies)
+        except PunaError as error:
+            if kernels == "native" or quantize is not None:
+                raise
+            if isinstance(error, CompilationError):
+                _say_once(f"{error}\n  meanwhile the plain stepper is used, which is slower")
     return PlainStepper(model, cache_tokens=cache_tokens, policies=policies)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text)

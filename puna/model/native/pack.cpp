@@ -1,0 +1,177 @@
+// Between rows of float32 and the layouts of matrix.h.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "matrix.h"
+#include "pool.h"
+#include "vectors.h"
+
+namespace puna {
+namespace {
+
+struct Place {
+  std::uint8_t* group;  // the group of the panel
+  int lane;             // which of the panel's outputs
+};
+
+Place place_of(const Matrix& matrix, int output, int group) {
+  std::uint8_t* panel = matrix.data + output / panel_outputs * matrix.panel_bytes();
+  return {panel + group * group_bytes(matrix.format), output % panel_outputs};
+}
+
+// Where the weight of an input lies within its group, by numbers taken together: 1, 2 or 4 of `bytes` bytes each.
+std::size_t offset(int input, int lane, int together, int bytes) {
+  const int vector = lane / lanes, within = lane % lanes;
+  const int row = input / together;
+  return ((static_cast<std::size_t>(row) * 2 + vector) * lanes + within) * together * bytes +
+         static_cast<std::size_t>(input % together) * bytes;
+}
+
+// Half precision, rounded to nearest even. The product moves the exponent to where its bits are those of a half.
+std::uint16_t to_half(float number) {
+  constexpr float two_to_minus_112 = 1.92592994438723585305597794258492732e-34f;
+  const float size = std::min(std::fabs(number), 65504.0f) * two_to_minus_112;
+  std::uint32_t bits;
+  std::memcpy(&bits, &size, sizeof bits);
+  bits = (bits + 0xfff + ((bits >> 13) & 1)) >> 13;
+  return static_cast<std::uint16_t>(bits | (std::signbit(number) ? 0x8000 : 0));
+}
+
+float from_half(std::uint16_t half) {
+  std::uint16_t several[lanes] = {half};
+  float wide[lanes];
+  store(wide, load_half(several));
+  return wide[0];
+}
+
+std::uint16_t* scale_of(const Matrix& matrix, Place place) {
+  return reinterpret_cast<std::uint16_t*>(place.group + weights_of_group(matrix.format)) + place.lane;
+}
+
+// Scale and minimum from the smallest and largest weight: weights that lie on such a grid already come out unchanged.
+void quantise(const Matrix& matrix, Place place, const float* weights, int count) {
+  const int steps = matrix.format == Format::int8 ? 255 : 15;
+  const float low = *std::min_element(weights, weights + count);
+  const float high = *std::max_element(weights, weights + count);
+  std::uint16_t* scales = scale_of(matrix, place);
+  scales[0] = to_half((high - low) / steps);
+  scales[panel_outputs] = to_half(low);
+  const float scale = from_half(scales[0]), minimum = from_half(scales[panel_outputs]);
+  for (int i = 0; i < count; i++) {
+    const float exact = scale > 0 ? (weights[i] - minimum) / scale : 0.0f;
+    const int level = static_cast<int>(std::nearbyint(std::clamp(exact, 0.0f, static_cast<float>(steps))));
+    if (matrix.format == Format::int8)
+      place.group[offset(i, place.lane, 4, 1)] = static_cast<std::uint8_t>(level);
+    else
+      place.group[offset(i / 8 * 4 + i % 4, place.lane, 4, 1)] |= static_cast<std::uint8_t>(level << (i % 8 / 4 * 4));
+  }
+}
+
+void pack_group(const Matrix& matrix, int output, int group, const float* weights, int count) {
+  const Place place = place_of(matrix, output, group);
+  if (matrix.format == Format::float32) {
+    for (int i = 0; i < count; i++) std::memcpy(place.group + offset(i, place.lane, 1, 4), weights + i, 4);
+  } else if (matrix.format == Format::bfloat16) {
+    for (int i = 0; i < count; i++) {
+      const std::uint16_t half = to_bfloat16(weights[i]);
+      std::memcpy(place.group + offset(i, place.lane, 2, 2), &half, 2);
+    }
+  } else {
+    quantise(matrix, place, weights, count);
+  }
+}
+
+void unpack_group(const Matrix& matrix, int output, int group, float* weights) {
+  const Place place = place_of(matrix, output, group);
+  if (matrix.format == Format::float32) {
+    for (int i = 0; i < group_inputs; i++) std::memcpy(weights + i, place.group + offset(i, place.lane, 1, 4), 4);
+    return;
+  }
+  if (matrix.format == Format::bfloat16) {
+    for (int i = 0; i < group_inputs; i++) {
+      std::uint16_t half;
+      std::memcpy(&half, place.group + offset(i, place.lane, 2, 2), 2);
+      weights[i] = from_bfloat16(half);
+    }
+    return;
+  }
+  const std::uint16_t* scales = scale_of(matrix, place);
+  const float scale = from_half(scales[0]), minimum = from_half(scales[panel_outputs]);
+  for (int i = 0; i < group_inputs; i++) {
+    const bool whole = matrix.format == Format::int8;
+    const int byte = place.group[offset(whole ? i : i / 8 * 4 + i % 4, place.lane, 4, 1)];
+    const int level = whole ? byte : byte >> (i % 8 / 4 * 4) & 15;
+    weights[i] = static_cast<float>(level) * scale + minimum;
+  }
+}
+
+struct Packing {
+  const Matrix* matrix;
+  int first, count, threads;
+  const float* rows;
+};
+
+void pack_share(void* argument, int thread) {
+  const Packing& packing = *static_cast<Packing*>(argument);
+  const Matrix& matrix = *packing.matrix;
+  const long count = packing.count;
+  for (long row = count * thread / packing.threads; row < count * (thread + 1) / packing.threads; row++)
+    for (int group = 0; group < matrix.groups(); group++) {
+      const int start = group * group_inputs;
+      const float* weights = packing.rows + row * matrix.inputs + start;
+      const int numbers = std::min(group_inputs, matrix.inputs - start);
+      pack_group(matrix, packing.first + static_cast<int>(row), group, weights, numbers);
+    }
+}
+
+void prepare_integers(int groups, const float* row, std::uint8_t* target) {
+  std::int8_t* integers = reinterpret_cast<std::int8_t*>(target);
+  float* scales = reinterpret_cast<float*>(target + groups * group_inputs);
+  float* sums = scales + groups;
+  for (int group = 0; group < groups; group++) {
+    const Floats a = load(row + group * group_inputs), b = load(row + group * group_inputs + lanes);
+    const float most = maximum(largest(magnitude(a), magnitude(b)));
+    const float scale = most / 127.0f;
+    const Floats inverse = broadcast(most > 0 ? 127.0f / most : 0.0f);
+    const Ints left = nearest(a * inverse), right = nearest(b * inverse);
+    store_bytes(integers + group * group_inputs, left);
+    store_bytes(integers + group * group_inputs + lanes, right);
+    scales[group] = scale;
+    sums[group] = scale * sum(to_floats(left) + to_floats(right));
+  }
+}
+
+}  // namespace
+
+void pack(const Matrix& matrix, int first, int count, const float* rows, int threads) {
+  Packing packing{&matrix, first, count, threads, rows};
+  Pool::shared().run(threads, pack_share, &packing);
+}
+
+void unpack(const Matrix& matrix, int output, float* row) {
+  for (int group = 0; group < matrix.groups(); group++)
+    unpack_group(matrix, output, group, row + group * group_inputs);
+}
+
+std::size_t activation_bytes(Format format, int groups) {
+  const std::size_t count = static_cast<std::size_t>(groups) * group_inputs;
+  const std::size_t bytes = format == Format::float32 ? 4 * count
+                            : format == Format::bfloat16 ? 2 * count
+                                                         : count + 8 * static_cast<std::size_t>(groups);
+  return (bytes + 63) / 64 * 64;
+}
+
+void prepare(Format format, int groups, const float* row, std::uint8_t* target) {
+  const int count = groups * group_inputs;
+  if (format == Format::float32) {
+    std::memcpy(target, row, sizeof(float) * count);
+  } else if (format == Format::bfloat16) {
+    std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(target);
+    for (int i = 0; i < count; i += lanes) store_bfloat16(halves + i, load(row + i));
+  } else {
+    prepare_integers(groups, row, target);
+  }
+}
+
+}  // namespace puna

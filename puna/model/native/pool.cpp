@@ -1,0 +1,129 @@
+#include "pool.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace puna {
+namespace {
+
+constexpr int spins = 2000;                                          // some tens of microseconds
+constexpr auto patience = std::chrono::milliseconds(2);  // of yielding before a worker goes to sleep
+
+}  // namespace
+
+void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void Barrier::wait() {
+  if (threads_ == 1) return;
+  const unsigned round = round_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+    return;
+  }
+  for (int i = 0; round_.load(std::memory_order_acquire) == round; i++) {
+    if (i < spins)
+      pause_briefly();
+    else
+      sched_yield();
+  }
+}
+
+struct Pool::Worker {
+  Pool* pool;
+  int thread;
+  void (*work)(void*, int) = nullptr;
+  void* argument = nullptr;
+  alignas(64) std::atomic<unsigned> ticket{0};  // changes when there is work; each worker has its own
+  std::atomic<bool> asleep{false};
+  std::mutex door;
+  std::condition_variable bell;
+
+  void wait_for_change(unsigned seen) {
+    for (int i = 0; i < spins; i++) {
+      if (ticket.load(std::memory_order_acquire) != seen) return;
+      pause_briefly();
+    }
+    const auto end = std::chrono::steady_clock::now() + patience;
+    while (std::chrono::steady_clock::now() < end) {
+      if (ticket.load(std::memory_order_acquire) != seen) return;
+      sched_yield();
+    }
+    std::unique_lock<std::mutex> lock(door);
+    asleep.store(true);
+    bell.wait(lock, [&] { return ticket.load() != seen; });
+    asleep.store(false);
+  }
+};
+
+// The pool is never destroyed: its threads may still wait in it while the process ends. A forked child has none
+// of its parent's threads and makes a pool of its own.
+Pool& Pool::shared() {
+  static std::mutex lock;
+  static Pool* pool = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard<std::mutex> guard(lock);
+  if (pool == nullptr || owner != getpid()) {
+    pool = new Pool;
+    owner = getpid();
+  }
+  return *pool;
+}
+
+void Pool::serve(Worker* worker) {
+  unsigned seen = 0;
+  for (;;) {
+    worker->wait_for_change(seen);
+    seen = worker->ticket.load(std::memory_order_acquire);
+    worker->work(worker->argument, worker->thread);
+    worker->pool->running_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void Pool::start_workers(int count) {
+  while (static_cast<int>(workers_.size()) < count) {
+    Worker* worker = new Worker;
+    worker->pool = this;
+    worker->thread = static_cast<int>(workers_.size()) + 1;
+    std::thread(serve, worker).detach();
+    workers_.push_back(worker);
+  }
+}
+
+void Pool::run(int threads, void (*work)(void*, int), void* argument) {
+  const std::lock_guard<std::mutex> guard(turn_);
+  start_workers(threads - 1);
+  running_.store(threads - 1, std::memory_order_relaxed);
+  for (int i = 0; i < threads - 1; i++) {
+    Worker& worker = *workers_[i];
+    worker.work = work;
+    worker.argument = argument;
+    worker.ticket.fetch_add(1);
+    if (worker.asleep.load()) {
+      const std::lock_guard<std::mutex> door(worker.door);
+      worker.bell.notify_one();
+    }
+  }
+  work(argument, 0);
+  for (int i = 0; running_.load(std::memory_order_acquire) > 0; i++) {
+    if (i < spins)
+      pause_briefly();
+    else
+      sched_yield();
+  }
+}
+
+}  // namespace puna

@@ -1,0 +1,124 @@
+"""Lays a model's weights out for the kernels: fused matrices, packed, quantised where that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from puna.core.errors import PunaError
+
+if TYPE_CHECKING:
+    from puna.model.llama import Attention, FeedForward, Llama
+    from puna.model.native.build import Library
+
+Quantize = Literal["int8", "int4"]
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+QKV, OUT, GATE_UP, DOWN, HEAD = 0, 1, 2, 3, 0
+MOST_HEAD_DIM = 1024
+_GATES = 16  # gates and ups alternate by so many: a panel of 32 outputs holds 16 gates and their 16 ups
+_ROWS = 4096  # handed over at once, since the head alone in float32 may be larger than the packed model
+
+
+def formats(model: Llama, quantize: Quantize | None) -> tuple[int, int]:
+    """Formats of the layers and of the head.
+
+    With int4 the head is int8: its rows are the embedding as well, where it is tied, and every token
+    is chosen by it; 4-bit files keep it so too.
+    """
+    if quantize is None:
+        form = FORMATS[str(model.dtype).removeprefix("torch.")]
+        return form, form
+    return FORMATS[quantize], FORMATS["int8"]
+
+
+def check_model(model: Llama, quantize: Quantize | None) -> None:
+    """Raise :class:`PunaError` for what the kernels cannot run, or would silently run differently."""
+    if model.device.type != "cpu":
+        raise _unfit("they run on the CPU", f"a model on {model.device}")
+    if quantize is None and model.dtype not in (torch.float32, torch.bfloat16):
+        raise _unfit("they compute in float32 or bfloat16", str(model.dtype))
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise _unfit("they would not run its hooks", f"a hook on {name or 'the model'}")
+        if name.endswith("_proj") and type(module) is not nn.Linear:
+            raise _unfit("they take plain linear layers", f"{type(module).__name__} at {name}")
+    widest = max(block.head_dim for block in model.spec.blocks)
+    if widest > MOST_HEAD_DIM:
+        raise _unfit(f"they take heads of at most {MOST_HEAD_DIM} numbers", f"head_dim {widest}")
+
+
+def _unfit(why: str, found: str) -> PunaError:
+    return PunaError(
+        f"the native kernels do not fit this model: {why}",
+        found=found,
+        fix="kernels='plain' without quantize",
+    )
+
+
+@torch.inference_mode()
+def fill(library: Library, handle: int, model: Llama, threads: int) -> None:
+    """Pack every matrix, bias and norm of ``model`` into the native model ``handle``."""
+    for layer, (spec, block) in enumerate(zip(model.spec.blocks, model.model.layers, strict=True)):
+        if spec.attention == "full":
+            _norm(library, handle, layer, 0, block.input_layernorm.weight)
+            for which, rows, bias in _attention(block.self_attn):
+                _matrix(library, handle, layer, which, rows, bias, threads)
+        if spec.feed_forward == "swiglu":
+            _norm(library, handle, layer, 1, block.post_attention_layernorm.weight)
+            for which, rows, bias in _feed_forward(block.mlp):
+                _matrix(library, handle, layer, which, rows, bias, threads)
+    _norm(library, handle, -1, 0, model.model.norm.weight)
+    _matrix(library, handle, -1, HEAD, [model.head_weight], None, threads)
+
+
+_Parts = Iterator[tuple[int, Sequence[Tensor], Tensor | None]]
+
+
+def _attention(attention: Attention) -> _Parts:
+    joined = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [projection.bias for projection in joined if projection.bias is not None]
+    yield QKV, [projection.weight for projection in joined], torch.cat(biases) if biases else None
+    yield OUT, [attention.o_proj.weight], attention.o_proj.bias
+
+
+def _feed_forward(feed_forward: FeedForward) -> _Parts:
+    gate, up, down = feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj
+    bias = None if gate.bias is None else _alternate(gate.bias[:, None], up.bias[:, None])[:, 0]
+    yield GATE_UP, [_alternate(gate.weight, up.weight)], bias
+    yield DOWN, [down.weight], down.bias
+
+
+def _alternate(gates: Tensor, ups: Tensor) -> Tensor:
+    """16 gates, their 16 ups, the next 16 gates ...: [2 * width, inputs], width filled up with zeros."""
+    missing = -gates.shape[0] % _GATES
+    parts = [nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (-1, _GATES)) for rows in (gates, ups)]
+    return torch.stack(parts, dim=1).flatten(0, 2)
+
+
+def _matrix(
+    library: Library,
+    handle: int,
+    layer: int,
+    which: int,
+    parts: Sequence[Tensor],
+    bias: Tensor | None,
+    threads: int,
+) -> None:
+    """Pack ``parts`` one below the other as one matrix [outputs, inputs]."""
+    first = 0
+    for part in parts:
+        for rows in part.split(_ROWS):
+            numbers = rows.float().contiguous()
+            library.call("fill", handle, layer, which, first, len(rows), numbers.data_ptr(), threads)
+            first += len(rows)
+    if bias is not None:
+        numbers = bias.float().contiguous()
+        library.call("bias", handle, layer, which, numbers.data_ptr())
+
+
+def _norm(library: Library, handle: int, layer: int, which: int, weight: Tensor) -> None:
+    numbers = weight.float().contiguous()
+    library.call("norm", handle, layer, which, numbers.data_ptr())
