@@ -92,14 +92,16 @@ def quantised(model: Any, steps: int) -> Any:
 
 
 def quantised_error(spec: LlamaSpec, quantize: Any) -> tuple[float, float]:
-    """How far the kernels are from the decoder with rounded matrices, and how far that is from the exact one."""
+    """Of the kernels against the decoder with rounded matrices, and of that against the exact one."""
     model = little(spec)
     ids = ids_of(spec, LONG)
     twin = quantised(model, 255 if quantize == "int8" else 15)
     with torch.no_grad():
         hidden = twin.hidden(torch.tensor([ids]))[0]
         expected = twin.logits(rounded(hidden) if spec.tied else hidden)
-    return error(native_logits(model, ids, quantize=quantize), expected), error(logits_of(model, ids), expected)
+    return error(native_logits(model, ids, quantize=quantize), expected), error(
+        logits_of(model, ids), expected
+    )
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -160,7 +162,9 @@ def test_rotations_grow_with_the_text() -> None:
 
 
 def test_weight_bytes_are_those_of_the_layout() -> None:
-    spec = LlamaSpec(64, 64, (dataclasses.replace(BLOCK, heads=4, kv_heads=2, head_dim=16, width=64),), tied=True)
+    spec = LlamaSpec(
+        64, 64, (dataclasses.replace(BLOCK, heads=4, kv_heads=2, head_dim=16, width=64),), tied=True
+    )
     model = little(spec)
     weights = (64 + 32 + 32) * 64 + 64 * 64 + 3 * 64 * 64  # of the layer
     norms = 4 * 3 * 64

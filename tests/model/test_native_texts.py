@@ -48,14 +48,17 @@ def test_a_text_is_the_same_bits_alone_and_beside_any_others(dtype: torch.dtype,
             read.sequence.free()
     logits = stepper.logits(torch.cat(alone))
     for start, size in ((0, 1), (3, 2), (11, 5), (100, 13)):
-        assert torch.equal(stepper.logits(torch.cat(alone)[start : start + size]), logits[start : start + size])
+        assert torch.equal(
+            stepper.logits(torch.cat(alone)[start : start + size]), logits[start : start + size]
+        )
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), FORMATS)
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, quantize: Any) -> None:
     ids = ids_of(SPEC, 300)
     found = [
-        hidden_of(stepper_of(dtype, quantize, threads=threads), ids, [280, *[1] * 20]) for threads in (1, 2, 3)
+        hidden_of(stepper_of(dtype, quantize, threads=threads), ids, [280, *[1] * 20])
+        for threads in (1, 2, 3)
     ]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -124,7 +127,9 @@ def test_policies_show_and_keep_what_they_do_in_the_plain_stepper(name: str) -> 
     sequences = [stepper.sequence() for stepper in (native, plain)]
     for stepper, sequence in zip((native, plain), sequences, strict=True):
         stepper.step([Read(sequence, ids)])
-    assert [table.count(-1) for table in sequences[0].tables] == [table.count(-1) for table in sequences[1].tables]
+    assert [table.count(-1) for table in sequences[0].tables] == [
+        table.count(-1) for table in sequences[1].tables
+    ]
 
 
 def test_blocks_let_go_by_name_are_seen_no_more() -> None:
@@ -166,7 +171,9 @@ def decoders(draw: Any) -> LlamaSpec:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    decoders(), st.sampled_from(FORMATS), st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=4)
+    decoders(),
+    st.sampled_from(FORMATS),
+    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=4),
 )
 def test_any_decoder_and_any_mixture(spec: LlamaSpec, form: Any, cuts: Sequence[Sequence[int]]) -> None:
     dtype, quantize = form

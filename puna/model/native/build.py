@@ -75,7 +75,7 @@ _FAILURES = {
 
 
 class Library:
-    """The opened kernels. Functions are attributes without their prefix; a failure is a :class:`PunaError`."""
+    """The opened kernels."""
 
     def __init__(self, path: Path) -> None:
         try:

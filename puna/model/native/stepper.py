@@ -109,7 +109,7 @@ class NativeStepper:
         for read in reads:
             read.sequence.advance(len(read.ids))
         self.skipped = [0] * len(reads)
-        return list(hidden.to(self.dtype).split(outputs))
+        return list(torch.split(hidden.to(self.dtype), outputs))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`Stepper.logits`."""
@@ -156,7 +156,9 @@ class NativeStepper:
         )
         handle = self._library.create(ctypes.byref(description), layers)
         if handle is None:
-            raise PunaError("there is not enough memory for this model and its cache", fix="a smaller cache_tokens")
+            raise PunaError(
+                "there is not enough memory for this model and its cache", fix="a smaller cache_tokens"
+            )
         return handle
 
     def _block_bytes(self, quantize: Quantize | None) -> list[int]:
@@ -208,6 +210,6 @@ class NativeStepper:
 
 
 def _embedding(model: Llama) -> Tensor:
-    """The weights of an embedding that is not the head, shared with the model where the kernels read its type."""
+    """The weights of an embedding that is not the head, the model's own where the kernels read their type."""
     weight = model.model.embed_tokens.weight.detach()
     return weight.contiguous() if weight.dtype in _STORED else weight.float()

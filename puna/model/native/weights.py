@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from puna.core.errors import PunaError
 
 if TYPE_CHECKING:
-    from puna.model.llama import Attention, FeedForward, Llama
+    from puna.model.llama import Attention, Block, FeedForward, Llama
     from puna.model.native.build import Library
 
 Quantize = Literal["int8", "int4"]
@@ -61,7 +61,8 @@ def _unfit(why: str, found: str) -> PunaError:
 @torch.inference_mode()
 def fill(library: Library, handle: int, model: Llama, threads: int) -> None:
     """Pack every matrix, bias and norm of ``model`` into the native model ``handle``."""
-    for layer, (spec, block) in enumerate(zip(model.spec.blocks, model.model.layers, strict=True)):
+    blocks = cast("Iterable[Block]", model.model.layers)
+    for layer, (spec, block) in enumerate(zip(model.spec.blocks, blocks, strict=True)):
         if spec.attention == "full":
             _norm(library, handle, layer, 0, block.input_layernorm.weight)
             for which, rows, bias in _attention(block.self_attn):
@@ -79,7 +80,7 @@ _Parts = Iterator[tuple[int, Sequence[Tensor], Tensor | None]]
 
 def _attention(attention: Attention) -> _Parts:
     joined = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [projection.bias for projection in joined if projection.bias is not None]
+    biases: list[Tensor] = [projection.bias for projection in joined if projection.bias is not None]
     yield QKV, [projection.weight for projection in joined], torch.cat(biases) if biases else None
     yield OUT, [attention.o_proj.weight], attention.o_proj.bias
 
@@ -94,7 +95,9 @@ def _feed_forward(feed_forward: FeedForward) -> _Parts:
 def _alternate(gates: Tensor, ups: Tensor) -> Tensor:
     """16 gates, their 16 ups, the next 16 gates ...: [2 * width, inputs], width filled up with zeros."""
     missing = -gates.shape[0] % _GATES
-    parts = [nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (-1, _GATES)) for rows in (gates, ups)]
+    parts = [
+        nn.functional.pad(rows, (0, 0, 0, missing)).view(-1, _GATES, rows.shape[1]) for rows in (gates, ups)
+    ]
     return torch.stack(parts, dim=1).flatten(0, 2)
 
 
@@ -110,7 +113,7 @@ def _matrix(
     """Pack ``parts`` one below the other as one matrix [outputs, inputs]."""
     first = 0
     for part in parts:
-        for rows in part.split(_ROWS):
+        for rows in torch.split(part, _ROWS):
             numbers = rows.float().contiguous()
             library.call("fill", handle, layer, which, first, len(rows), numbers.data_ptr(), threads)
             first += len(rows)
