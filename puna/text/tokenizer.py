@@ -142,6 +142,10 @@ class Tokenizer:
             return [piece.id for piece in self.encode_markup(text, [(0, len(text))])]
         return self._plain(self.core.encode(text, add_special_tokens=False).ids)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of ``text`` that goes on from other text: no space is put before its first word."""
+        return self._plain(self._core_after("cut").encode(text, add_special_tokens=False).ids)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """:meth:`encode` of many texts, on every core the tokenizers library may use."""
         return [
