@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import pydantic
 
-from puna.decode.routers import entropy_bits
+from puna.decode.sampling import entropy_bits
 from puna.decode.strategy import StrategySettings, strategy
 from puna.decode.text_view import TextView, words_of
 
@@ -123,7 +123,7 @@ class LaneVoice:
     def _likeliest(self, logits: Tensor) -> Piece:
         token = int(logits.argmax())
         probability = float((logits[token] - logits.double().logsumexp(0)).exp())
-        entropy = float(entropy_bits(logits))
+        entropy = entropy_bits(logits)
         if token in self._stop_ids:
             return Piece(None, "", probability, entropy)
         return Piece(token, self._view.peek(token), probability, entropy)

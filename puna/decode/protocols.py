@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from puna.decode.lane import Lane, Result, Steps
     from puna.decode.request import Running
+    from puna.decode.routers import Size
     from puna.decode.sampling import Law
 
 Skipper = FeedForwardSkip
@@ -73,8 +74,8 @@ class Stopper(Protocol):
 class Router(Protocol):
     """Decides which model writes next."""
 
-    def choose(self, logits: Tensor, current: str) -> str:
-        """The name of the model for the next token, from the current one's raw logits [vocab]."""
+    def choose(self, entropy: float, current: Size) -> Size:
+        """Who writes next, after a token that ``current`` drew from a distribution of so many bits."""
         ...
 
 

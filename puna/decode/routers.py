@@ -11,47 +11,28 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from puna.core.errors import PunaError
 
 Size = Literal["small", "large"]
 
 
-def entropy_bits(logits: Tensor) -> Tensor:
-    """Entropy, in bits, of the distributions of raw ``logits`` [..., vocab]; float64 [...]."""
-    logs = logits.detach().cpu().double().log_softmax(-1)
-    terms = torch.where(logs == -math.inf, 0.0, logs.exp() * logs)  # what cannot come adds nothing
-    return -terms.sum(-1) / math.log(2)
-
-
-class Router(Protocol):
-    """Chooses who writes the next token after each one that was written."""
-
-    active: Size
-
-    def choose(self, entropy: float) -> Size:
-        """Who writes next, now that ``active`` has written a token from a distribution of so many bits."""
-        ...
-
-
 class _Staying:
-    """The part that routers share: who is active and for how many tokens; ``_switch`` makes another so."""
+    """The part that routers share: for how many tokens the current model has been writing."""
 
-    def __init__(self, start: Size, minimum_stay: int) -> None:
+    def __init__(self, minimum_stay: int) -> None:
         if minimum_stay < 1:
             raise PunaError(
                 "minimum_stay is out of range", where="router", found=minimum_stay, expected="at least 1"
             )
-        self.active: Size = start
         self._minimum = minimum_stay
         self._stayed = 0
 
     def _may_switch(self) -> bool:
-        """Count one more token; whether the active model has stayed long enough."""
+        """Count one more token; whether the current model has stayed long enough."""
         self._stayed += 1
         return self._stayed >= self._minimum
 
@@ -71,9 +52,8 @@ class EntropyRouter(_Staying):
         threshold_large: float | None = None,
         window: int = 5,
         minimum_stay: int = 5,
-        start: Size = "small",
     ) -> None:
-        super().__init__(start, minimum_stay)
+        super().__init__(minimum_stay)
         if window < 1 or math.isnan(threshold):
             raise PunaError(
                 "a setting is out of range",
@@ -87,15 +67,16 @@ class EntropyRouter(_Staying):
         }
         self._recent: deque[float] = deque(maxlen=window)
 
-    def choose(self, entropy: float) -> Size:
-        """Who writes next, now that ``active`` has written a token from a distribution of so many bits."""
+    def choose(self, entropy: float, current: Size) -> Size:
+        """Who writes next, after a token that ``current`` drew from a distribution of so many bits."""
         self._recent.append(entropy)
         mean = math.fsum(self._recent) / len(self._recent)
-        wanted: Size = "large" if mean > self._thresholds[self.active] else "small"
-        if self._may_switch() and wanted != self.active:
-            self.active, self._stayed = wanted, 0
-            self._recent.clear()
-        return self.active
+        wanted: Size = "large" if mean > self._thresholds[current] else "small"
+        if not self._may_switch() or wanted == current:
+            return current
+        self._stayed = 0
+        self._recent.clear()
+        return wanted
 
 
 class RandomRouter(_Staying):
@@ -104,17 +85,16 @@ class RandomRouter(_Staying):
     A draw of the model that is active already makes it stay as long again.
     """
 
-    def __init__(
-        self, share: float, generator: torch.Generator, *, minimum_stay: int = 5, start: Size = "small"
-    ) -> None:
-        super().__init__(start, minimum_stay)
+    def __init__(self, share: float, generator: torch.Generator, *, minimum_stay: int = 5) -> None:
+        super().__init__(minimum_stay)
         if not 0 <= share <= 1:
             raise PunaError("share is out of range", where="random router", found=share, expected="0 to 1")
         self._share, self._generator = share, generator
 
-    def choose(self, entropy: float) -> Size:
+    def choose(self, entropy: float, current: Size) -> Size:
         """Who writes next; ``entropy`` is not looked at."""
-        if self._may_switch():
-            drawn = float(torch.rand((), dtype=torch.float64, generator=self._generator))
-            self.active, self._stayed = "large" if drawn < self._share else "small", 0
-        return self.active
+        if not self._may_switch():
+            return current
+        self._stayed = 0
+        drawn = float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        return "large" if drawn < self._share else "small"

@@ -221,5 +221,5 @@ def penalised(logits: Tensor, sampling: Sampling, prompt: Sequence[int], ids: Se
 
 def entropy_bits(logits: Tensor) -> float:
     """Entropy in bits of the distribution of raw logits [vocab]."""
-    logs = logits.float().log_softmax(0)
-    return float(-(logs.exp() * logs).sum() / math.log(2))
+    # entr(p) = -p log p, and 0 where p is 0: a grammar leaves tokens at minus infinity.
+    return float(torch.special.entr(logits.float().softmax(0)).sum()) / math.log(2)

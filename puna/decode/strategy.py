@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from puna.decode.lane import Steps
     from puna.decode.request import Running
 
-MODULES = ("puna.decode.plain",)
+MODULES = ("puna.decode.plain", "puna.decode.entropy_switching", "puna.decode.nudging")
 """Modules that register strategies; imported when the first name is asked for."""
 
 

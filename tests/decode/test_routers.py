@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -10,27 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
-from puna.decode.routers import EntropyRouter, RandomRouter, Router, entropy_bits
+from puna.decode.routers import EntropyRouter, RandomRouter
+from puna.decode.sampling import entropy_bits
 
 
-def route(router: Router, entropies: list[float]) -> str:
+def route(
+    router: EntropyRouter | RandomRouter, entropies: list[float], start: Literal["small", "large"] = "small"
+) -> str:
     """Who wrote each of the tokens whose distributions had these entropies: s or l, in order."""
-    written = ""
+    written, active = "", start
     for entropy in entropies:
-        written += router.active[0]
-        router.choose(entropy)
+        written += active[0]
+        active = router.choose(entropy, active)
     return written
 
 
 def test_entropy_is_in_bits_of_raw_logits() -> None:
-    assert float(entropy_bits(torch.zeros(8))) == pytest.approx(3)
-    assert float(entropy_bits(torch.tensor([0.0, -math.inf, -math.inf]))) == 0
-    halves = torch.tensor([[5.0, 5.0, -math.inf], [0.0, math.log(3), -math.inf]])
-    expected = [1.0, -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))]
-    assert entropy_bits(halves).tolist() == pytest.approx(expected)
-    # Not what temperature or top-k would leave of it.
-    logits = torch.tensor([2.0, 1.0, 0.0])
-    assert float(entropy_bits(logits)) > float(entropy_bits(logits / 0.5))
+    assert entropy_bits(torch.zeros(8)) == pytest.approx(3)
+    assert entropy_bits(torch.tensor([0.0, -math.inf, -math.inf])) == 0
+    quarters = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    assert entropy_bits(torch.tensor([0.0, math.log(3), -math.inf])) == pytest.approx(quarters)
 
 
 def test_the_large_model_writes_while_the_mean_of_the_window_is_above_the_threshold() -> None:
@@ -57,8 +57,8 @@ def test_infinite_and_negative_thresholds_never_leave_their_model(
 ) -> None:
     small = EntropyRouter(math.inf, window=window, minimum_stay=stay)
     assert set(route(small, entropies)) == {"s"}
-    large = EntropyRouter(-1.0, window=window, minimum_stay=stay, start="large")
-    assert set(route(large, entropies)) == {"l"}
+    large = EntropyRouter(-1.0, window=window, minimum_stay=stay)
+    assert set(route(large, entropies, "large")) == {"l"}
 
 
 @given(st.lists(st.floats(0, 4), min_size=1, max_size=80), st.integers(1, 8), st.floats(0, 4))
@@ -84,8 +84,8 @@ def test_the_baseline_has_its_share_and_the_same_shortest_stay() -> None:
 
 @pytest.mark.parametrize(("share", "wrote"), [(0.0, "s"), (1.0, "l")])
 def test_the_baseline_at_its_ends_is_one_model(share: float, wrote: str) -> None:
-    router = RandomRouter(share, torch.Generator(), minimum_stay=3, start="small" if share == 0 else "large")
-    assert set(route(router, [9.0] * 50)) == {wrote}
+    router = RandomRouter(share, torch.Generator(), minimum_stay=3)
+    assert set(route(router, [9.0] * 50, "small" if share == 0 else "large")) == {wrote}
 
 
 def test_settings_out_of_range_are_refused() -> None:
