@@ -305,6 +305,7 @@ class Engine:
                 choice=choice,
                 models=self._models,
                 constraint=self._constraint(sampling),
+                asked=prompt,
             )
             for choice in range(sampling.n)
         ]

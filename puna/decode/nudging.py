@@ -16,117 +16,26 @@ begins with a space.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import pydantic
 
-from puna.decode.sampling import entropy_bits
+from puna.core.errors import PunaError
 from puna.decode.strategy import StrategySettings, strategy
-from puna.decode.text_view import TextView, words_of
+from puna.decode.text_view import words_of
+from puna.decode.trace import TraceRow
+from puna.decode.voices import LaneVoice, Piece, Voice, Written
+from puna.text.encode import encode_prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from puna.decode.lane import Lane, Steps
+    from puna.decode.lane import Steps
+    from puna.decode.request import Running
     from puna.text.tokenizer import Tokenizer
 
 Source = Literal["base", "nudge"]
-Ended = Literal["stop", "unsure", "full"]
 _LONG_REPEAT = 30  # characters
 _FEW_WORDS = 5
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A token that a voice would write: its text, its probability, its distribution's entropy in bits.
-
-    ``token`` is None where the voice would stop.
-    """
-
-    token: int | None
-    text: str
-    probability: float
-    entropy: float | None = None
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a voice wrote, and why no more: it stopped, it was not confident, or that was all it was to."""
-
-    pieces: list[Piece]
-    ended: Ended
-
-    @property
-    def text(self) -> str:
-        """The text of all pieces."""
-        return "".join(piece.text for piece in self.pieces)
-
-
-class Voice(Protocol):
-    """A model that goes on with a text, greedily."""
-
-    def next(self, text: str) -> Steps[Piece]:
-        """The piece that it would write behind ``text``."""
-        ...
-
-    def write(
-        self, text: str, tokens: int, *, confidence: float = 0.0, first: Piece | None = None
-    ) -> Steps[Written]:
-        """Write up to ``tokens`` pieces behind ``text``, as long as each is at least so likely.
-
-        ``first`` is the first piece, taken as it is. What is written ends with a whole character.
-        """
-        ...
-
-
-class LaneVoice:
-    """A model's lane as a voice; ``prompt`` are the tokens that the text is an answer to."""
-
-    def __init__(self, lane: Lane, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
-        self._lane, self._prompt = lane, list(prompt)
-        self._stop_ids = tokenizer.stop_ids
-        self._view = TextView(tokenizer)
-
-    def next(self, text: str) -> Steps[Piece]:
-        """See :meth:`Voice.next`."""
-        self._view.follow(text)
-        return (yield from self._read())
-
-    def write(
-        self, text: str, tokens: int, *, confidence: float = 0.0, first: Piece | None = None
-    ) -> Steps[Written]:
-        """See :meth:`Voice.write`."""
-        self._view.follow(text)
-        before = len(self._view.ids)
-        pieces: list[Piece] = []
-        piece = first if first is not None else (yield from self._read())
-        while True:
-            ended: Ended | None = None
-            if piece.token is None:
-                ended = "stop"
-            elif piece.probability < confidence and piece is not first:
-                ended = "unsure"
-            else:
-                self._view.push(piece.token)
-                pieces.append(piece)
-                ended = "full" if len(pieces) >= tokens else None
-            if ended is not None:
-                return Written(pieces[: self._view.whole() - before], ended)
-            piece = yield from self._read()
-
-    def _read(self) -> Steps[Piece]:
-        result = yield from self._lane.catch_up([*self._prompt, *self._view.ids])
-        return self._likeliest(result.logits[-1])
-
-    def _likeliest(self, logits: Tensor) -> Piece:
-        token = int(logits.argmax())
-        probability = float((logits[token] - logits.double().logsumexp(0)).exp())
-        entropy = entropy_bits(logits)
-        if token in self._stop_ids:
-            return Piece(None, "", probability, entropy)
-        return Piece(token, self._view.peek(token), probability, entropy)
 
 
 @strategy("nudging")
@@ -248,6 +157,15 @@ def without_trailing_repeats(text: str) -> str:
         text = text[:-repeated]
 
 
+def plain_prompt(messages: Sequence[Mapping[str, Any]], question: str) -> str:
+    """A conversation for a model without a chat template: ``question`` holds {question}."""
+    text = ""
+    for message in messages:
+        asked = message["role"] in ("user", "tool")
+        text += question.replace("{question}", message["content"]) if asked else f"{message['content']}\n\n"
+    return text
+
+
 class Nudging:
     """The base of the engine and an aligned model, by turns; greedy."""
 
@@ -256,3 +174,79 @@ class Nudging:
 
     def __init__(self, settings: NudgingSettings) -> None:
         self.settings = settings
+
+    def run(self, request: Running) -> Steps[None]:
+        """Ask both models the question, each in its own way, and let them write by turns."""
+        _check(request)
+        aligned = request.model(self.settings.nudger)
+        if aligned.tokenizer is None or aligned.template is None:
+            raise PunaError(
+                "the nudger must have a tokenizer and a chat template",
+                where=f"model {self.settings.nudger!r}",
+                found=aligned.source,
+            )
+        messages, plain = self._prompts(request)
+        lane = request.open_lane(self.settings.nudger)
+        asked = encode_prompt(aligned.tokenizer, aligned.template, messages)
+        base = LaneVoice(request.lane, plain, request.tokenizer)
+        nudger = LaneVoice(lane, asked, aligned.tokenizer)
+
+        said: list[str] = []
+        most = max(self.settings.nudge_tokens, self.settings.burst_tokens)
+
+        def write(source: Source, pieces: Sequence[Piece]) -> bool:
+            said.append("".join(piece.text for piece in pieces))
+            for token, row in _rows(source, pieces, request.tokenizer):
+                if request.emit(token, row):
+                    return True
+            if min(voice.room("".join(said)) for voice in (base, nudger)) <= most:
+                request.end("length")
+            return request.finished
+
+        stopped = yield from converse(base, nudger, self.settings, write)
+        request.end("stop" if stopped else "length")
+
+    def _prompts(self, request: Running) -> tuple[list[Mapping[str, Any]], list[int]]:
+        """The question as messages for the nudger, and as the base's token ids.
+
+        A prompt that is no conversation is the base's as it is, and one user's message to the nudger.
+        """
+        asked = request.asked
+        if isinstance(asked, str):
+            return [{"role": "user", "content": asked}], request.prompt
+        if not isinstance(asked[0], Mapping):
+            return [{"role": "user", "content": request.tokenizer.decode(request.prompt)}], request.prompt
+        messages = cast("list[Mapping[str, Any]]", list(asked))
+        start = [request.tokenizer.bos_id] if request.tokenizer.adds_bos else []
+        text = plain_prompt(messages, self.settings.base_prompt)
+        return messages, [*start, *request.tokenizer.encode(text)]
+
+
+def _rows(source: Source, pieces: Sequence[Piece], tokenizer: Tokenizer) -> Iterator[tuple[int, TraceRow]]:
+    """The base's tokens for what was written, with their rows of the trace."""
+    if source == "base":
+        for piece in pieces:
+            if piece.token is not None:
+                yield piece.token, TraceRow(piece.token, source, piece.entropy)
+        return
+    for token in tokenizer.encode_continuation("".join(piece.text for piece in pieces)):
+        yield token, TraceRow(token, source)
+
+
+def _check(request: Running) -> None:
+    """Refuse sampling that words handed from one model to another cannot follow."""
+    sampling = request.sampling
+    unfit = {
+        "temperature": sampling.temperature != 0,
+        "penalties": sampling.penalised,
+        "logprobs": bool(sampling.logprobs),
+        "ignore_eos": sampling.ignore_eos,
+        "json_schema": sampling.json_schema is not None,
+        "regex": sampling.regex is not None,
+    }
+    if found := [name for name, given in unfit.items() if given]:
+        raise PunaError(
+            "nudging is greedy and hands over text, so it cannot follow this sampling",
+            found=", ".join(found),
+            expected="temperature 0 and nothing else that acts on single tokens; the nudger ends the answer",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,8 @@ class Running:
     """What a method is given: prompt, settings, lanes, and where to put its tokens.
 
     ``lane`` is the target's; it may hold a beginning of the prompt. ``ids`` are the tokens produced
-    so far, ``random`` is the generator that every draw comes from.
+    so far, ``random`` is the generator that every draw comes from. ``asked`` is the prompt as it was
+    given: a text, ids, or messages.
     """
 
     def __init__(
@@ -54,9 +55,11 @@ class Running:
         index: int,
         choice: int,
         models: Mapping[str, Loaded],
+        asked: str | Sequence[int] | Sequence[Mapping[str, Any]],
         constraint: Constraint | None = None,
     ) -> None:
         self.prompt = prompt
+        self.asked = asked
         self.sampling = sampling
         self.strategy = strategy
         self.choice = choice
@@ -114,18 +117,24 @@ class Running:
             raise unknown_name("model of the engine", name, self._models)
         return self._models[name]
 
-    def law(self, logits: Tensor, ids: Sequence[int] | None = None) -> Law:
+    def law(
+        self, logits: Tensor, ids: Sequence[int] | None = None, *, temperature: float | None = None
+    ) -> Law:
         """The law that the settings make of raw logits [vocab] behind the produced tokens ``ids``.
 
-        None: behind what was produced so far. Target and draft get their laws alike.
+        None: behind what was produced so far. Target and draft get their laws alike. A ``temperature``
+        stands in for that of the settings.
         """
+        sampling = self.sampling
+        if temperature is not None:
+            sampling = replace(sampling, temperature=temperature)
         if self.sampling.penalised:
             logits = penalised(logits, self.sampling, self.prompt, self.ids if ids is None else ids)
         if self._constraint is not None:
             allowed = self._constraint.mask(self.ids if ids is None else ids)
             if allowed is not None:
                 logits = logits.cpu().masked_fill(~allowed, -math.inf)
-        return make_law(logits, self.sampling)
+        return make_law(logits, sampling)
 
     def emit(self, token: int, row: TraceRow, logits: Tensor | None = None) -> bool:
         """Produce a token; returns whether the text has ended, and then nothing more is taken.
@@ -185,10 +194,10 @@ class Running:
             self.finish_reason = "cancelled"
             self._new_text += self._pieces.finish()
 
-    def end(self) -> None:
-        """The method has nothing more to say."""
+    def end(self, reason: FinishReason = "stop") -> None:
+        """End the text where it stands: the method has nothing more to say, or came to a limit of its own."""
         if self.finish_reason is None:
-            self.finish_reason = "stop"
+            self.finish_reason = reason
             self._new_text += self._pieces.finish()
 
     def news(self) -> Event | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.decode.nudging import (
-    NudgingSettings,
-    Piece,
-    Written,
-    converse,
-    without_trailing_repeats,
-)
+from puna.core.errors import PunaError
+from puna.decode.engine import Completion, Engine
+from puna.decode.nudging import NudgingSettings, converse, plain_prompt, without_trailing_repeats
+from puna.decode.sampling import Sampling
+from puna.decode.trace import TraceRow
+from puna.decode.voices import Piece, Written
+from puna.text.encode import encode_prompt
+from puna.text.template import CHATML, Template
+from puna.text.tokenizer import Tokenizer
+from tests.decode.decoding_models import speaking
+from tests.text.text_samples import CONFIG, train_core
 
 Policy = Callable[[str], tuple[str | None, float]]
 """What follows a text, None to stop, and how likely it is."""
@@ -219,3 +224,143 @@ def test_trailing_repeats_of_thirty_characters_are_cut_off() -> None:
     assert without_trailing_repeats("Well, " + run * 2 + "!") == "Well, " + run * 2 + "!"
     assert without_trailing_repeats("Well, " + run[1:] * 2) == "Well, " + run[1:] * 2
     assert without_trailing_repeats("") == ""
+
+
+# ---- models of two vocabularies ------------------------------------------------------------------
+
+QUESTION = [{"role": "user", "content": "the cat and the mat"}]
+
+
+def sober(model: Any) -> Any:
+    """The model with every token that is no ASCII text, and every special one, made unlikely."""
+    tokenizer = model.tokenizer
+    for token in range(model.spec.vocab_size):
+        text = tokenizer.decode([token])
+        if not text or not text.isascii() or token in tokenizer.special_ids:
+            model.lm_head.weight.data[token] = 0.0
+    return model
+
+
+@pytest.fixture
+def base(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Any:
+    return sober(speaking(tiny_llama, tiny_tokenizer))
+
+
+@pytest.fixture
+def nudger(tiny_llama: Callable[..., Any]) -> Any:
+    tokenizer = Tokenizer(train_core(), CONFIG)
+    model = sober(speaking(tiny_llama, tokenizer, 5, vocab_size=tokenizer.vocab_size))
+    model.template = Template(CHATML, tokenizer.template_strings)
+    return model
+
+
+def nudged(base: Any, nudger: Any, tokens: int = 60, **settings: Any) -> tuple[Completion, Engine]:
+    engine = Engine(base, models={"nudge": nudger}, kernels="plain")
+    base.template = nudger.template  # so that the engine takes messages; the base never sees it
+    (completion,) = engine.generate([QUESTION], Sampling(max_tokens=tokens), {"name": "nudging", **settings})
+    return completion, engine
+
+
+def test_two_vocabularies_write_one_text_by_turns(base: Any, nudger: Any) -> None:
+    completion, engine = nudged(base, nudger, confidence=0.5)
+    assert engine.tokenizer.decode(completion.ids) == completion.text
+    assert {row.source for row in completion.trace} == {"base", "nudge"}
+    assert not completion.lossless
+    # What a source wrote in one go, a word of it at least, is the greedy continuation of its own view.
+    first = "".join(
+        engine.tokenizer.decode([row.token]) for row in completion.trace[: _run(completion.trace)]
+    )
+    asked = encode_prompt(nudger.tokenizer, nudger.template, QUESTION)
+    (own,) = Engine(nudger, kernels="plain").generate([asked], Sampling(max_tokens=100))
+    assert own.text.startswith(first)
+
+
+def _run(trace: Sequence[TraceRow]) -> int:
+    """How many rows from the beginning have one source."""
+    return next((place for place, row in enumerate(trace) if row.source != trace[0].source), len(trace))
+
+
+def test_at_confidence_0_the_base_writes_its_own_greedy_tokens(base: Any, nudger: Any) -> None:
+    completion, engine = nudged(base, nudger, confidence=0.0)
+    forced = _run(completion.trace)
+    assert {row.source for row in completion.trace[forced:]} == {"base"}
+    prompt = engine.encode(plain_prompt(QUESTION, NudgingSettings().base_prompt))
+    (own,) = engine.generate(
+        [[*prompt, *completion.ids[:forced]]], Sampling(max_tokens=60 - forced, ignore_eos=True)
+    )
+    assert own.ids == completion.ids[forced:]
+
+
+def test_above_confidence_1_the_nudger_writes_its_own_greedy_text(base: Any, nudger: Any) -> None:
+    completion, _ = nudged(base, nudger, tokens=120, confidence=1.1, prefix_rule=False, same_nudges=100)
+    (own,) = Engine(nudger, kernels="plain").generate([QUESTION], Sampling(max_tokens=120))
+    assert len(completion.text) > 40
+    assert own.text.startswith(completion.text) or completion.text.startswith(own.text)
+
+
+def test_lanes_catch_up_and_never_read_the_text_anew(base: Any, nudger: Any) -> None:
+    completion, engine = nudged(base, nudger, tokens=100, confidence=0.15)
+    rounds = sum(
+        before.source != after.source and after.source == "nudge"
+        for before, after in itertools.pairwise(completion.trace)
+    )
+    anew = rounds * len(completion.ids)  # of one of the two, were it to begin each round with the prompt
+    assert rounds > 3
+    assert engine.statistics.tokens_read < anew
+
+
+def test_prompts_that_are_no_conversation_are_the_bases_as_they_are(base: Any, nudger: Any) -> None:
+    engine = Engine(base, models={"nudge": nudger}, kernels="plain")
+    text = "the cat sat"
+    found = engine.generate([text, engine.encode(text)], Sampling(max_tokens=12), "nudging")
+    assert found[0].prompt_tokens == found[1].prompt_tokens == len(engine.encode(text))
+    assert found[0].ids == found[1].ids
+
+
+def test_a_conversation_is_plain_text_to_the_base() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Why {so}?"},
+        {"role": "assistant", "content": "Because."},
+        {"role": "user", "content": "And?"},
+    ]
+    assert (
+        plain_prompt(messages, "Q: {question}\nA: ")
+        == "Be brief.\n\nQ: Why {so}?\nA: Because.\n\nQ: And?\nA: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "told"),
+    [
+        (Sampling(temperature=0.5), "temperature"),
+        (Sampling(presence_penalty=0.5), "penalties"),
+        (Sampling(logprobs=True), "logprobs"),
+        (Sampling(ignore_eos=True), "ignore_eos"),
+    ],
+)
+def test_sampling_that_it_cannot_follow_is_refused(
+    base: Any, nudger: Any, sampling: Sampling, told: str
+) -> None:
+    engine = Engine(base, models={"nudge": nudger}, kernels="plain")
+    with pytest.raises(PunaError, match=told):
+        engine.generate(["the cat"], sampling, "nudging")
+
+
+def test_a_nudger_without_a_template_and_a_prompt_without_its_place_are_refused(
+    base: Any, nudger: Any
+) -> None:
+    with pytest.raises(PunaError, match="chat template"):
+        Engine(base, models={"nudge": base}, kernels="plain").generate(["a"], None, "nudging")
+    with pytest.raises(PunaError, match="one place"):
+        Engine(base, kernels="plain").generate(["a"], None, {"name": "nudging", "base_prompt": "Q:"})
+    nudger.spec = nudger.spec.replace(max_positions=20)
+    with pytest.raises(PunaError, match="does not fit"):
+        Engine(base, models={"nudge": nudger}, kernels="plain").generate(["a" * 50], None, "nudging")
+
+
+def test_the_answer_ends_where_a_context_does(base: Any, nudger: Any) -> None:
+    nudger.spec = nudger.spec.replace(max_positions=100)
+    completion, _ = nudged(base, nudger, tokens=500, confidence=0.0)
+    assert completion.finish_reason == "length"
+    assert len(completion.ids) < 120
