@@ -19,9 +19,13 @@ from puna.decode.request import Running
 from puna.decode.sampling import Sampling, make_law
 from puna.decode.strategy import Strategy, all_strategies, resolve
 from puna.decode.trace import TraceRow
+from puna.text.template import CHATML, Template
 from tests.decode.decoding_models import speaking
 
-EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {}
+EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
+    "entropy-switching": lambda: {"small": "draft", "minimum_stay": 2, "threshold": 4.0},
+    "nudging": lambda: {"nudger": "draft"},
+}
 """Settings of strategies that need some; "draft" is the name of the smaller model."""
 MODELS: dict[str, int] = {"draft": 7}
 """Further models of the engine: name and seed of a tiny Llama."""
@@ -47,6 +51,7 @@ def engine(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Engine:
         other = speaking(tiny_llama, tiny_tokenizer, seed=seed)
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.data.mul_(0.8).add_(theirs.data, alpha=0.2)  # often of the target's mind, not always
+        model.template = Template(CHATML, tiny_tokenizer.template_strings)
         models[name] = model
     return Engine(target, kernels="plain", models=models)
 
@@ -107,7 +112,7 @@ def test_a_lossless_strategy_writes_the_targets_greedy_text(engine: Engine, name
 @pytest.mark.parametrize("name", [*all_strategies()])
 def test_every_strategy_leaves_a_trace_and_frees_what_it_held(engine: Engine, name: str) -> None:
     strategy = built(name)
-    for text in engine.generate(["the cat", "a"], Sampling(max_tokens=12, ignore_eos=True), strategy):
+    for text in engine.generate(["the cat", "a"], Sampling(max_tokens=12), strategy):
         assert [row.token for row in text.trace] == text.ids
         assert all(row.cost is not None and row.cost >= 0 for row in text.trace)
         assert text.lossless == strategy.lossless
