@@ -156,7 +156,7 @@ def linear_kl(
     *,
     weights: Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> PositionLoss:
     """:func:`kl` of ``hidden @ weight.T`` from the teacher over the whole vocabulary.
 
@@ -177,7 +177,7 @@ def linear_top_k_kl(
     k: int | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> PositionLoss:
     """:func:`top_k_kl` of ``hidden @ weight.T``; arguments otherwise as in :func:`linear_kl`.
 
@@ -223,10 +223,10 @@ def _linear(
     k: int | None,
     weights: Tensor | None,
     temperature: float,
-    chunk: int,
+    chunk: int | None,
 ) -> PositionLoss:
     _check_settings(direction, temperature)
-    require_setting(chunk >= 1, "distillation", "chunk", chunk, "at least 1")
+    require_setting(chunk is None or chunk >= 1, "distillation", "chunk", chunk, "at least 1")
     positions = hidden.shape[:-1]
     _check_teacher(teacher, positions, len(weight))
     if weights is None:

@@ -16,7 +16,10 @@ from torch import Tensor
 from puna.train.arguments import precise
 
 CHUNK = 2048
-"""Positions whose logits exist at a time."""
+"""Positions whose logits exist at a time; of a trained head, whose gradient is summed over them."""
+
+FROZEN_CHUNK = 256
+"""The same where the head is frozen: their logits are memory that the allocator has at hand already."""
 
 ROWS_IN_CACHE = 16
 """Positions whose float32 distributions fit a CPU core's cache at a 49k vocabulary."""
@@ -34,7 +37,7 @@ def linear_loss(
     *,
     dtype: torch.dtype = torch.float32,
     factors: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses of ``hidden @ weight.T`` at some positions, and the losses themselves.
 
@@ -43,9 +46,14 @@ def linear_loss(
     hold them already. The losses, [positions] in ``dtype``, are not differentiable.
     """
     total, losses = _LinearLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, places, to_gradient_, dtype, factors, chunk
+        hidden, weight, places, to_gradient_, dtype, factors, chunk_for(weight, chunk)
     )
     return total, losses
+
+
+def chunk_for(weight: Tensor, chunk: int | None) -> int:
+    """Positions to take at a time with the head ``weight``, unless ``chunk`` says so."""
+    return chunk or (CHUNK if weight.requires_grad else FROZEN_CHUNK)
 
 
 class _LinearLoss(torch.autograd.Function):

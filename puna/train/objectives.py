@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from puna.train.linear_loss import CHUNK, add_product, linear_loss, rows_at_a_time
+from puna.train.linear_loss import add_product, chunk_for, linear_loss, rows_at_a_time
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -46,7 +46,7 @@ class Loss:
         return self.tokens.numel()
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK) -> Loss:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Loss:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` against ``labels`` at labelled positions.
 
     ``hidden`` is [..., width], ``weight`` [vocabulary, width] in the same dtype, ``labels`` int64
@@ -64,7 +64,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chun
     return Loss(*linear_loss(rows, weight, places, to_gradient_, chunk=chunk))
 
 
-def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
     """Log-probability of each label under ``softmax(hidden @ weight.T)``, in reading order.
 
     Arguments as in :func:`linear_cross_entropy`; float32 [targets], differentiable token by token. A
@@ -72,7 +72,9 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: i
     that towards ``weight``, if it is needed, takes the logits a second time.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    log_probs: Tensor = _LinearLogProbs.apply(flat, weight, labels.reshape(-1), chunk)  # type: ignore[no-untyped-call]
+    log_probs: Tensor = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
+        flat, weight, labels.reshape(-1), chunk_for(weight, chunk)
+    )
     return log_probs
 
 

@@ -14,6 +14,7 @@ from puna.train.distributed import World
 from puna.train.sharding import is_shard, like, local_part
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+_PIECE = 1 << 18  # numbers whose float32 copy fits a CPU core's cache
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,22 @@ def _adder(view: Tensor) -> Callable[[Tensor], None]:
 
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        view.add_(parameter.grad.float())  # adding across dtypes in one operation is slower on a CPU
+        _add_narrow(view, parameter.grad)
         parameter.grad = None
 
     return add
+
+
+def _add_narrow(total: Tensor, gradient: Tensor) -> None:
+    """Add ``gradient``, of a narrower type, to ``total`` in float32.
+
+    On a CPU adding across types in one operation is slow, and a float32 copy of the whole gradient would
+    be fresh memory of twice its size: a piece at a time, the copy stays in the cache.
+    """
+    if total.device.type != "cpu" or not gradient.is_contiguous():
+        total.add_(gradient.float())
+        return
+    wide = torch.empty(min(_PIECE, total.numel()), dtype=total.dtype)
+    pieces = zip(torch.split(total.view(-1), _PIECE), torch.split(gradient.view(-1), _PIECE), strict=True)
+    for sum_piece, piece in pieces:
+        sum_piece.add_(wide[: len(piece)].copy_(piece))

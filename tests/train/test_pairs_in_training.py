@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -315,6 +315,7 @@ def test_a_plan_counts_the_reference_pass(places: dict[str, Path]) -> None:
         spec = pretrained.load(places["model"]).spec
         dtype = "float32"
         processes = 1
+        models: ClassVar[dict[str, Any]] = {}
         corpora: dict[str, float] = {"corpus.main": 1000.0}  # noqa: RUF012
 
         class device:
