@@ -56,7 +56,10 @@ class Verifier(Protocol):
     verifier is registered in ``tests/invariants`` and faces a distribution test there.
     """
 
-    lossless: bool
+    @property
+    def lossless(self) -> bool:
+        """Whether the target's own law is kept."""
+        ...
 
     def verify(self, request: Running, draft: Draft, result: Result) -> Verdict:
         """Judge; ``result`` has the target's outputs at the token before the draft and at each of it."""

@@ -97,6 +97,11 @@ class Running:
         return self.finish_reason is not None
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end the text."""
+        return self._stop_ids
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be produced."""
         return self._limit - len(self.ids)

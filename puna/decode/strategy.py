@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.stage import Parameters, validate
@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from puna.decode.lane import Steps
     from puna.decode.request import Running
 
-MODULES = ("puna.decode.plain", "puna.decode.entropy_switching", "puna.decode.nudging")
+MODULES = (
+    "puna.decode.plain",
+    "puna.decode.entropy_switching",
+    "puna.decode.nudging",
+    "puna.decode.speculative",
+    "puna.decode.acceptance",
+    "puna.decode.judge",
+    "puna.decode.rapid",
+)
 """Modules that register strategies; imported when the first name is asked for."""
 
 
@@ -23,8 +31,15 @@ class Strategy(Protocol):
     ``lossless``: what it produces follows the target's own law under the request's sampling.
     """
 
-    name: ClassVar[str]
-    lossless: ClassVar[bool]
+    @property
+    def name(self) -> str:
+        """What the method is called."""
+        ...
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the target's own law is kept."""
+        ...
 
     def run(self, request: Running) -> Steps[None]:
         """Produce the text: read through lanes, emit tokens, return once ``request.emit`` says True.

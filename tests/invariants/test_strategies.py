@@ -6,14 +6,18 @@ needs other models than "draft", adds an entry to :data:`EXAMPLES` (name to sett
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from puna.decode.engine import Engine
+from puna.decode.heads import Head, HeadSpec, save_head
 from puna.decode.lane import Steps
 from puna.decode.request import Running
 from puna.decode.sampling import Sampling, make_law
@@ -22,11 +26,26 @@ from puna.decode.trace import TraceRow
 from puna.text.template import CHATML, Template
 from tests.decode.decoding_models import speaking
 
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def _head(kind: str, **spec: Any) -> str:
+    """The file of an untrained head of the tiny Llama's width."""
+    head = Head(HeadSpec(48, **spec), seed=3, about={"kind": kind})
+    return str(save_head(head, Path(_FOLDER.name) / f"{kind}.safetensors"))
+
+
 EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "entropy-switching": lambda: {"small": "draft", "minimum_stay": 2, "threshold": 4.0},
     "nudging": lambda: {"nudger": "draft"},
+    "specdec-pp": lambda: {"head": _head("acceptance", blocks=2, ways=2)},
+    "judge-decoding": lambda: {"head": _head("judge")},
+    "rapid": lambda: {"begin": "the", "end": "t"},
 }
 """Settings of strategies that need some; "draft" is the name of the smaller model."""
+PROMPTS: dict[str, list[str]] = {"rapid": ["the cat sat", "in the end, that cat"]}
+"""Prompts of strategies that do not take just any."""
 MODELS: dict[str, int] = {"draft": 7}
 """Further models of the engine: name and seed of a tiny Llama."""
 
@@ -112,7 +131,8 @@ def test_a_lossless_strategy_writes_the_targets_greedy_text(engine: Engine, name
 @pytest.mark.parametrize("name", [*all_strategies()])
 def test_every_strategy_leaves_a_trace_and_frees_what_it_held(engine: Engine, name: str) -> None:
     strategy = built(name)
-    for text in engine.generate(["the cat", "a"], Sampling(max_tokens=12), strategy):
+    prompts = PROMPTS.get(name, ["the cat", "a"])
+    for text in engine.generate(prompts, Sampling(max_tokens=12), strategy):
         assert [row.token for row in text.trace] == text.ids
         assert all(row.cost is not None and row.cost >= 0 for row in text.trace)
         assert text.lossless == strategy.lossless
