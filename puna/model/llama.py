@@ -74,6 +74,28 @@ class _RootMeanSquare(torch.autograd.Function):
         return to_hidden.to(hidden.dtype), to_weight, None
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of the embedding, whose gradients go straight to ``weight.gradient_sink``.
+
+    A dense gradient would be a matrix of zeros with a few rows filled in, made and added up in every
+    backward pass: with a large vocabulary that takes as long as several layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.sink = weight.gradient_sink  # type: ignore[attr-defined]
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        (ids,) = ctx.saved_tensors
+        rows = gradient.flatten(0, -2).to(ctx.sink.dtype)
+        ctx.sink.index_add_(0, ids.flatten(), rows)
+        return None, None
+
+
 class Norm(nn.Module):
     """Root-mean-square norm: computed in float32, scaled in the input's own type."""
 
@@ -320,7 +342,7 @@ class Llama(nn.Module):
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise PunaError("input_ids must be [batch, time]", found=tuple(input_ids.shape))
         batch, time = input_ids.shape
-        hidden = cast(Tensor, self.model.embed_tokens(input_ids))
+        hidden: Tensor = self._embed(input_ids)
         if cache is not None:
             cache.check_room(batch, time, hidden.dtype)
         layout = lay_out(batch, time, input_ids.device, positions, segments, cache)
@@ -334,6 +356,13 @@ class Llama(nn.Module):
         if cache is not None:
             cache.advance(time)
         return cast(Tensor, self.model.norm(hidden))
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """[batch, time] to [batch, time, hidden]; the trainer may set a sink."""
+        embedding = self.model.embed_tokens
+        if getattr(embedding.weight, "gradient_sink", None) is None:
+            return cast(Tensor, embedding(input_ids))
+        return cast(Tensor, _Lookup.apply(embedding.weight, input_ids))  # type: ignore[no-untyped-call]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., vocab] of hidden states [..., hidden]."""

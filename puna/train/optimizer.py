@@ -63,6 +63,8 @@ class Optimizer:
             view = part.view_as(local_part(parameter))
             self.masters[name] = self._master(parameter, view)
             self.masters[name].grad = view
+            if "embed_tokens" in name and not is_shard(parameter):
+                parameter.gradient_sink = view  # type: ignore[attr-defined]  # see model/llama.py: no dense gradient
         self._adamw = torch.optim.AdamW(
             self._groups(),
             betas=settings.betas,
@@ -171,15 +173,17 @@ class Optimizer:
             hook.remove()
         for parameter in self.parameters.values():
             parameter.grad = None
+            if hasattr(parameter, "gradient_sink"):
+                del parameter.gradient_sink
 
 
 def _adder(view: Tensor) -> Callable[[Tensor], None]:
     """A hook that adds a parameter's new gradient to ``view`` and frees it."""
 
     def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        _add_narrow(view, parameter.grad)
-        parameter.grad = None
+        if parameter.grad is not None:  # an embedding's has gone to its sink
+            _add_narrow(view, parameter.grad)
+            parameter.grad = None
 
     return add
 

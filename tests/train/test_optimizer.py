@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -143,3 +143,29 @@ def test_closing_takes_hooks_and_gradients_off_the_model() -> None:
     optimizer.close()
     module(inputs(torch.bfloat16)).sum().backward()
     assert module.weight.grad is not None and not optimizer.gradient.any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedding_gathers_the_gradient_that_autograd_gives(
+    tiny_llama: Callable[..., Any], tied: bool, dtype: torch.dtype
+) -> None:
+    """Rows that occur twice, rows of two micro-batches, and the head's part where it is the same matrix."""
+    ids = torch.tensor([[5, 6, 5, 7, 9, 5, 300]])
+
+    def losses(model: Any) -> Iterator[torch.Tensor]:
+        for part in (ids, ids.flip(1)):
+            yield model(part).logsumexp(-1).sum()
+
+    plain = tiny_llama(tie_word_embeddings=tied).to(dtype)
+    sum(losses(plain)).backward()
+    expected = plain.model.embed_tokens.weight.grad.float()
+    model = tiny_llama(tie_word_embeddings=tied).to(dtype)
+    optimizer = Optimizer(model.named_parameters(), OptimizerSettings(1e-3))
+    for loss in losses(model):
+        loss.backward()
+    gathered = optimizer.masters["model.embed_tokens.weight"].grad
+    assert gathered is not None and bool(gathered[5].any()) and (tied or not gathered[100].any())
+    torch.testing.assert_close(gathered, expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+    optimizer.close()
+    assert not hasattr(model.model.embed_tokens.weight, "gradient_sink")
