@@ -42,4 +42,6 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt $(VENV)/demo.stamp
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
 	$(PIP) install --constraint constraints.txt llama-cpp-python \
 		|| echo "llama-cpp-python could not be built here: its tests will be skipped"
+	@$(BIN)/python -m tests.serve.chromium \
+		|| echo "no Chromium could be had here: the tests of the web page will be skipped"
 	touch $@

@@ -6,13 +6,16 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from puna.core.errors import PunaError
+from puna.options import Companions, Device, Dtype, Quantized, named_paths
+from puna.options import parse_settings as _settings
+from puna.options import show as _print
+from puna.serve.verbs import serve, ui
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,8 +43,6 @@ Settings = Annotated[
     typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Change a setting; VALUE as in YAML. Repeatable."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Every random draw derives from it.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 @app.command()
@@ -277,19 +278,40 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Tokens to draw from; 0 is all.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    compare: Annotated[str | None, typer.Option(metavar="MODEL", help="A second model beside it.")] = None,
+    strategy: Annotated[
+        str, typer.Option(metavar="'NAME KEY=VALUE ...'", help="A decoding method by name.")
+    ] = "",
+    companions: Companions = None,
+    quantize: Quantized = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Talk to a model."""
     from puna.decode.chat import chat as talk
+    from puna.decode.chat import named_strategy
     from puna.decode.sampling import Sampling
     from puna.run.machine import choose_device, choose_dtype
     from puna.text.pretrained import load
 
     where = choose_device(device)
-    loaded = load(model, dtype=choose_dtype(dtype, where), device=where)
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    talk(loaded, sampling=sampling, system=system)
+    kind = choose_dtype(dtype, where)
+    beside = named_paths(companions or (), "--companion").items()
+    talk(
+        load(model, dtype=kind, device=where),
+        sampling=Sampling(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        ),
+        system=system,
+        strategy=named_strategy(strategy),
+        models={name: load(source, dtype=kind, device=where) for name, source in beside},
+        quantize=quantize,
+        compare=compare,
+    )
+
+
+app.command()(serve)
+app.command()(ui)
 
 
 @app.command()
@@ -354,39 +376,10 @@ def _options(
     """Options before the command."""
 
 
-def _settings(items: Iterable[str] | None) -> dict[str, Any]:
-    """``key=value`` texts as settings, values typed as in YAML."""
-    from puna.run.source import parse_value
-
-    found: dict[str, Any] = {}
-    for item in items or ():
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise PunaError("not a setting", where=item, expected="key=value")
-        found[key.strip()] = parse_value(value, f"setting {item}")
-    return found
-
-
 def _table(*headings: str) -> Table:
     from rich.table import Table
 
     return Table(*headings)
-
-
-def _print(*parts: Any) -> None:
-    """Print texts as they are and tables as tables; without a terminal tables are wide enough to grep.
-
-    Of the processes that torchrun started the first one prints.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(markup=False, emoji=False, highlight=False, width=160)
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def _print_record(record: Any) -> None:

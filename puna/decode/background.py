@@ -47,8 +47,8 @@ class EngineThread:
             return True
         drained = drain
         self._stopping = True
+        self.engine.woken.set()
         if drain:
-            self.engine.woken.set()
             thread.join(timeout)
             drained = not thread.is_alive()
         if thread.is_alive():

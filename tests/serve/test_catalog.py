@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import puna
+from puna.core.errors import PunaError
+from puna.decode.sampling import Sampling
+from puna.model.adapters import LoraSettings, add_lora
+from puna.serve.catalog import open_catalog
+from tests.serve.little_server import live, tiny_model
+
+OPEN: dict[str, Any] = {"dtype": "float32", "device": "cpu", "engine": {"cache_tokens": 2048}}
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model and an adapter of it, as folders."""
+    root = tmp_path_factory.mktemp("models")
+    model = tiny_model(tiny_tokenizer)
+    puna.save(model, root / "base")
+    model = puna.load(root / "base")
+    add_lora(model, LoraSettings(r=4), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    puna.save(model, root / "adapter", format="adapter")
+    return {"base": str(root / "base"), "adapter": str(root / "adapter")}
+
+
+def test_adapters_answer_under_their_own_names(saved: dict[str, str]) -> None:
+    catalog = open_catalog({"base": saved["base"]}, {"dutch": saved["adapter"]}, {}, **OPEN)
+    expected = {
+        name: puna.Engine(puna.load(saved[source])).generate(["the cat"], Sampling(max_tokens=8))[0].text
+        for name, source in (("base", "base"), ("dutch", "adapter"))
+    }
+    assert expected["base"] != expected["dutch"]
+    with live(catalog) as server:
+        cards = server.http.get("/v1/models").json()["data"]
+        assert [(card["id"], card["parent"]) for card in cards] == [("base", None), ("dutch", "base")]
+        for name, text in expected.items():
+            assert server.completion(model=name)["choices"][0]["text"] == text
+
+
+@pytest.mark.parametrize(
+    ("models", "adapters", "says"),
+    [
+        (["base"], {"base": "adapter"}, "same name"),
+        (["base"], {"dutch": "base"}, "adapter"),
+        (["base"], {"dutch": "nowhere"}, "adapter"),
+        ([], {}, "no model"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_it_is_served(
+    saved: dict[str, str], models: list[str], adapters: dict[str, str], says: str
+) -> None:
+    with pytest.raises(PunaError, match=says):
+        open_catalog(
+            {name: saved[name] for name in models},
+            {name: saved.get(source, source) for name, source in adapters.items()},
+            {},
+            **OPEN,
+        )
+
+
+def test_companions_are_there_for_strategies(saved: dict[str, str]) -> None:
+    catalog = open_catalog({"base": saved["base"]}, {}, {"draft": saved["base"]}, **OPEN)
+    seen: list[str] = []
+
+    class Looks:
+        name = "looks"
+        lossless = True
+
+        def run(self, request: Any) -> Any:
+            seen.append(type(request.model("draft")).__name__)
+            yield from request.lane.catch_up(request.prompt)
+
+    catalog["base"].engine.submit("the cat", Sampling(max_tokens=1), Looks())
+    while catalog["base"].engine.step():
+        pass
+    assert seen == ["Llama"]
+
+
+def test_the_commands_start_and_stop_a_server(saved: dict[str, str], tmp_path: Path) -> None:
+    """``puna ui`` in a process of its own: it says where it is, answers, and ends with 0."""
+    import re
+    import subprocess
+    import sys
+
+    import httpx
+
+    words = [sys.executable, "-m", "puna.cli", "ui", f"mine={saved['base']}", "--port", "0"]
+    words += ["--adapter", f"dutch={saved['adapter']}", "--runs", str(tmp_path), "--set", "max_tokens=5"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        told = process.stdout.readline() + process.stdout.readline()
+        found = re.search(r"serving mine, dutch at (http://127\.0\.0\.1:\d+)/v1\n.* (\S+/ui/)\n", told)
+        assert found is not None, told + process.stderr.read()
+        assert httpx.get(found[2]).status_code == 200
+        assert [card["id"] for card in httpx.get(f"{found[1]}/v1/models").json()["data"]] == ["mine", "dutch"]
+        body = {"model": "mine", "prompt": "a", "max_tokens": 6}
+        assert httpx.post(f"{found[1]}/v1/completions", json=body).json()["error"]["code"] == "beyond_bound"
+    finally:
+        process.terminate()
+    assert process.wait(20) == 0, process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["serve", "mine=nowhere.gguf"], "no model 'nowhere.gguf'"),
+        (["serve", "smollm2-135m-instruct", "--set", "max_queue=none"], "max_queue"),
+        (["serve", "smollm2-135m-instruct", "--adapter", "dutch"], "NAME=path"),
+        (["serve", "smollm2-135m-instruct", "--port", "99999"], "port"),
+        (["ui", "smollm2-135m-instruct", "--host", "no.such.host.invalid"], "cannot listen"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from puna import cli
+
+    monkeypatch.setattr("sys.argv", ["puna", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from puna.serve.run import need_extra
+
+    find: Callable[[str], Any] = lambda name: None  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    with pytest.raises(PunaError, match="not installed") as caught:
+        need_extra()
+    assert "puna[serve]" in str(caught.value.fix)
