@@ -50,7 +50,7 @@ def write_documents(folder: Path, seed: int, count: int) -> None:
     write_corpus(folder, "documents", rows, **about)
 
 
-def tiny_model(folder: Path) -> None:
+def tiny_model(folder: Path, *, positions: int = 128) -> None:
     """A Llama of 0.2M parameters with a byte-level tokenizer, drawn at random."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -73,7 +73,7 @@ def tiny_model(folder: Path) -> None:
     core.train_from_iterator(["the cat and the other cat sat on that mat in the end"] * 9, trainer)
     tokenizer = Tokenizer(core, {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
     block = BlockSpec(heads=4, kv_heads=2, head_dim=16, width=192)
-    spec = LlamaSpec(tokenizer.vocab_size, 64, (block,) * 4, tied=True, max_positions=128)
+    spec = LlamaSpec(tokenizer.vocab_size, 64, (block,) * 4, tied=True, max_positions=positions)
     model: Any = Llama(spec, generator=torch_generator(0, "drill"))
     model.tokenizer = tokenizer
     puna.save(model, folder)
