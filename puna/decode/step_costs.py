@@ -1,0 +1,124 @@
+"""Time of a step by its rows and its attention, measured on this machine for the simulator.
+
+System S76, SARATHI (arXiv:2308.16369): what a decoding row costs in a step that a prompt's chunk fills
+anyway, against a step of its own. Steps to be compared are timed in turn, so that a machine that slows
+down slows all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from puna.core.errors import PunaError
+from puna.core.progress import Track
+from puna.decode.schedule_simulator import StepCosts
+from puna.model.paged import PagedSequence
+from puna.model.stepper import Read
+
+if TYPE_CHECKING:
+    from puna.model.stepper import Stepper
+
+
+@dataclass(frozen=True)
+class Piggyback:
+    """Seconds of three steps: the decoding rows alone, the chunk alone, both in one."""
+
+    decode_only: float
+    chunk_only: float
+    mixed: float
+    decodes: int
+
+    @property
+    def marginal_share(self) -> float:
+        """What a decoding row adds to the chunk's step, over what it costs in a step of decoding rows."""
+        return (self.mixed - self.chunk_only) / self.decode_only
+
+
+class _Bench:
+    """Texts of a given length in a stepper, and steps over them that can be taken again."""
+
+    def __init__(self, stepper: Stepper, ids: Sequence[int], texts: int, context: int) -> None:
+        self.stepper = stepper
+        self.ids = list(ids)
+        stepper.pool.sharing = False
+        self.decoding = [stepper.sequence() for _ in range(texts)]
+        for sequence in self.decoding:
+            stepper.step([Read(sequence, self._some(context), 0)])
+        self.context = context
+        self.prompt: PagedSequence = stepper.sequence()
+
+    def _some(self, count: int) -> list[int]:
+        return (self.ids * (count // len(self.ids) + 1))[:count]
+
+    def seconds(self, decodes: int, chunk: int) -> float:
+        """Of one step with so many decoding rows and a chunk of a fresh prompt; the texts are as before then."""
+        reads = [Read(sequence, self.ids[:1]) for sequence in self.decoding[:decodes]]
+        if chunk:
+            reads.append(Read(self.prompt, self._some(chunk)))
+        begun = time.perf_counter()
+        self.stepper.step(reads)
+        took = time.perf_counter() - begun
+        for sequence in self.decoding[:decodes]:
+            sequence.crop(self.context)
+        self.prompt.crop(0)
+        return took
+
+
+def measure_piggyback(
+    stepper: Stepper, ids: Sequence[int], *, decodes: int, rows: int, context: int, repeats: int
+) -> Piggyback:
+    """Median seconds of the three steps, timed in turn; the mixed one has ``rows`` rows in all."""
+    if decodes >= rows:
+        raise PunaError("a mixed step has no room for a chunk", found=f"{decodes} decodes in {rows} rows")
+    bench = _Bench(stepper, ids, decodes, context)
+    kinds = {"decode": (decodes, 0), "chunk": (0, rows - decodes), "mixed": (decodes, rows - decodes)}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with Track("timing mixed steps", repeats + 1, "rounds") as track:
+        for turn in range(repeats + 1):  # the first is not counted
+            for kind, (texts, chunk) in kinds.items():
+                seconds = bench.seconds(texts, chunk)
+                if turn:
+                    taken[kind].append(seconds)
+            track.advance()
+    median = {kind: statistics.median(times) for kind, times in taken.items()}
+    for sequence in (*bench.decoding, bench.prompt):
+        sequence.free()
+    return Piggyback(median["decode"], median["chunk"], median["mixed"], decodes)
+
+
+def measure_costs(
+    stepper: Stepper, ids: Sequence[int], *, rows: Sequence[int], context: int, repeats: int
+) -> StepCosts:
+    """A cost table over ``rows`` (texts of one token up to 16, a prompt's chunk above) and the cost of a pair.
+
+    A pair's cost is that of 8 texts reading on behind ``context`` tokens against behind 16, a
+    median of ``repeats``; what attention the table's own steps had is taken off.
+    """
+    short, long = _Bench(stepper, ids, max(16, *(row for row in rows if row <= 16)), 16), None
+    long = _Bench(stepper, ids, 8, context)
+    wanted = sorted(set(rows))
+    taken: dict[int, list[float]] = {row: [] for row in wanted}
+    near, far = [], []
+    with Track("timing steps", repeats + 1, "rounds") as track:
+        for turn in range(repeats + 1):
+            for row in wanted:
+                seconds = short.seconds(row, 0) if row <= 16 else short.seconds(0, row)
+                taken[row] += [seconds] if turn else []
+            near += [short.seconds(8, 0)] if turn else []
+            far += [long.seconds(8, 0)] if turn else []
+            track.advance()
+    pair = max(0.0, statistics.median(far) - statistics.median(near)) / (8 * (context - 16))
+    table: list[tuple[int, float]] = []
+    for row in wanted:
+        pairs = row * 17 if row <= 16 else row * (row + 1) // 2
+        seconds = statistics.median(taken[row])
+        # Pairs of a chunk are cheaper than those of single rows; the least of a step stays its least.
+        table.append((row, max(seconds - pairs * pair, 0.5 * seconds)))
+    for bench in (short, long):
+        for sequence in (*bench.decoding, bench.prompt):
+            sequence.free()
+    return StepCosts(tuple(table), pair)
