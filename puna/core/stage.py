@@ -17,7 +17,7 @@ import pydantic
 from puna.core.errors import PunaError, nearest, unknown_name
 
 Kind = Literal["model", "corpus", "tokenizer", "mapping", "state", "file"]
-ROOMS_WITH_STAGES = ("text", "data", "train", "evaluate", "edit", "run")
+ROOMS_WITH_STAGES = ("text", "data", "train", "decode", "evaluate", "edit", "run")
 
 
 class Parameters(pydantic.BaseModel):

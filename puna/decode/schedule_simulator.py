@@ -62,7 +62,9 @@ class Arrival:
     output: int
 
 
-def draw_arrivals(count: int, prompt: int, output: int, spread: float, rate: float, seed: int) -> list[Arrival]:
+def draw_arrivals(
+    count: int, prompt: int, output: int, spread: float, rate: float, seed: int
+) -> list[Arrival]:
     """``count`` requests whose lengths lie around ``prompt`` and ``output``.
 
     Lengths are log-normal with the given means and deviation ``spread`` of the logarithm; 0: all equal.

@@ -55,7 +55,7 @@ class _Bench:
         return (self.ids * (count // len(self.ids) + 1))[:count]
 
     def seconds(self, decodes: int, chunk: int) -> float:
-        """Of one step with so many decoding rows and a chunk of a fresh prompt; the texts are as before then."""
+        """Of a step with so many decoding rows and a chunk of a fresh prompt; undone afterwards."""
         reads = [Read(sequence, self.ids[:1]) for sequence in self.decoding[:decodes]]
         if chunk:
             reads.append(Read(self.prompt, self._some(chunk)))
@@ -93,12 +93,13 @@ def measure_piggyback(
 def measure_costs(
     stepper: Stepper, ids: Sequence[int], *, rows: Sequence[int], context: int, repeats: int
 ) -> StepCosts:
-    """A cost table over ``rows`` (texts of one token up to 16, a prompt's chunk above) and the cost of a pair.
+    """A cost table over ``rows``, and the cost of a query-key pair.
 
+    Up to 16 rows are texts of one new token, more are a prompt's chunk.
     A pair's cost is that of 8 texts reading on behind ``context`` tokens against behind 16, a
     median of ``repeats``; what attention the table's own steps had is taken off.
     """
-    short, long = _Bench(stepper, ids, max(16, *(row for row in rows if row <= 16)), 16), None
+    short = _Bench(stepper, ids, 16, 16)
     long = _Bench(stepper, ids, 8, context)
     wanted = sorted(set(rows))
     taken: dict[int, list[float]] = {row: [] for row in wanted}
