@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from puna.core.errors import PunaError
 from puna.model.paged import BLOCK, GONE, BlockPool, CachePolicy, OutOfBlocks, PagedSequence, blocks_of
@@ -123,8 +123,10 @@ class Texts(RuleBasedStateMachine):
         assert self.pool.bytes == 0
 
 
-TestTexts = Texts.TestCase
-TestTexts.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+def test_no_text_shows_in_another_whatever_is_done_with_them() -> None:
+    run_state_machine_as_test(
+        Texts, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+    )
 
 
 def pool(blocks: int = 8, *policies: CachePolicy) -> BlockPool:
