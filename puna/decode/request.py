@@ -75,7 +75,7 @@ class Running:
         tokenizer: Any = models[TARGET].model.tokenizer
         self.tokenizer = tokenizer
         stops = () if sampling.ignore_eos else tokenizer.stop_ids
-        self.stop_ids = frozenset((*stops, *sampling.stop_ids))
+        self._stop_ids = frozenset((*stops, *sampling.stop_ids))
         self._pieces = TextPieces(tokenizer.decode, sampling.stop)
         self._text: list[str] = []
         self._logprobs: list[float] = []
@@ -151,7 +151,7 @@ class Running:
             return True
         self.ids.append(token)
         self._note(row, logits)
-        if token in self.stop_ids:
+        if token in self._stop_ids:
             self.finish_reason = "stop"
         else:
             self._new_text += self._pieces.push(token)

@@ -89,7 +89,7 @@ class SelfEvaluation:
 
 
 def wins_or_ties(reward: float, other: float, epsilon: float = 0.0) -> bool:
-    """Whether an answer is at least as good as another of its prompt; ties count, or easy prompts look hard."""
+    """Whether an answer is as good as another of its prompt; ties count, or easy prompts look hard."""
     return reward >= other - epsilon
 
 

@@ -129,7 +129,7 @@ def block_cosines(model: Llama, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def least_needed_blocks(cosines: Tensor, count: int) -> list[list[int]]:
-    """Two candidates to drop: the ``count`` blocks that turn the stream least, and the best run of as many."""
+    """Two candidates to drop: the ``count`` blocks that turn the stream least, and the best such run."""
     apart = sorted(cosines.argsort(descending=True)[:count].tolist())
     sums = cosines.unfold(0, count, 1).sum(1)
     first = int(sums.argmax())
@@ -137,7 +137,7 @@ def least_needed_blocks(cosines: Tensor, count: int) -> list[list[int]]:
 
 
 def operations(model: Llama, ids: Sequence[int], start: int, skip: Skip | None) -> tuple[int, int]:
-    """Operations that torch counts while ``ids`` are read from ``start`` on, and the feed-forwards skipped."""
+    """Operations that torch counts while ``ids`` are read from ``start`` on, and feed-forwards skipped."""
     stepper = PlainStepper(model, cache_tokens=len(ids))
     sequence = stepper.sequence()
     stepper.step([Read(sequence, ids[:start], 0)])

@@ -17,6 +17,8 @@ MODULES = (
     "puna.decode.plain",
     "puna.decode.entropy_switching",
     "puna.decode.nudging",
+    "puna.decode.feed_forward_skipping",
+    "puna.decode.best_of",
     "puna.decode.speculative",
     "puna.decode.acceptance",
     "puna.decode.judge",

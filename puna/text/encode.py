@@ -113,18 +113,20 @@ def encode_rows(
     template: Template | None = None,
     *,
     train_on: Sequence[str] = ("assistant",),
+    last_only: bool = False,
     total: int | None = None,
 ) -> list[Encoded]:
     """Encode the rows of a corpus of any kind.
 
     A preference pair becomes two rows (prompt + chosen, prompt + rejected), of whose prompts nothing
     is learnt, a sentence pair two documents, so the result can be longer than ``rows``. Conversations
-    need a ``template``. With the ``total`` number of rows a bar shows the progress.
+    need a ``template``; with ``last_only`` nothing but the last message of the roles ``train_on`` is
+    learnt. With the ``total`` number of rows a bar shows the progress.
     """
     if total is not None:
         with Track("tokenising", total, "rows") as track:
             shown = _advancing(rows, track)
-            return encode_rows(shown, kind, tokenizer, template, train_on=train_on)
+            return encode_rows(shown, kind, tokenizer, template, train_on=train_on, last_only=last_only)
     if kind == "documents":
         return encode_documents(tokenizer, ((str(row["id"]), row["text"]) for row in rows))
     if kind == "sentence_pairs":
@@ -139,6 +141,9 @@ def encode_rows(
     encoded = []
     for row in rows:
         for name, messages, first in _conversations(row, kind):
+            if last_only:
+                roles = (index for index, message in enumerate(messages) if message["role"] in train_on)
+                first = max([first, *roles])
             try:
                 encoded.append(
                     encode_messages(

@@ -155,4 +155,5 @@ def encode(model: Llama, corpus: Corpus, parameters: Train, rows: Any = None) ->
         cast(Tokenizer, model.tokenizer),
         model.template,
         train_on=parameters.train_on,
+        last_only=parameters.last_turn_only,
     )

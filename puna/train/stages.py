@@ -114,6 +114,8 @@ class Train(Parameters):
     """sorted: from the longest, or the highest loss."""
     train_on: tuple[str, ...] = pydantic.Field(("assistant",), min_length=1)
     """Roles whose turns are learnt (sft)."""
+    last_turn_only: bool = False
+    """Of those turns only the last of each conversation is learnt."""
     learning_rate: float = pydantic.Field(2e-4, gt=0)
     """Peak learning rate."""
     embedding_learning_rate_factor: float = pydantic.Field(1.0, gt=0)
@@ -270,6 +272,7 @@ _READ_BY_SCHEDULES = {
 
 _READ_BY_OBJECTIVES = {
     "train_on": ("sft", "distill_sft"),
+    "last_turn_only": ("sft", "distill_sft"),
     "divergence": ("distill", "distill_sft"),
     "temperature": ("distill", "distill_sft"),
     "top_k": ("distill", "distill_sft"),

@@ -41,6 +41,8 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "nudging": lambda: {"nudger": "draft"},
     "specdec-pp": lambda: {"head": _head("acceptance", blocks=2, ways=2)},
     "judge-decoding": lambda: {"head": _head("judge")},
+    "feed-forward-skip": lambda: {"first": 0, "last": 1, "threshold": -2.0, "budget": 1, "warm_up": 2},
+    "best-of": lambda: {"samples": 3},
     "rapid": lambda: {"begin": "the", "end": "t"},
 }
 """Settings of strategies that need some; "draft" is the name of the smaller model."""
@@ -64,6 +66,7 @@ def lossless() -> list[str]:
 @pytest.fixture
 def engine(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Engine:
     target = speaking(tiny_llama, tiny_tokenizer)
+    target.template = Template(CHATML, tiny_tokenizer.template_strings)
     models = {}
     for name, seed in MODELS.items():
         model = speaking(tiny_llama, tiny_tokenizer)

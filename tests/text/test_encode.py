@@ -162,6 +162,19 @@ class TestRowsOfEachKind:
         encoded = encode_rows(rows, "messages", chat_tokenizer, template_named("chatml"), total=1)
         assert [(row.source, learnt(chat_tokenizer, row)) for row in encoded] == [("7", "Dag<|im_end|>")]
 
+    def test_only_the_last_turn_is_learnt_where_asked(
+        self, chat_tokenizer: Tokenizer, template_named: TemplateNamed
+    ) -> None:
+        twice = [*self.messages, *self.answer, *self.messages, *self.other]
+        rows = [{"id": 7, "messages": twice}, {"id": 8, "messages": [*twice, *self.messages]}]
+        encoded = encode_rows(rows, "messages", chat_tokenizer, template_named("chatml"), last_only=True)
+        assert [learnt(chat_tokenizer, row) for row in encoded] == ["Nee<|im_end|>"] * 2
+        users = encode_rows(
+            rows, "messages", chat_tokenizer, template_named("chatml"), train_on=("user",), last_only=True
+        )
+        assert [learnt(chat_tokenizer, row) for row in users] == ["Hoi<|im_end|>"] * 2
+        assert [len(row.ids) for row in encoded] == [len(row.ids) for row in users]
+
     def test_preferences(self, chat_tokenizer: Tokenizer, template_named: TemplateNamed) -> None:
         rows = [{"id": 7, "prompt": self.messages, "chosen": self.answer, "rejected": self.other}]
         encoded = encode_rows(rows, "preferences", chat_tokenizer, template_named("chatml"))
