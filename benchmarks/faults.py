@@ -430,7 +430,8 @@ def _told(said: str) -> str:
     """The first line that names a fault, without what stands before it on every run."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     marks = ("is broken", "no room", "would be lost", "not finite", "not the file", "(")
-    telling = (line for line in lines if any(mark in line for mark in marks))
+    rows = "│┌├└┏┡"  # of the table at the start
+    telling = (line for line in lines if line[0] not in rows and any(mark in line for mark in marks))
     return next(telling, "(nothing to say)")
 
 
