@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.progress import say
+from puna.model.group_rounding import rounded_copy
 from puna.model.plain_stepper import PlainStepper
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def make_stepper(
 ) -> Stepper:
     """Lay ``model`` out for decoding, with a cache of ``cache_tokens`` tokens for all texts together.
 
-    ``stepper.name`` says which kernels were taken.
+    ``stepper.name`` says which kernels were taken. The plain stepper computes in float32 with the
+    weights that ``quantize`` leaves, which is no faster.
     """
     if kernels not in get_args(Kernels):
         raise unknown_name("kernels", str(kernels), get_args(Kernels))
@@ -37,12 +39,6 @@ def make_stepper(
         raise unknown_name("quantisation", str(quantize), get_args(Quantize))
     if cache_tokens < 1:
         raise PunaError("cache_tokens is out of range", found=cache_tokens, expected="at least 1")
-    if kernels == "plain" and quantize is not None:
-        raise PunaError(
-            "integers need the native kernels",
-            found=f"kernels 'plain', quantize {quantize!r}",
-            fix="kernels='auto', or no quantize",
-        )
     if kernels != "plain":
         from puna.model.native.build import CompilationError
         from puna.model.native.stepper import NativeStepper
@@ -50,10 +46,12 @@ def make_stepper(
         try:
             return NativeStepper(model, quantize=quantize, cache_tokens=cache_tokens, policies=policies)
         except PunaError as error:
-            if kernels == "native" or quantize is not None:
+            if kernels == "native":
                 raise
-            if isinstance(error, CompilationError):
+            if isinstance(error, CompilationError) or quantize is not None:
                 _say_once(f"{error}\n  meanwhile the plain stepper is used, which is slower")
+    if quantize is not None:
+        model = rounded_copy(model, quantize)
     return PlainStepper(model, cache_tokens=cache_tokens, policies=policies)
 
 
