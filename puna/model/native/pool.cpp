@@ -13,7 +13,10 @@
 namespace puna {
 namespace {
 
-constexpr int spins = 2000;                                          // some tens of microseconds
+constexpr int spins = 2000;               // some tens of microseconds
+// Longer than a decoding loop takes from one step to the next: a core that is yielded to another process comes
+// back milliseconds later.
+constexpr int spins_between_steps = 20000;
 constexpr auto patience = std::chrono::milliseconds(2);  // of yielding before a worker goes to sleep
 
 }  // namespace
@@ -53,7 +56,7 @@ struct Pool::Worker {
   std::condition_variable bell;
 
   void wait_for_change(unsigned seen) {
-    for (int i = 0; i < spins; i++) {
+    for (int i = 0; i < spins_between_steps; i++) {
       if (ticket.load(std::memory_order_acquire) != seen) return;
       pause_briefly();
     }
