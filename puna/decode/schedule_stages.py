@@ -103,25 +103,31 @@ def chunked_prefill(context: Context, parameters: ChunkedPrefill) -> Outcome:
 class StepCostsParameters(Parameters):
     """Parameters of the stage ``step_costs``."""
 
-    decodes: int = pydantic.Field(8, ge=1)
-    """Decoding texts of the steps that are compared."""
+    decodes: tuple[int, ...] = (4, 8, 16)
+    """Numbers of decoding texts in the steps that are compared."""
     rows: int = pydantic.Field(256, ge=2)
     """Rows of the mixed step: the decoding texts and a chunk."""
-    context: int = pydantic.Field(256, ge=32)
+    context: int = pydantic.Field(128, ge=32)
     """Tokens behind which the texts decode."""
     table: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     """Numbers of rows whose steps are timed for the simulator."""
-    repeats: int = pydantic.Field(5, ge=1)
+    repeats: int = pydantic.Field(9, ge=1)
     """Times that each step is taken; the median counts."""
     kernels: Kernels = "auto"
     """What runs the model."""
+
+    @pydantic.model_validator(mode="after")
+    def _room_for_a_chunk(self) -> StepCostsParameters:
+        if not self.decodes or not 1 <= min(self.decodes) <= max(self.decodes) < self.rows:
+            raise ValueError(f"decodes are numbers from 1 to {self.rows - 1}, below rows")
+        return self
 
 
 def plan_step_costs(parameters: StepCostsParameters, shapes: Any) -> Cost:
     """Steps that are timed."""
     rounds = parameters.repeats + 1
-    tokens = rounds * (2 * parameters.rows + sum(parameters.table))
-    steps = rounds * (5 + len(parameters.table))
+    tokens = rounds * (2 * parameters.rows * len(parameters.decodes) + sum(parameters.table))
+    steps = rounds * (3 * len(parameters.decodes) + 2 + len(parameters.table))
     weights = max(spec.parameter_count() for spec in shapes.models.values())
     seconds = (0.3 * tokens + 10 * steps) * weights * _SECONDS_PER_TOKEN_OF_WEIGHT
     return Cost(tokens=tokens, flops=2.0 * tokens * weights, memory=8.0 * weights, seconds=seconds)
@@ -143,36 +149,48 @@ def step_costs(context: Context, parameters: StepCostsParameters) -> Outcome:
 
     model = load(context.inputs["model"], dtype=context.dtype, device=context.device)
     ids = _tokens_of(context.inputs["corpus"], model, parameters.rows)
-    texts = max(parameters.decodes, 16) + 8
+    texts = max(*parameters.decodes, 16) + 8
     room = texts * (parameters.context + 32) + max(parameters.rows, *parameters.table)
     stepper = make_stepper(model, cache_tokens=room, kernels=parameters.kernels)
-    piggyback = measure_piggyback(
-        stepper,
-        ids,
-        decodes=parameters.decodes,
-        rows=parameters.rows,
-        context=parameters.context,
-        repeats=parameters.repeats,
-    )
+    metrics: dict[str, float] = {}
+    shares = []
+    for decodes in parameters.decodes:
+        found = measure_piggyback(
+            stepper,
+            ids,
+            decodes=decodes,
+            rows=parameters.rows,
+            context=parameters.context,
+            repeats=parameters.repeats,
+        )
+        metrics |= {
+            f"marginal_share.decodes_{decodes}": found.marginal_share,
+            f"seconds.decode_only.decodes_{decodes}": found.decode_only,
+            f"seconds.chunk_only.decodes_{decodes}": found.chunk_only,
+            f"seconds.mixed.decodes_{decodes}": found.mixed,
+        }
+        times = (found.decode_only, found.chunk_only, found.mixed)
+        shares.append(
+            [decodes, *(f"{1000 * seconds:.1f}" for seconds in times), f"{found.marginal_share:.2f}"]
+        )
     costs = measure_costs(
         stepper, ids, rows=parameters.table, context=parameters.context, repeats=parameters.repeats
     )
     path = context.out / "costs.json"
     write_json(path, {"table": costs.table, "pair": costs.pair})
-    metrics = {
-        "marginal_share": piggyback.marginal_share,
-        "seconds.decode_only": piggyback.decode_only,
-        "seconds.chunk_only": piggyback.chunk_only,
-        "seconds.mixed": piggyback.mixed,
-        "seconds.pair": costs.pair,
-        **{f"seconds.rows_{rows}": seconds for rows, seconds in costs.table},
-    }
+    metrics |= {"seconds.pair": costs.pair}
+    metrics |= {f"seconds.rows_{rows}": seconds for rows, seconds in costs.table}
     context.report["tables"] = [
+        {
+            "title": f"Milliseconds of steps of {parameters.rows} rows ({stepper.name} kernels)",
+            "columns": ["decoding texts", "alone", "the chunk alone", "both in one", "a row's share"],
+            "rows": shares,
+        },
         {
             "title": f"Seconds of a step ({stepper.name} kernels)",
             "columns": ["rows", "seconds", "rows a second"],
             "rows": [[rows, f"{seconds:.4f}", f"{rows / seconds:.0f}"] for rows, seconds in costs.table],
-        }
+        },
     ]
     return Outcome(outputs={"costs": path}, metrics=metrics)
 

@@ -25,17 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piggyback:
-    """Seconds of three steps: the decoding rows alone, the chunk alone, both in one."""
+    """Median seconds of three steps: the decoding rows alone, the chunk alone, both in one.
+
+    ``marginal_share`` is what a decoding row adds to the chunk's step over what it costs in a step of
+    decoding rows: the median of the rounds, so that a slow one does not count.
+    """
 
     decode_only: float
     chunk_only: float
     mixed: float
-    decodes: int
-
-    @property
-    def marginal_share(self) -> float:
-        """What a decoding row adds to the chunk's step, over what it costs in a step of decoding rows."""
-        return (self.mixed - self.chunk_only) / self.decode_only
+    marginal_share: float
 
 
 class _Bench:
@@ -84,10 +83,11 @@ def measure_piggyback(
                 if turn:
                     taken[kind].append(seconds)
             track.advance()
-    median = {kind: statistics.median(times) for kind, times in taken.items()}
     for sequence in (*bench.decoding, bench.prompt):
         sequence.free()
-    return Piggyback(median["decode"], median["chunk"], median["mixed"], decodes)
+    rounds = zip(taken["decode"], taken["chunk"], taken["mixed"], strict=True)
+    share = statistics.median((mixed - chunk) / decode for decode, chunk, mixed in rounds)
+    return Piggyback(*(statistics.median(times) for times in taken.values()), share)
 
 
 def measure_costs(

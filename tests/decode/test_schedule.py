@@ -204,20 +204,25 @@ def test_measured_costs_feed_the_simulation(assets: dict[str, Any], tmp_path: Pa
         "step_costs",
         tmp_path / "costs",
         assets,
-        decodes=3,
+        decodes=[3],
         rows=32,
         context=40,
         table=[1, 16, 64],
         repeats=1,
         kernels="plain",
     )
-    assert measured.metrics["seconds.mixed"] > 0
+    assert measured.metrics["seconds.mixed.decodes_3"] > 0
     assert {row for row, _ in read_json(measured.outputs["costs"])["table"]} == {1, 16, 64}
     outcome, context = run("schedule", tmp_path / "plan", {"costs": measured.outputs["costs"]}, requests=12)
     assert outcome.metrics["decode_maximal.passed_over"] == 0
     assert len(context.report["tables"][0]["rows"]) == 4
     steps = read_json(outcome.outputs["steps"])
     assert sum(steps["decode_maximal"]) > 0
+
+
+def test_a_step_without_room_for_a_chunk_is_refused(assets: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(PunaError, match="numbers from 1 to 15"):
+        run("step_costs", tmp_path / "costs", assets, decodes=[4, 16], rows=16)
 
 
 def test_given_costs_are_simulated_and_two_sources_are_refused(tmp_path: Path) -> None:
