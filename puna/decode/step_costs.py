@@ -87,7 +87,8 @@ def measure_piggyback(
         sequence.free()
     rounds = zip(taken["decode"], taken["chunk"], taken["mixed"], strict=True)
     share = statistics.median((mixed - chunk) / decode for decode, chunk, mixed in rounds)
-    return Piggyback(*(statistics.median(times) for times in taken.values()), share)
+    median = {kind: statistics.median(times) for kind, times in taken.items()}
+    return Piggyback(median["decode"], median["chunk"], median["mixed"], share)
 
 
 def measure_costs(
