@@ -47,6 +47,7 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "order": ({}, {"order": "sorted"}),
     "sort_by": ({"order": "sorted"}, {"sort_by": "loss"}),
     "descending": ({"order": "sorted"}, {"descending": True}),
+    "last_turn_only": ({"objective": "sft", "train_on": ["user", "assistant"]}, {"last_turn_only": True}),
     "train_on": ({"objective": "sft"}, {"train_on": ["user"]}),
     "learning_rate": ({}, {"learning_rate": 2e-2}),
     "embedding_learning_rate_factor": ({}, {"embedding_learning_rate_factor": 0.1}),
