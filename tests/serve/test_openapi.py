@@ -66,7 +66,8 @@ def test_every_request_gets_what_the_description_says(api: Any, path: str, mode:
 
     ask()
     assert seen <= ({200, 400} if mode is GenerationMode.POSITIVE else {400, 404, 415}), seen
-    assert mode is GenerationMode.NEGATIVE or 200 in seen
+    # Whether a drawn request also makes sense (a format that compiles, say) is up to the draw: what sensible ones
+    # get, test_openai_client.py says.
 
 
 @pytest.mark.parametrize("path", [path for path, method in PATHS.items() if method == "GET"])
