@@ -66,4 +66,21 @@ def test_every_request_gets_what_the_description_says(api: Any, path: str, mode:
 
     ask()
     assert seen <= ({200, 400} if mode is GenerationMode.POSITIVE else {400, 404, 415}), seen
-    # Whether a drawn request makes sense is up to the draw: what sensible ones get, test_openai_client.py says.
+    # Whether a drawn request makes sense is up to the draw: sensible ones are asked in test_openai_client.py.
+
+
+@pytest.mark.parametrize("path", [path for path, method in PATHS.items() if method == "GET"])
+def test_what_is_only_read_is_as_described(api: Any, path: str) -> None:
+    case = api[path]["GET"].Case(path_parameters={"model": "tiny"} if "{model}" in path else {})
+    assert case.call_and_validate(checks=CHECKS).status_code == 200
+
+
+def test_the_description_is_complete(small: Live) -> None:
+    found = small.http.get("/openapi.json").json()
+    assert set(found["paths"]) == set(PATHS)
+    for path, operations in found["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            assert {"200", "400", "429", "500"} <= set(operation["responses"]), path
+    assert found["components"]["schemas"]["ChatBody"]["properties"]["model"]["enum"] == ["tiny"]
+    assert "HTTPValidationError" not in found["components"]["schemas"]
