@@ -6,7 +6,9 @@
 namespace puna {
 namespace {
 
-constexpr int tile_rows = 6;  // queries whose scores with 64 keys fit into registers
+constexpr int tile_rows = 12;  // the most queries taken together
+// With so many queries, sums for so many vectors of keys or of dimensions stay in registers.
+constexpr int vectors_beside(int rows) { return rows > 6 ? 2 : 4; }
 constexpr float nothing = -1e30f;
 constexpr float log2_e = 1.44269504f;
 
@@ -22,12 +24,13 @@ PUNA_INLINE Floats accumulate(Floats total, Ints words, Ints shared) {
   return dot_bfloat16(total, words, shared);
 }
 
-// Scores of `rows` queries with the 16 keys of each of `blocks` blocks: scores[row][16 * block + key].
+// Scores of `rows` queries with the 16 keys of each of `blocks` blocks: scores[row][16 * block + key]. Where few
+// queries meet keys that nobody touched lately, the blocks' values and the keys of the blocks `ahead` are fetched.
 template <Stored stored, int rows, int blocks>
-void score(const std::uint8_t* queries, std::size_t stride, const std::uint8_t* const* keys, int words,
-           float* scores) {
+void score(const std::uint8_t* queries, std::size_t stride, const std::uint8_t* const* keys,
+           const std::uint8_t* const* ahead, int words, float* scores) {
   Floats total[rows][blocks];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
     for (int b = 0; b < blocks; b++) total[r][b] = broadcast(0.0f);
@@ -35,14 +38,20 @@ void score(const std::uint8_t* queries, std::size_t stride, const std::uint8_t* 
     Ints key[blocks];
 #pragma GCC unroll 8
     for (int b = 0; b < blocks; b++) key[b] = load_ints(keys[b] + word * 64);
+    if (ahead)
 #pragma GCC unroll 8
+      for (int b = 0; b < blocks; b++) {
+        __builtin_prefetch(keys[b] + (words + word) * 64);
+        __builtin_prefetch(ahead[b] + word * 64);
+      }
+#pragma GCC unroll 12
     for (int r = 0; r < rows; r++) {
       const Ints query = broadcast_word(queries + r * stride + word * 4);
 #pragma GCC unroll 8
       for (int b = 0; b < blocks; b++) total[r][b] = accumulate<stored>(total[r][b], key[b], query);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
     for (int b = 0; b < blocks; b++) store(scores + r * span_tokens + b * lanes, total[r][b]);
@@ -55,7 +64,7 @@ void mix(const std::uint8_t* weights, const std::uint8_t* const* values, int blo
   constexpr int per_block = block_tokens / numbers_in_word(stored);  // words of one dimension
   constexpr std::size_t stride = span_tokens * 4 / numbers_in_word(stored);
   Floats total[rows][vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) total[r][v] = broadcast(0.0f);
@@ -65,7 +74,7 @@ void mix(const std::uint8_t* weights, const std::uint8_t* const* values, int blo
       Ints words[vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; v++) words[v] = load_ints(value + v * 64);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < rows; r++) {
         const Ints weight = broadcast_word(weights + r * stride);
 #pragma GCC unroll 8
@@ -73,15 +82,17 @@ void mix(const std::uint8_t* weights, const std::uint8_t* const* values, int blo
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) store(target + r * target_stride + dimension + v * lanes, total[r][v]);
 }
 
+constexpr int most_ahead = 4;
+
 // The blocks of a span that some row of a tile sees, in their order.
 struct Seen {
-  const std::uint8_t* keys[span_blocks];
+  const std::uint8_t* keys[span_blocks + most_ahead];
   const std::uint8_t* values[span_blocks];
   int first_key[span_blocks];
   bool whole[span_blocks];  // every row sees all of it
@@ -109,6 +120,8 @@ Seen blocks_seen(const Attention& attention, const Task& task, int span, int low
     seen.whole[seen.count] = end <= low + 1 && (first >= window_start(layer, high) || end <= layer.sink);
     seen.count++;
   }
+  // There is always something to fetch ahead; behind the last block it is that block once more.
+  for (int b = 0; seen.count && b < most_ahead; b++) seen.keys[seen.count + b] = seen.keys[seen.count - 1];
   return seen;
 }
 
@@ -175,15 +188,17 @@ Scratch divide(std::uint8_t* memory, const Attention& attention) {
 // States of `rows` queries of one tile over one span.
 template <Stored stored, int rows>
 void attend_tile(const Attention& attention, const Seen& seen, const std::uint8_t* queries, const int* positions,
-                 float* states, const Scratch& scratch) {
+                 bool fetch, float* states, const Scratch& scratch) {
   const Layer& layer = *attention.layer;
   const int padded = layer.padded_dim(), words = padded / numbers_in_word(stored);
-  constexpr int together = 4;
+  constexpr int together = vectors_beside(rows);
   int b = 0;
   for (; b + together <= seen.count; b += together)
-    score<stored, rows, together>(queries, words * 4, seen.keys + b, words, scratch.scores + b * lanes);
+    score<stored, rows, together>(queries, words * 4, seen.keys + b, fetch ? seen.keys + b + together : nullptr, words,
+                                  scratch.scores + b * lanes);
   for (; b < seen.count; b++)
-    score<stored, rows, 1>(queries, words * 4, seen.keys + b, words, scratch.scores + b * lanes);
+    score<stored, rows, 1>(queries, words * 4, seen.keys + b, fetch ? seen.keys + b + 1 : nullptr, words,
+                           scratch.scores + b * lanes);
   constexpr std::size_t weight_stride = span_tokens * 4 / numbers_in_word(stored);
   for (int r = 0; r < rows; r++)
     soften<stored>(layer, seen, positions[r], scratch.scores + r * span_tokens, scratch.weights + r * weight_stride,
@@ -196,10 +211,16 @@ void attend_tile(const Attention& attention, const Seen& seen, const std::uint8_
     mix<stored, rows, 1>(scratch.weights, seen.values, seen.count, padded, d, target, attention.state_size());
 }
 
-using Tile = void (*)(const Attention&, const Seen&, const std::uint8_t*, const int*, float*, const Scratch&);
+using Tile = void (*)(const Attention&, const Seen&, const std::uint8_t*, const int*, bool, float*, const Scratch&);
+struct Choice {
+  int rows;
+  Tile tile;
+};
 template <Stored stored>
-constexpr Tile tiles[tile_rows] = {attend_tile<stored, 1>, attend_tile<stored, 2>, attend_tile<stored, 3>,
-                                   attend_tile<stored, 4>, attend_tile<stored, 5>, attend_tile<stored, 6>};
+constexpr Choice choices[] = {{tile_rows, attend_tile<stored, tile_rows>}, {6, attend_tile<stored, 6>},
+                              {5, attend_tile<stored, 5>},                 {4, attend_tile<stored, 4>},
+                              {3, attend_tile<stored, 3>},                 {2, attend_tile<stored, 2>},
+                              {1, attend_tile<stored, 1>}};
 
 // All rows of a task over one span: to its own states, or joined into the totals.
 void attend_span(const Attention& attention, const Task& task, int span, const Scratch& scratch) {
@@ -208,20 +229,23 @@ void attend_span(const Attention& attention, const Task& task, int span, const S
   const int group = layer.group(), first = task.first_row * group, last = task.last_row * group;
   const std::size_t size = attention.state_size();
   const std::size_t query_bytes = static_cast<std::size_t>(layer.padded_dim()) * 4 / numbers_in_word(stored);
-  for (int row = first; row < last; row += tile_rows) {
-    const int count = std::min(tile_rows, last - row);
+  const int low = attention.rows[task.first_row].position, high = attention.rows[task.last_row - 1].position;
+  const bool thin = last - first <= tile_rows;  // one tile: nothing that it loads is used again
+  Seen seen = blocks_seen(attention, task, span, low, high);
+  const bool alike = std::all_of(seen.whole, seen.whole + seen.count, [](bool whole) { return whole; });
+  const Choice* choice = stored == Stored::float32 ? choices<Stored::float32> : choices<Stored::bfloat16>;
+  for (int row = first; row < last; row += choice->rows) {
+    while (choice->rows > last - row) choice++;
     int positions[tile_rows];
-    for (int r = 0; r < count; r++) positions[r] = attention.rows[(row + r) / group].position;
-    const Seen seen = blocks_seen(attention, task, span, positions[0], positions[count - 1]);
+    for (int r = 0; r < choice->rows; r++) positions[r] = attention.rows[(row + r) / group].position;
+    if (!alike) seen = blocks_seen(attention, task, span, positions[0], positions[choice->rows - 1]);
     if (task.partial < 0 && seen.count == 0) continue;
     const std::int64_t query = static_cast<std::int64_t>(task.kv_head) * attention.row_count * group + row;
-    const std::uint8_t* queries = attention.queries + query * query_bytes;
     float* states = task.partial < 0 ? scratch.states : attention.partials + (task.partial + row - first) * size;
-    const Tile tile = (stored == Stored::float32 ? tiles<Stored::float32> : tiles<Stored::bfloat16>)[count - 1];
-    tile(attention, seen, queries, positions, states, scratch);
-    if (task.partial < 0)
-      for (int r = 0; r < count; r++)
-        join(scratch.totals + (row - first + r) * size, scratch.states + r * size, layer.padded_dim());
+    choice->tile(attention, seen, attention.queries + query * query_bytes, positions, thin, states, scratch);
+    if (task.partial >= 0) continue;
+    for (int r = 0; r < choice->rows; r++)
+      join(scratch.totals + (row - first + r) * size, scratch.states + r * size, layer.padded_dim());
   }
 }
 

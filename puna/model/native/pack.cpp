@@ -10,22 +10,21 @@
 namespace puna {
 namespace {
 
+// The weights of one output and one group: 32-bit words, 128 bytes apart, that hold one, two, four or eight weights.
+constexpr int most_words = group_inputs;
+constexpr std::size_t word_stride = panel_outputs * 4;
+constexpr int words_of(Format format) { return static_cast<int>(weights_of_group(format) / word_stride); }
+
 struct Place {
-  std::uint8_t* group;  // the group of the panel
-  int lane;             // which of the panel's outputs
+  std::uint8_t* words;
+  std::uint16_t* scale;  // the minimum is panel_outputs further
 };
 
 Place place_of(const Matrix& matrix, int output, int group) {
+  const int lane = output % panel_outputs;
   std::uint8_t* panel = matrix.data + output / panel_outputs * matrix.panel_bytes();
-  return {panel + group * group_bytes(matrix.format), output % panel_outputs};
-}
-
-// Where the weight of an input lies within its group, by numbers taken together: 1, 2 or 4 of `bytes` bytes each.
-std::size_t offset(int input, int lane, int together, int bytes) {
-  const int vector = lane / lanes, within = lane % lanes;
-  const int row = input / together;
-  return ((static_cast<std::size_t>(row) * 2 + vector) * lanes + within) * together * bytes +
-         static_cast<std::size_t>(input % together) * bytes;
+  std::uint8_t* start = panel + group * group_bytes(matrix.format);
+  return {start + 4 * lane, reinterpret_cast<std::uint16_t*>(start + weights_of_group(matrix.format)) + lane};
 }
 
 // Half precision, rounded to nearest even. The product moves the exponent to where its bits are those of a half.
@@ -39,70 +38,60 @@ std::uint16_t to_half(float number) {
 }
 
 float from_half(std::uint16_t half) {
-  std::uint16_t several[lanes] = {half};
-  float wide[lanes];
-  store(wide, load_half(several));
-  return wide[0];
-}
-
-std::uint16_t* scale_of(const Matrix& matrix, Place place) {
-  return reinterpret_cast<std::uint16_t*>(place.group + weights_of_group(matrix.format)) + place.lane;
+  constexpr float two_to_112 = 5192296858534827628530496329220096.0f;
+  const std::uint32_t bits = static_cast<std::uint32_t>(half & 0x7fff) << 13;
+  float size;
+  std::memcpy(&size, &bits, sizeof size);
+  size *= two_to_112;
+  return half & 0x8000 ? -size : size;
 }
 
 // Scale and minimum from the smallest and largest weight: weights that lie on such a grid already come out unchanged.
-void quantise(const Matrix& matrix, Place place, const float* weights, int count) {
-  const int steps = matrix.format == Format::int8 ? 255 : 15;
+void quantise(Format format, Place place, const float* weights, int count, std::uint32_t* words) {
+  const int steps = format == Format::int8 ? 255 : 15;
   const float low = *std::min_element(weights, weights + count);
   const float high = *std::max_element(weights, weights + count);
-  std::uint16_t* scales = scale_of(matrix, place);
-  scales[0] = to_half((high - low) / steps);
-  scales[panel_outputs] = to_half(low);
-  const float scale = from_half(scales[0]), minimum = from_half(scales[panel_outputs]);
+  place.scale[0] = to_half((high - low) / steps);
+  place.scale[panel_outputs] = to_half(low);
+  const float scale = from_half(place.scale[0]), minimum = from_half(place.scale[panel_outputs]);
   for (int i = 0; i < count; i++) {
     const float exact = scale > 0 ? (weights[i] - minimum) / scale : 0.0f;
-    const int level = static_cast<int>(std::nearbyint(std::clamp(exact, 0.0f, static_cast<float>(steps))));
-    if (matrix.format == Format::int8)
-      place.group[offset(i, place.lane, 4, 1)] = static_cast<std::uint8_t>(level);
+    const auto level = static_cast<std::uint32_t>(std::nearbyint(std::clamp(exact, 0.0f, static_cast<float>(steps))));
+    if (format == Format::int8)
+      words[i / 4] |= level << (i % 4 * 8);
     else
-      place.group[offset(i / 8 * 4 + i % 4, place.lane, 4, 1)] |= static_cast<std::uint8_t>(level << (i % 8 / 4 * 4));
+      words[i / 8] |= level << (i % 4 * 8 + i % 8 / 4 * 4);
   }
 }
 
 void pack_group(const Matrix& matrix, int output, int group, const float* weights, int count) {
   const Place place = place_of(matrix, output, group);
-  if (matrix.format == Format::float32) {
-    for (int i = 0; i < count; i++) std::memcpy(place.group + offset(i, place.lane, 1, 4), weights + i, 4);
-  } else if (matrix.format == Format::bfloat16) {
-    for (int i = 0; i < count; i++) {
-      const std::uint16_t half = to_bfloat16(weights[i]);
-      std::memcpy(place.group + offset(i, place.lane, 2, 2), &half, 2);
-    }
-  } else {
-    quantise(matrix, place, weights, count);
-  }
+  std::uint32_t words[most_words] = {};
+  if (matrix.format == Format::float32)
+    std::memcpy(words, weights, sizeof(float) * count);
+  else if (matrix.format == Format::bfloat16)
+    for (int i = 0; i < count; i++) words[i / 2] |= static_cast<std::uint32_t>(to_bfloat16(weights[i])) << (i % 2 * 16);
+  else
+    quantise(matrix.format, place, weights, count, words);
+  for (int i = 0; i < words_of(matrix.format); i++) std::memcpy(place.words + i * word_stride, words + i, 4);
 }
 
 void unpack_group(const Matrix& matrix, int output, int group, float* weights) {
   const Place place = place_of(matrix, output, group);
+  std::uint32_t words[most_words];
+  for (int i = 0; i < words_of(matrix.format); i++) std::memcpy(words + i, place.words + i * word_stride, 4);
   if (matrix.format == Format::float32) {
-    for (int i = 0; i < group_inputs; i++) std::memcpy(weights + i, place.group + offset(i, place.lane, 1, 4), 4);
-    return;
-  }
-  if (matrix.format == Format::bfloat16) {
+    std::memcpy(weights, words, sizeof(float) * group_inputs);
+  } else if (matrix.format == Format::bfloat16) {
+    for (int i = 0; i < group_inputs; i++)
+      weights[i] = from_bfloat16(static_cast<std::uint16_t>(words[i / 2] >> (i % 2 * 16)));
+  } else {
+    const float scale = from_half(place.scale[0]), minimum = from_half(place.scale[panel_outputs]);
     for (int i = 0; i < group_inputs; i++) {
-      std::uint16_t half;
-      std::memcpy(&half, place.group + offset(i, place.lane, 2, 2), 2);
-      weights[i] = from_bfloat16(half);
+      const bool whole = matrix.format == Format::int8;
+      const std::uint32_t level = whole ? words[i / 4] >> (i % 4 * 8) & 255 : words[i / 8] >> (i % 4 * 8 + i % 8 / 4 * 4) & 15;
+      weights[i] = static_cast<float>(level) * scale + minimum;
     }
-    return;
-  }
-  const std::uint16_t* scales = scale_of(matrix, place);
-  const float scale = from_half(scales[0]), minimum = from_half(scales[panel_outputs]);
-  for (int i = 0; i < group_inputs; i++) {
-    const bool whole = matrix.format == Format::int8;
-    const int byte = place.group[offset(whole ? i : i / 8 * 4 + i % 4, place.lane, 4, 1)];
-    const int level = whole ? byte : byte >> (i % 8 / 4 * 4) & 15;
-    weights[i] = static_cast<float>(level) * scale + minimum;
   }
 }
 

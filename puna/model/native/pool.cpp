@@ -13,11 +13,8 @@
 namespace puna {
 namespace {
 
-constexpr int spins = 2000;               // some tens of microseconds
-// Longer than a decoding loop takes from one step to the next: a core that is yielded to another process comes
-// back milliseconds later.
-constexpr int spins_between_steps = 20000;
-constexpr auto patience = std::chrono::milliseconds(2);  // of yielding before a worker goes to sleep
+constexpr int spins = 2000;                              // some tens of microseconds
+constexpr auto patience = std::chrono::microseconds(500);  // of yielding before a worker goes to sleep
 
 }  // namespace
 
@@ -34,29 +31,34 @@ void Barrier::wait() {
   const unsigned round = round_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
     arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
+    round_.store(round + 1);
+    if (asleep_.load() == 0) return;
+    const std::lock_guard<std::mutex> lock(door_);
+    bell_.notify_all();
     return;
   }
-  for (int i = 0; round_.load(std::memory_order_acquire) == round; i++) {
-    if (i < spins)
-      pause_briefly();
-    else
-      sched_yield();
+  for (int i = 0; i < spins; i++) {
+    if (round_.load(std::memory_order_acquire) != round) return;
+    pause_briefly();
   }
+  std::unique_lock<std::mutex> lock(door_);
+  asleep_.fetch_add(1);
+  bell_.wait(lock, [&] { return round_.load() != round; });
+  asleep_.fetch_sub(1);
 }
 
 struct Pool::Worker {
-  Pool* pool;
   int thread;
   void (*work)(void*, int) = nullptr;
   void* argument = nullptr;
+  Barrier* end = nullptr;
   alignas(64) std::atomic<unsigned> ticket{0};  // changes when there is work; each worker has its own
   std::atomic<bool> asleep{false};
   std::mutex door;
   std::condition_variable bell;
 
   void wait_for_change(unsigned seen) {
-    for (int i = 0; i < spins_between_steps; i++) {
+    for (int i = 0; i < spins; i++) {
       if (ticket.load(std::memory_order_acquire) != seen) return;
       pause_briefly();
     }
@@ -92,14 +94,13 @@ void Pool::serve(Worker* worker) {
     worker->wait_for_change(seen);
     seen = worker->ticket.load(std::memory_order_acquire);
     worker->work(worker->argument, worker->thread);
-    worker->pool->running_.fetch_sub(1, std::memory_order_release);
+    worker->end->wait();
   }
 }
 
 void Pool::start_workers(int count) {
   while (static_cast<int>(workers_.size()) < count) {
     Worker* worker = new Worker;
-    worker->pool = this;
     worker->thread = static_cast<int>(workers_.size()) + 1;
     std::thread(serve, worker).detach();
     workers_.push_back(worker);
@@ -109,11 +110,12 @@ void Pool::start_workers(int count) {
 void Pool::run(int threads, void (*work)(void*, int), void* argument) {
   const std::lock_guard<std::mutex> guard(turn_);
   start_workers(threads - 1);
-  running_.store(threads - 1, std::memory_order_relaxed);
+  Barrier& end = ends_.try_emplace(threads, threads).first->second;
   for (int i = 0; i < threads - 1; i++) {
     Worker& worker = *workers_[i];
     worker.work = work;
     worker.argument = argument;
+    worker.end = &end;
     worker.ticket.fetch_add(1);
     if (worker.asleep.load()) {
       const std::lock_guard<std::mutex> door(worker.door);
@@ -121,12 +123,7 @@ void Pool::run(int threads, void (*work)(void*, int), void* argument) {
     }
   }
   work(argument, 0);
-  for (int i = 0; running_.load(std::memory_order_acquire) > 0; i++) {
-    if (i < spins)
-      pause_briefly();
-    else
-      sched_yield();
-  }
+  end.wait();
 }
 
 }  // namespace puna

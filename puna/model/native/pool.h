@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <vector>
 
@@ -11,7 +12,8 @@ namespace puna {
 // Tells the processor that this is a waiting loop.
 void pause_briefly();
 
-// All threads of a step meet here. Waiting spins for a while, then yields: a thread that lost its core comes back.
+// All threads of a step meet here. Waiting spins for as long as threads that run are apart, then sleeps: where cores are
+// shared with others, a thread that sleeps leaves its core to the one that is late, and is woken ahead of them.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -21,6 +23,9 @@ class Barrier {
   const int threads_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> round_{0};
+  std::atomic<int> asleep_{0};
+  std::mutex door_;
+  std::condition_variable bell_;
 };
 
 // One pool for the process: two pools that spin would take each other's cores.
@@ -39,7 +44,7 @@ class Pool {
 
   std::mutex turn_;
   std::vector<Worker*> workers_;
-  alignas(64) std::atomic<int> running_{0};
+  std::map<int, Barrier> ends_;  // where so many threads meet after their work; they outlive it
 };
 
 }  // namespace puna

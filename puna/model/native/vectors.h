@@ -162,27 +162,36 @@ PUNA_INLINE void store_bytes(std::int8_t* target, Ints a) {
   }
 }
 
-// 2^a to about one unit in the last place; zero below the smallest normal number.
+// 2^a to about one unit in the last place; zero, or next to it, below the smallest normal number.
 PUNA_INLINE Floats exp2(Floats a) {
   // A polynomial of degree 6 through Chebyshev points of [-1/2, 1/2].
   constexpr float c0 = 1.0f, c1 = 0.693147182f, c2 = 0.240226507f, c3 = 0.0555032715f;
   constexpr float c4 = 0.00961805694f, c5 = 0.0013400428f, c6 = 0.000154614449f;
   Floats result;
   for (int i = 0; i < parts; i++) {
+#if defined(PUNA_AVX512)
+    const FloatPart whole = (FloatPart)_mm512_roundscale_ps((__m512)a.part[i], _MM_FROUND_TO_NEAREST_INT);
+    const FloatPart rest = a.part[i] - whole;
+#else
     const FloatPart least = FloatPart{} - 126.0f, most = FloatPart{} + 127.0f;
     FloatPart x = a.part[i] < least ? least : a.part[i];
     x = x > most ? most : x;
     const FloatPart shifted = x + rounding;
     const IntPart whole = (IntPart)shifted - rounding_bits;
     const FloatPart rest = x - (shifted - rounding);
+#endif
     FloatPart value = fused_part(FloatPart{} + c6, rest, FloatPart{} + c5);
     value = fused_part(value, rest, FloatPart{} + c4);
     value = fused_part(value, rest, FloatPart{} + c3);
     value = fused_part(value, rest, FloatPart{} + c2);
     value = fused_part(value, rest, FloatPart{} + c1);
     value = fused_part(value, rest, FloatPart{} + c0);
+#if defined(PUNA_AVX512)
+    result.part[i] = (FloatPart)_mm512_scalef_ps((__m512)value, (__m512)whole);
+#else
     value = (FloatPart)((IntPart)value + (whole << 23));
     result.part[i] = a.part[i] < least ? FloatPart{} : value;
+#endif
   }
   return result;
 }
@@ -200,22 +209,19 @@ PUNA_INLINE float from_bfloat16(std::uint16_t half) {
   std::memcpy(&number, &bits, sizeof number);
   return number;
 }
+// Nearest bfloat16 numbers, halves to even.
 PUNA_INLINE void store_bfloat16(std::uint16_t* target, Floats a) {
+#if defined(PUNA_AVX512) && defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)a.part[0]);
+  std::memcpy(target, &halves, sizeof halves);
+#else
   for (int i = 0; i < parts; i++) {
     const WordPart bits = (WordPart)a.part[i];
     const WordPart rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const HalfPart halves = __builtin_convertvector(rounded, HalfPart);
     std::memcpy(target + i * part_lanes, &halves, sizeof halves);
   }
-}
-PUNA_INLINE Floats load_bfloat16(const std::uint16_t* source) {
-  Floats value;
-  for (int i = 0; i < parts; i++) {
-    HalfPart halves;
-    std::memcpy(&halves, source + i * part_lanes, sizeof halves);
-    value.part[i] = (FloatPart)(__builtin_convertvector(halves, WordPart) << 16);
-  }
-  return value;
+#endif
 }
 // Finite IEEE half precision; moving the exponent by a product is exact, subnormal numbers included.
 PUNA_INLINE Floats load_half(const std::uint16_t* source) {
