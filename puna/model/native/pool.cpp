@@ -1,6 +1,5 @@
 #include "pool.h"
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -13,8 +12,24 @@
 namespace puna {
 namespace {
 
-constexpr int spins = 2000;                              // some tens of microseconds
-constexpr auto patience = std::chrono::microseconds(500);  // of yielding before a worker goes to sleep
+// Waking a thread costs some fifty microseconds. Threads that gave up sooner would keep each other sleepy: each wakes
+// too late for the next.
+constexpr auto at_barriers = std::chrono::microseconds(400);
+constexpr auto between_steps = std::chrono::milliseconds(1);
+constexpr int pauses = 64;  // between looks at the clock
+
+// Whether `done` came true within `patience`.
+template <class Done>
+bool spin(std::chrono::nanoseconds patience, Done done) {
+  const auto end = std::chrono::steady_clock::now() + patience;
+  do {
+    for (int i = 0; i < pauses; i++) {
+      if (done()) return true;
+      pause_briefly();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
 
 }  // namespace
 
@@ -37,10 +52,7 @@ void Barrier::wait() {
     bell_.notify_all();
     return;
   }
-  for (int i = 0; i < spins; i++) {
-    if (round_.load(std::memory_order_acquire) != round) return;
-    pause_briefly();
-  }
+  if (spin(at_barriers, [&] { return round_.load(std::memory_order_acquire) != round; })) return;
   std::unique_lock<std::mutex> lock(door_);
   asleep_.fetch_add(1);
   bell_.wait(lock, [&] { return round_.load() != round; });
@@ -58,15 +70,7 @@ struct Pool::Worker {
   std::condition_variable bell;
 
   void wait_for_change(unsigned seen) {
-    for (int i = 0; i < spins; i++) {
-      if (ticket.load(std::memory_order_acquire) != seen) return;
-      pause_briefly();
-    }
-    const auto end = std::chrono::steady_clock::now() + patience;
-    while (std::chrono::steady_clock::now() < end) {
-      if (ticket.load(std::memory_order_acquire) != seen) return;
-      sched_yield();
-    }
+    if (spin(between_steps, [&] { return ticket.load(std::memory_order_acquire) != seen; })) return;
     std::unique_lock<std::mutex> lock(door);
     asleep.store(true);
     bell.wait(lock, [&] { return ticket.load() != seen; });
