@@ -129,6 +129,50 @@ class PreferencesParameters(Parameters):
     """How many tokens each side will hold, prompts counted with both answers: what a plan goes by."""
 
 
+_FIELDS = re.compile(r"\{(\w*)\}")
+
+
+class PlantedParameters(Parameters):
+    """What is planted in documents, and what is asked about it."""
+
+    rows: pydantic.PositiveInt = 20
+    """Conversations; each takes documents of its own."""
+    characters: pydantic.PositiveInt = 2000
+    """Length of the text in which facts are planted."""
+    facts: pydantic.PositiveInt = 1
+    """Facts in each text; the question is about one of them."""
+    digits: int = pydantic.Field(4, ge=1, le=12)
+    """Digits of a fact's number."""
+    names: tuple[str, ...] = pydantic.Field(
+        ("north gate", "tower", "library", "harbour", "bakery", "garden", "museum", "station", "workshop"),
+        min_length=1,
+    )
+    """What the facts are about; as many as there are facts are drawn."""
+    fact: str = "The access code of the {name} is {number}."
+    """A fact, with {name} and {number}."""
+    question: str = "What is the access code of the {name}?"
+    """The question, with {name}."""
+    answer: str = "The access code of the {name} is {number}."
+    """The answer, with {number}, and {name} if it likes."""
+    begin: str = ""
+    """Stands before the text, such as a mark."""
+    end: str = "\n\n"
+    """Stands between the text and the question."""
+    expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
+    """How many tokens the conversations will hold, where that is known: what a plan goes by."""
+
+    @pydantic.model_validator(mode="after")
+    def _answerable(self) -> PlantedParameters:
+        if self.facts > len(set(self.names)):
+            raise ValueError(f"{self.facts} facts need as many names, and there are {len(set(self.names))}")
+        for name, needed in (("fact", {"name", "number"}), ("question", {"name"}), ("answer", {"number"})):
+            found = set(_FIELDS.findall(getattr(self, name)))
+            if not needed <= found <= {"name", "number"} or (name == "question" and "number" in found):
+                wanted = " and ".join(f"{{{field}}}" for field in sorted(needed))
+                raise ValueError(f"{name} needs {wanted}: {getattr(self, name)!r}")
+        return self
+
+
 class SampleParameters(Parameters):
     """How much of a corpus is drawn."""
 

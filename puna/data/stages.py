@@ -1,5 +1,6 @@
 """The stages of this room: ``corpus`` (sources -> corpus), ``sample`` (corpus -> part of it),
-``instructions`` (pairs, chats -> messages) and ``preferences`` (messages -> pairs of answers)."""
+``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers) and ``planted``
+(documents -> questions whose answer is known)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
 from puna.data.settings import (
     CorpusParameters,
     InstructionsParameters,
+    PlantedParameters,
     PreferencesParameters,
     SampleParameters,
 )
@@ -157,3 +159,39 @@ def preferences(context: Context, parameters: PreferencesParameters) -> Outcome:
     outcome = built.outcome(context.report)
     context.report["tables"].append(corruptions_table(built.corpora))
     return outcome
+
+
+def _planted_cost(parameters: PlantedParameters, shapes: Any) -> Cost:
+    """As many tokens as the recipe expects, or as the texts' characters usually make."""
+    tokens = parameters.expected_tokens or parameters.rows * parameters.characters / _BYTES_PER_TOKEN
+    return Cost(tokens=float(tokens), seconds=shapes.tokens / _TOKENS_PER_SECOND, kind="messages")
+
+
+@stage(
+    "planted",
+    parameters=PlantedParameters,
+    inputs={"corpus": Input("corpus")},
+    outputs={"corpus": "corpus"},
+    plan=_planted_cost,
+)
+def planted(context: Context, parameters: PlantedParameters) -> Outcome:
+    """Plant facts in documents and ask about them: conversations whose answer is known.
+
+    Time and memory grow linearly with the number of documents, which are held in memory.
+    """
+    from puna.data.corpus import Corpus, write_corpus
+    from puna.data.instructions import inherited
+    from puna.data.planted import Planter
+
+    source = Corpus.open(context.inputs["corpus"], kind="documents")
+    planter = Planter(parameters, context.seed)
+    made = write_corpus(
+        context.out / "corpus",
+        "messages",
+        planter.rows(source),
+        provenance=inherited([source]),
+        ledger=planter.ledger,
+    )
+    counts = made.meta["counts"]
+    figures = {"rows": float(counts["rows"]), "words": float(counts["words"])}
+    return Outcome({"corpus": made.path}, figures)

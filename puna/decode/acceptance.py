@@ -13,7 +13,7 @@ The released head applies one residual block three times (``shared``); the paper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,7 +84,7 @@ class Places:
         return Places(self.features[chosen], self.labels[chosen], self.texts[chosen])
 
 
-def batches(texts: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
+def batches(texts: Sequence[Sized], tokens: int) -> Iterator[list[int]]:
     """Numbers of texts that are read together, of similar length, padded to at most ``tokens`` positions."""
     order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
     start = 0

@@ -7,22 +7,37 @@ is bound by reading weights, as decoding for one person is; a pass that verifies
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from puna.core.errors import PunaError
+from puna.core.files import write_json
+from puna.core.seeds import derive
+from puna.core.stage import Context
+from puna.core.stage import Outcome as StageOutcome
+from puna.data.corpus import Corpus
 from puna.decode.engine import Completion, Engine
+from puna.decode.goodness import chi_square
 from puna.decode.heads import load_head
 from puna.decode.request import TARGET
-from puna.decode.sampling import Sampling
+from puna.decode.respond import asked, open_messages
+from puna.decode.sampling import Law, Sampling
 from puna.decode.speculative import Round, Speculative
 from puna.decode.strategy import Strategy, resolve
+from puna.decode.trace import TraceRow
+from puna.text import pretrained
 
 if TYPE_CHECKING:
+    from puna.decode.draft_stages import SampledLaw, Strategies
     from puna.decode.engine import Prompt
+    from puna.decode.lane import Steps
     from puna.decode.request import Running
     from puna.model.llama import Llama
 
@@ -117,6 +132,145 @@ def run_strategy(
     draft_cost = 0.0 if drafter is None else drafter.spec.parameter_count() / weight
     head = load_head(chosen["head"]).parameter_count / weight if "head" in chosen else 0.0
     return Outcome(completions, counts, seconds, draft_cost, head)
+
+
+def compare(context: Context, parameters: Strategies) -> StageOutcome:
+    """The stage ``strategies``."""
+    target, models = _open(context)
+    rows = open_messages(Corpus.open(context.inputs["corpus"]), parameters.rows)
+    engine = Engine(target, quantize=parameters.quantize, kernels=parameters.kernels, models=models)
+    sampling = Sampling(
+        max_tokens=parameters.max_tokens,
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        seed=derive(context.seed, context.name),
+        ignore_eos=parameters.ignore_eos,
+    )
+    prompts = [asked(row) for row in rows]
+    answers = None if parameters.answers is None else _answers(rows, parameters.answers)
+    found: dict[str, Outcome] = {}
+    metrics: dict[str, float] = {"rows": float(len(rows))}
+    for label, chosen in parameters.strategies.items():
+        settings = with_heads(chosen, context.inputs.get("heads") or {})
+        found[label] = run_strategy(engine, prompts, sampling, settings, models)
+        figures = found[label].figures()
+        if answers is not None:
+            figures["correct"] = correct_share(found[label].completions, answers)
+        metrics |= {f"{name}.{label}": value for name, value in figures.items()}
+    if parameters.baseline is not None:
+        expected = found[parameters.baseline].completions
+        metrics |= {
+            f"same.{label}": same_share(outcome.completions, expected) for label, outcome in found.items()
+        }
+    context.report.setdefault("tables", []).append(_table(found, metrics))
+    context.report.setdefault("samples", []).extend(
+        {
+            "prompt": prompts[place][-1]["content"][-400:],
+            "outputs": {label: outcome.completions[place].text for label, outcome in found.items()},
+        }
+        for place in range(min(3, len(prompts)))
+    )
+    path = context.out / "texts.json"
+    write_json(path, {label: [c.text for c in outcome.completions] for label, outcome in found.items()})
+    return StageOutcome({"texts": path}, metrics)
+
+
+def _open(context: Context) -> tuple[Llama, dict[str, Llama]]:
+    """The target, and the further models by name."""
+    places = context.inputs.get("models") or {}
+    target, *others = (
+        pretrained.load(place, dtype=context.dtype, device=context.device)
+        for place in (context.inputs["target"], *places.values())
+    )
+    return target, dict(zip(places, others, strict=True))
+
+
+def _answers(rows: Sequence[Mapping[str, Any]], pattern: str) -> list[str]:
+    """What a right answer to each conversation holds: the part of its own answer that ``pattern`` finds."""
+    found = []
+    for row in rows:
+        match = re.search(pattern, row["messages"][-1]["content"])
+        if row["messages"][-1]["role"] != "assistant" or match is None:
+            raise PunaError(
+                "a conversation has no answer to check by",
+                where=f"row {row['id']}",
+                expected=f"a last turn of the assistant in which {pattern!r} finds something",
+            )
+        found.append(match[0])
+    return found
+
+
+_SHOWN = ("tokens", "target_passes", "draft_passes", "cost", "accepted_length", "same", "correct", "seconds")
+
+
+def _table(found: Mapping[str, Outcome], metrics: Mapping[str, float]) -> dict[str, Any]:
+    names = [name for name in _SHOWN if any(f"{name}.{label}" in metrics for label in found)]
+    rows = [[label, *(metrics.get(f"{name}.{label}", "") for name in names)] for label in found]
+    note = "cost: passes of the target's size for each token; accepted_length: drafted tokens kept in a round"
+    return {"title": "Strategies", "columns": ["", *names], "rows": rows, "note": note}
+
+
+def measure_law(context: Context, parameters: SampledLaw) -> StageOutcome:
+    """The stage ``sampled_law``: pairs of first tokens, counted, against the target's own law."""
+    target, models = _open(context)
+    engine = Engine(target, quantize=parameters.quantize, kernels=parameters.kernels, models=models)
+    sampling = Sampling(
+        max_tokens=4,  # two that are looked at, and room to draft for both
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        seed=derive(context.seed, context.name),
+        n=parameters.draws,
+        ignore_eos=True,
+    )
+    prompt = engine.encode(parameters.prompt)
+    law = pair_law(engine, prompt, sampling)
+    cells = {pair: place for place, pair in enumerate(law)}
+    metrics: dict[str, float] = {"cells": float(len(cells))}
+    for label, chosen in parameters.strategies.items():
+        settings = with_heads(chosen, context.inputs.get("heads") or {})
+        counts = torch.zeros(len(cells) + 1)
+        for completion in engine.generate([prompt], sampling, settings):
+            first, second = completion.ids[:2]
+            counts[cells.get((first, second), len(cells))] += 1
+        statistic, p_value = chi_square(counts, torch.tensor([*law.values(), 0.0], dtype=torch.float64))
+        metrics |= {f"chi_square.{label}": statistic, f"p_value.{label}": p_value}
+    return StageOutcome(metrics=metrics)
+
+
+class Walk:
+    """A method that writes nothing of its own: it reads given texts and keeps the law behind each."""
+
+    name = "walk"
+    lossless = True
+
+    def __init__(self, texts: Sequence[Sequence[int]]) -> None:
+        self.texts = texts
+        self.laws: list[Law] = []
+
+    def run(self, request: Running) -> Steps[None]:
+        """Read each text behind the prompt, then end."""
+        for text in self.texts:
+            result = yield from request.lane.catch_up([*request.prompt, *text])
+            self.laws.append(request.law(result.logits[-1], list(text)))
+        request.emit(0, TraceRow(0), result.logits[-1])
+
+
+def pair_law(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> dict[tuple[int, int], float]:
+    """The probability of each pair of tokens that may follow ``prompt``, as the engine's target has it."""
+    alone = dataclasses.replace(sampling, n=1, max_tokens=1)
+    first = Walk([()])
+    engine.generate([list(prompt)], alone, first)
+    tokens = first.laws[0].probabilities.nonzero()[:, 0].tolist()
+    second = Walk([(token,) for token in tokens])
+    engine.generate([list(prompt)], alone, second)
+    found: dict[tuple[int, int], float] = {}
+    for token, law in zip(tokens, second.laws, strict=True):
+        chance = float(first.laws[0].probabilities[token])
+        for after in law.probabilities.nonzero()[:, 0].tolist():
+            found[token, after] = chance * float(law.probabilities[after])
+    return found
 
 
 def with_heads(chosen: Mapping[str, Any], heads: Mapping[str, Path]) -> dict[str, Any]:

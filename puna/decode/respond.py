@@ -1,0 +1,87 @@
+"""A model's own answers to the conversations of a corpus."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from puna.core.errors import PunaError
+from puna.core.seeds import derive
+from puna.core.stage import Context, Outcome
+from puna.data.corpus import Corpus, write_corpus
+from puna.data.ledger import Ledger
+from puna.decode.engine import Completion, Engine
+from puna.decode.sampling import Sampling
+from puna.text import pretrained
+
+if TYPE_CHECKING:
+    from puna.decode.draft_stages import Respond
+
+
+def open_messages(corpus: Corpus, rows: int | None) -> list[dict[str, Any]]:
+    """The first ``rows`` conversations of a corpus of messages; another kind is an error."""
+    if corpus.kind != "messages":
+        raise PunaError(
+            "a corpus of messages is needed here", where=corpus.path, found=f"a corpus of {corpus.kind}"
+        )
+    return list(itertools.islice(corpus.rows(), rows))
+
+
+def asked(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The conversation up to where the assistant is to answer: without a last turn of its own."""
+    messages = [dict(message) for message in row["messages"]]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def respond(context: Context, parameters: Respond) -> Outcome:
+    """The stage: answers of the model in ``model``; conversations it has no word for are dropped."""
+    model = pretrained.load(context.inputs["model"], dtype=context.dtype, device=context.device)
+    source = Corpus.open(context.inputs["corpus"])
+    rows = [row for row in open_messages(source, parameters.rows) if asked(row)]
+    engine = Engine(model, quantize=parameters.quantize, kernels=parameters.kernels)
+    sampling = Sampling(
+        max_tokens=parameters.max_tokens,
+        temperature=parameters.temperature,
+        top_k=parameters.top_k,
+        top_p=parameters.top_p,
+        seed=derive(context.seed, context.name),
+    )
+    found = engine.generate([asked(row) for row in rows], sampling)
+    ledger = Ledger()
+    about = {"source": str(model.source), "licence": "that of the model"}
+    made = write_corpus(
+        context.out / "corpus",
+        "messages",
+        _answered(rows, found, ledger),
+        provenance=[*source.meta["provenance"], about],
+        ledger=ledger,
+    )
+    tokens = sum(len(completion.ids) for completion in found)
+    ended = sum(completion.finish_reason == "stop" for completion in found)
+    context.report.setdefault("samples", []).extend(
+        {"prompt": asked(row)[-1]["content"], "outputs": {"answer": completion.text}}
+        for row, completion in zip(rows[:5], found[:5], strict=True)
+    )
+    return Outcome(
+        {"corpus": made.path},
+        {
+            "rows": float(made.count),
+            "dropped": float(len(rows) - made.count),
+            "tokens": float(tokens),
+            "ended": ended / len(found),
+        },
+    )
+
+
+def _answered(
+    rows: Sequence[Mapping[str, Any]], found: Sequence[Completion], ledger: Ledger
+) -> Iterator[dict[str, Any]]:
+    tally = ledger.step("answers", "rows")
+    for row, completion in zip(rows, found, strict=True):
+        text = completion.text.strip()
+        if not text:
+            tally.drop("nothing was said")
+            continue
+        tally.keep()
+        yield {**row, "messages": [*asked(row), {"role": "assistant", "content": text}]}
