@@ -67,13 +67,14 @@ class Counts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A strategy's completions, one for each prompt, with what they took."""
+    """A strategy's completions, one for each prompt, with what they took; costs are those of a pass."""
 
     completions: list[Completion]
     counts: Counts
     seconds: float
     draft_cost: float
     head_cost: float
+    pass_cost: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -89,8 +90,8 @@ class Outcome:
     def cost(self) -> float:
         """Passes of the target's size for each token."""
         counts = self.counts
-        whole = self.target_passes + counts.drafted * self.draft_cost + counts.scored * self.head_cost
-        return whole / self.tokens
+        drafting = counts.drafted * self.draft_cost + counts.scored * self.head_cost
+        return (self.target_passes * self.pass_cost + drafting) / self.tokens
 
     def figures(self) -> dict[str, float]:
         """Figures by their short names."""
@@ -128,10 +129,10 @@ def run_strategy(
     completions = engine.generate(prompts, sampling, strategy)
     seconds = time.perf_counter() - start
     weight = engine.model.spec.parameter_count()
-    drafter = {TARGET: engine.model, **models}.get(str(chosen.get("draft", TARGET)))
-    draft_cost = 0.0 if drafter is None else drafter.spec.parameter_count() / weight
+    sizes = {name: model.spec.parameter_count() / weight for name, model in models.items()}
+    drafter, writer = (sizes.get(str(chosen.get(key, TARGET)), 1.0) for key in ("draft", "model"))
     head = load_head(chosen["head"]).parameter_count / weight if "head" in chosen else 0.0
-    return Outcome(completions, counts, seconds, draft_cost, head)
+    return Outcome(completions, counts, seconds, drafter, head, writer)
 
 
 def compare(context: Context, parameters: Strategies) -> StageOutcome:
@@ -160,9 +161,9 @@ def compare(context: Context, parameters: Strategies) -> StageOutcome:
         metrics |= {f"{name}.{label}": value for name, value in figures.items()}
     if parameters.baseline is not None:
         expected = found[parameters.baseline].completions
-        metrics |= {
-            f"same.{label}": same_share(outcome.completions, expected) for label, outcome in found.items()
-        }
+        for label, outcome in found.items():
+            metrics[f"same.{label}"] = same_share(outcome.completions, expected)
+            metrics[f"same_but_last.{label}"] = same_share(outcome.completions, expected, 1)
     context.report.setdefault("tables", []).append(_table(found, metrics))
     context.report.setdefault("samples", []).extend(
         {
@@ -288,10 +289,13 @@ def with_heads(chosen: Mapping[str, Any], heads: Mapping[str, Path]) -> dict[str
     return settings
 
 
-def same_share(found: Sequence[Completion], expected: Sequence[Completion]) -> float:
-    """Share of completions that equal others token by token."""
-    pairs = zip(found, expected, strict=True)
-    return sum(one.ids == other.ids for one, other in pairs) / len(found)
+def same_share(found: Sequence[Completion], expected: Sequence[Completion], but: int = 0) -> float:
+    """Share of completions that equal others token by token, but for the last ``but``."""
+    pairs = [
+        (one.ids[: len(one.ids) - but], other.ids[: len(other.ids) - but])
+        for one, other in zip(found, expected, strict=True)
+    ]
+    return sum(one == other for one, other in pairs) / len(pairs)
 
 
 def correct_share(found: Sequence[Completion], answers: Sequence[str]) -> float:

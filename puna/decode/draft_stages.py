@@ -1,4 +1,5 @@
-"""Stages of drafting: ``respond``, ``acceptance_head``, ``judge_head``, ``strategies``, ``sampled_law``."""
+"""Stages of drafting: ``respond``, ``acceptance_head``, ``judge_head``, ``strategies``, ``sampled_law``,
+``shifted_residuals``."""
 
 from __future__ import annotations
 
@@ -271,3 +272,37 @@ def sampled_law(context: Context, parameters: SampledLaw) -> Outcome:
     from puna.decode.compare import measure_law
 
     return measure_law(context, parameters)
+
+
+class ShiftedResiduals(Parameters):
+    """Parameters of the stage ``shifted_residuals``."""
+
+    eta: float = pydantic.Field(10.0, ge=0)
+    """How far the target's law is moved towards the drafter's."""
+    laws: int = pydantic.Field(100, ge=1)
+    """Random pairs of laws."""
+    vocabulary: int = pydantic.Field(40, ge=2)
+    """Tokens of each."""
+
+
+@stage("shifted_residuals", parameters=ShiftedResiduals, plan=lambda parameters, shapes: Cost(seconds=1.0))
+def shifted_residuals(context: Context, parameters: ShiftedResiduals) -> Outcome:
+    """Compare what RAPID's two residuals emit with the moved law and with the target's, exactly (S28).
+
+    ``exact`` and ``released``: largest error against the moved law, mean total variation to it and to
+    the target's. Time grows with laws and the square of the vocabulary.
+    """
+    from puna.decode.residuals import distances
+
+    metrics: dict[str, float] = {}
+    modes: tuple[Literal["exact", "released"], ...] = ("exact", "released")
+    for mode in modes:
+        found = distances(
+            parameters.eta, mode, laws=parameters.laws, vocabulary=parameters.vocabulary, seed=context.seed
+        )
+        metrics |= {
+            f"{mode}.largest": found.largest,
+            f"{mode}.to_shifted": found.to_shifted,
+            f"{mode}.to_target": found.to_target,
+        }
+    return Outcome(metrics=metrics)

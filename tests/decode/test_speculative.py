@@ -140,6 +140,15 @@ def test_two_sampled_tokens_follow_the_targets_law(
     assert all(completion.lossless for completion in found)
 
 
+def test_another_model_may_write_alone_and_says_so(engine: Engine, models: dict[str, Any]) -> None:
+    sampling = Sampling(max_tokens=12, temperature=0.8, seed=2)
+    found = engine.generate(PROMPTS, sampling, {"name": "plain", "model": "draft"})
+    alone = Engine(models["draft"], cache_tokens=1024).generate(PROMPTS, sampling)
+    assert [c.ids for c in found] == [c.ids for c in alone]
+    assert not any(c.lossless for c in found)
+    assert {row.source for c in found for row in c.trace} == {"draft"}
+
+
 def test_penalties_reach_draft_and_target_alike(engine: Engine) -> None:
     sampling = Sampling(max_tokens=20, repetition_penalty=1.4, frequency_penalty=0.5)
     expected = engine.generate(PROMPTS, sampling)
