@@ -13,7 +13,7 @@ The released head applies one residual block three times (``shared``); the paper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ from puna.decode.heads import (
     unweighted,
 )
 from puna.decode.sampling import Sampling, make_law
+from puna.decode.short_head import short_head
 from puna.decode.speculative import DraftSettings, Speculative
 from puna.decode.stoppers import HeadStopper
 from puna.decode.strategy import strategy
@@ -122,13 +123,16 @@ def collect(
     sampling: Sampling,
     *,
     mix: float = 0.15,
+    draft_vocabulary: int | None = None,
     batch_tokens: int = 2048,
     seed: int = 0,
 ) -> Places:
     """Hidden states of the draft at tokens it drew, with the chance that the target accepts them.
 
-    ``texts`` are the target's own; their trained places are what it wrote.
+    ``texts`` are the target's own; their trained places are what it wrote. ``draft_vocabulary`` is that of
+    the strategy.
     """
+    made = draft.logits if draft_vocabulary is None else short_head(draft, draft_vocabulary).logits
     generator = torch_generator(seed, "acceptance")
     features: list[Tensor] = []
     labels: list[Tensor] = []
@@ -143,7 +147,7 @@ def collect(
                 places = torch.tensor(texts[number].trained).nonzero()[:, 0]
                 places = places[places > 0]
                 behind = ours[places - 1], theirs[places - 1]
-                drawn, chances = _draw(target, draft, *behind, sampling, generator)
+                drawn, chances = _draw(target.logits, made, *behind, sampling, generator)
                 keep = torch.rand(len(places), generator=generator) >= mix
                 ids = torch.tensor(texts[number].ids)
                 ids[places[keep]] = drawn[keep]
@@ -158,20 +162,23 @@ def collect(
 
 
 def _draw(
-    target: Llama,
-    draft: Llama,
+    target: Callable[[Tensor], Tensor],
+    draft: Callable[[Tensor], Tensor],
     ours: Tensor,
     theirs: Tensor,
     sampling: Sampling,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [n] drawn from the draft's laws behind its states ``theirs`` [n, hidden], and min(1, p/q)."""
+    """Tokens [n] drawn from the draft's laws behind its states ``theirs`` [n, hidden], and min(1, p/q).
+
+    ``target`` and ``draft`` make logits [n, vocab] of hidden states.
+    """
     drawn: list[Tensor] = []
     chances: list[Tensor] = []
     for start in range(0, len(ours), _POSITIONS):
         part = slice(start, start + _POSITIONS)
-        wanted = distributions(target.logits(ours[part]).cpu(), sampling)
-        given = distributions(draft.logits(theirs[part]).cpu(), sampling)
+        wanted = distributions(target(ours[part]).cpu(), sampling)
+        given = distributions(draft(theirs[part]).cpu(), sampling)
         tokens = torch.multinomial(given, 1, generator=generator)
         ratio = wanted.gather(1, tokens) / given.gather(1, tokens)
         drawn.append(tokens[:, 0])
@@ -206,6 +213,7 @@ def train_acceptance_head(
     blocks: int = 3,
     shared: bool = False,
     mix: float = 0.15,
+    draft_vocabulary: int | None = None,
     held_out_share: float = 0.2,
     batch_tokens: int = 2048,
     seed: int = 0,
@@ -217,7 +225,16 @@ def train_acceptance_head(
     multiplied by the weight.
     """
     require_same_words(target, draft, "draft")
-    places = collect(target, draft, texts, sampling, mix=mix, batch_tokens=batch_tokens, seed=seed)
+    places = collect(
+        target,
+        draft,
+        texts,
+        sampling,
+        mix=mix,
+        draft_vocabulary=draft_vocabulary,
+        batch_tokens=batch_tokens,
+        seed=seed,
+    )
     learnt, held = split(places, held_out_share, seed=seed)
     about = {"kind": KIND, "temperature": sampling.temperature, "negative_weight": training.negative_weight}
     head = Head(HeadSpec(draft.spec.hidden_size, blocks, shared, ways=2), seed=seed, about=about)

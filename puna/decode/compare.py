@@ -1,7 +1,7 @@
 """Decoding strategies on the same prompts: what each wrote, in how many passes of which model.
 
-Passes are counted, not timed: a pass of the target costs 1, one of another model its weights over
-the target's, and a head's weights come on top wherever it is asked. That is the cost of a step that
+Passes are counted, not timed: a pass of the target costs 1, one of another model the weights it reads
+over the target's, and a head's weights come on top wherever it is asked. That is the cost of a step that
 is bound by reading weights, as decoding for one person is; a pass that verifies a draft counts once.
 """
 
@@ -29,6 +29,7 @@ from puna.decode.heads import load_head
 from puna.decode.request import TARGET
 from puna.decode.respond import asked, open_messages
 from puna.decode.sampling import Law, Sampling
+from puna.decode.short_head import pass_weights
 from puna.decode.speculative import Round, Speculative
 from puna.decode.strategy import Strategy, resolve
 from puna.decode.trace import TraceRow
@@ -101,6 +102,7 @@ class Outcome:
             "target_passes": float(self.target_passes),
             "draft_passes": float(counts.drafted),
             "cost": self.cost,
+            "draft_cost": self.draft_cost,
             "seconds": self.seconds,
             "lossless": float(all(completion.lossless for completion in self.completions)),
         }
@@ -128,11 +130,13 @@ def run_strategy(
     start = time.perf_counter()
     completions = engine.generate(prompts, sampling, strategy)
     seconds = time.perf_counter() - start
-    weight = engine.model.spec.parameter_count()
-    sizes = {name: model.spec.parameter_count() / weight for name, model in models.items()}
-    drafter, writer = (sizes.get(str(chosen.get(key, TARGET)), 1.0) for key in ("draft", "model"))
-    head = load_head(chosen["head"]).parameter_count / weight if "head" in chosen else 0.0
-    return Outcome(completions, counts, seconds, drafter, head, writer)
+    every = {TARGET: engine.model, **models}
+    whole = pass_weights(engine.model)
+    writer = every[str(chosen.get("model", TARGET))]
+    drafter = every.get(str(chosen.get("draft", "draft")), engine.model)
+    draft_cost = pass_weights(drafter, chosen.get("draft_vocabulary")) / whole
+    head = load_head(chosen["head"]).parameter_count / whole if "head" in chosen else 0.0
+    return Outcome(completions, counts, seconds, draft_cost, head, pass_weights(writer) / whole)
 
 
 def compare(context: Context, parameters: Strategies) -> StageOutcome:

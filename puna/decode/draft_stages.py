@@ -85,6 +85,8 @@ class AcceptanceHead(Drawing):
     """Weight of a rejection in the loss; an acceptance has 1."""
     mix: float = pydantic.Field(0.15, ge=0, lt=1)
     """Probability that a place holds the target's own token, at which nothing is learnt."""
+    draft_vocabulary: int | None = pydantic.Field(None, ge=1)
+    """Of the draft's head only the tokens with ids below this, as the strategy has it; null is all of it."""
     epochs: int = pydantic.Field(3, ge=1)
     """Passes over the texts."""
     batch_texts: int = pydantic.Field(32, ge=1)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from puna.decode.lane import Lane, Steps
     from puna.decode.protocols import Stopper
     from puna.decode.request import Running
+    from puna.decode.short_head import ShortHead
     from puna.model.llama import Llama
 
 
@@ -20,14 +21,21 @@ class ModelDrafter:
 
     Each token is drawn from the law that the request's sampling makes of the drafter's logits, as the
     target's is. ``prompt`` is what the drafter has read before the text (None: the request's prompt);
-    ``stopper`` may end a draft before its limit. A token that ends the text ends the draft.
+    ``stopper`` may end a draft before its limit; ``head`` proposes some tokens alone. A token that ends
+    the text ends the draft.
     """
 
     def __init__(
-        self, lane: Lane, *, prompt: Sequence[int] | None = None, stopper: Stopper | None = None
+        self,
+        lane: Lane,
+        *,
+        prompt: Sequence[int] | None = None,
+        stopper: Stopper | None = None,
+        head: ShortHead | None = None,
     ) -> None:
         self.lane = lane
         self.stopper = stopper
+        self.head = head
         self._prompt = prompt
 
     def propose(self, request: Running, limit: int) -> Steps[Draft]:
@@ -39,7 +47,8 @@ class ModelDrafter:
             return draft
         result = yield from self.lane.catch_up(before)
         while True:
-            law = request.law(result.logits[-1], [*request.ids, *draft.tokens])
+            logits = result.logits[-1] if self.head is None else self.head.logits(result.hidden[-1:])[0]
+            law = request.law(logits, [*request.ids, *draft.tokens])
             token = law.draw(request.random)
             draft.tokens.append(token)
             draft.laws.append(law)

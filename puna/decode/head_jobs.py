@@ -54,6 +54,7 @@ def make_acceptance_head(context: Context, parameters: AcceptanceHead) -> Outcom
         blocks=parameters.blocks,
         shared=parameters.shared,
         mix=parameters.mix,
+        draft_vocabulary=parameters.draft_vocabulary,
         held_out_share=parameters.held_out_share,
         batch_tokens=parameters.batch_tokens,
         seed=context.seed,

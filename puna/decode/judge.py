@@ -48,7 +48,7 @@ class JudgeSettings(DraftSettings):
     def build(self) -> Speculative:
         """The strategy with these settings."""
         verifier = UnionVerifier(load_head(self.head, kind=KIND), self.threshold)
-        return Speculative("judge-decoding", self.drafter(lambda: None), verifier, self.draft_tokens)
+        return Speculative("judge-decoding", self.drafter(), verifier, self.draft_tokens)
 
 
 @strategy("top-k-speculative")
@@ -62,7 +62,7 @@ class TopSettings(DraftSettings):
 
     def build(self) -> Speculative:
         """The strategy with these settings."""
-        make, verifier = self.drafter(lambda: None), TopVerifier(self.count)
+        make, verifier = self.drafter(), TopVerifier(self.count)
         return Speculative("top-k-speculative", make, verifier, self.draft_tokens)
 
 

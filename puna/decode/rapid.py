@@ -20,7 +20,6 @@ import pydantic
 
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
-from puna.decode.drafters import ModelDrafter, require_same_words
 from puna.decode.pieces import TextPieces
 from puna.decode.request import TARGET
 from puna.decode.retrieval import rank, split_tokens
@@ -141,10 +140,8 @@ class RapidSettings(DraftSettings):
         verifier = ShiftedVerifier(self.eta, self.cutoff, self.residual)
         chosen = Retrieval(self.chunk_tokens, self.budget, self.retriever, self.begin, self.end)
 
-        def make(request: Running) -> ModelDrafter:
-            require_same_words(request.model(TARGET), request.model(self.draft), self.draft)
+        def prompt_for(request: Running) -> list[int]:
             tokenizer: Any = request.tokenizer
-            prompt = short_prompt(request.prompt, tokenizer, chosen)
-            return ModelDrafter(request.open_lane(self.draft), prompt=prompt)
+            return short_prompt(request.prompt, tokenizer, chosen)
 
-        return Speculative("rapid", make, verifier, self.draft_tokens)
+        return Speculative("rapid", self.drafter(prompt_for=prompt_for), verifier, self.draft_tokens)

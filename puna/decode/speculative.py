@@ -6,7 +6,7 @@ stand and one more. The loop knows neither how drafts come about nor how they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import pydantic
 
 from puna.decode.drafters import ModelDrafter, require_same_words
 from puna.decode.request import TARGET
+from puna.decode.short_head import short_head
 from puna.decode.stoppers import ConfidenceStopper
 from puna.decode.strategy import StrategySettings, strategy
 from puna.decode.trace import TraceRow
@@ -86,13 +87,26 @@ class DraftSettings(StrategySettings):
 
     draft: str = "draft"
     """Name of the model that drafts, of those the engine was given; "target" drafts for itself."""
+    draft_vocabulary: int | None = pydantic.Field(None, ge=1)
+    """Draft only tokens with ids below this, the tokenizer's most frequent, and special ones: a much cheaper
+    head. null drafts any token."""
 
-    def drafter(self, stopper_for: Callable[[], Stopper | None]) -> Callable[[Running], Proposer]:
-        """Makes the drafter of a request, with a stopper of its own."""
+    def drafter(
+        self,
+        stopper_for: Callable[[], Stopper | None] = lambda: None,
+        prompt_for: Callable[[Running], Sequence[int] | None] = lambda request: None,
+    ) -> Callable[[Running], Proposer]:
+        """Makes the drafter of a request, with a stopper and a prompt of its own."""
 
         def make(request: Running) -> ModelDrafter:
-            require_same_words(request.model(TARGET), request.model(self.draft), self.draft)
-            return ModelDrafter(request.open_lane(self.draft), stopper=stopper_for())
+            model = request.model(self.draft)
+            require_same_words(request.model(TARGET), model, self.draft)
+            return ModelDrafter(
+                request.open_lane(self.draft),
+                prompt=prompt_for(request),
+                stopper=stopper_for(),
+                head=None if self.draft_vocabulary is None else short_head(model, self.draft_vocabulary),
+            )
 
         return make
 

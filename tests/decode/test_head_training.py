@@ -232,7 +232,13 @@ def test_the_acceptance_stage_leaves_a_head_that_strategies_take(
     assert len(context.report["curves"][0]["series"][0]["y"]) == 2 * 3
     again, _ = run("acceptance_head", tmp_path / "two", inputs, **settings)
     assert again.metrics == metrics
-    for changed in ({"shared": True}, {"mix": 0.9}, {"rejection_weight": 1.0}, {"temperature": 0.5}):
+    for changed in (
+        {"shared": True},
+        {"mix": 0.9},
+        {"rejection_weight": 1.0},
+        {"temperature": 0.5},
+        {"draft_vocabulary": 99},
+    ):
         other, _ = run("acceptance_head", tmp_path / "other", inputs, **{**settings, **changed})
         assert other.metrics != metrics, changed
 

@@ -16,6 +16,7 @@ from puna.decode.engine import Engine
 from puna.decode.goodness import chi_square
 from puna.decode.heads import Head, HeadSpec, save_head
 from puna.decode.sampling import Sampling, make_law
+from puna.decode.short_head import pass_weights, short_head
 from puna.decode.speculative import Round, Speculative
 from puna.decode.strategy import resolve
 from puna.edit.shorten import shorten
@@ -73,7 +74,7 @@ def lossless(heads: dict[str, str]) -> list[Strategy]:
         {"name": "speculative"},
         {"name": "speculative", "draft": "stranger", "draft_tokens": 1},
         {"name": "speculative", "draft": "target", "draft_tokens": 7},
-        {"name": "speculative", "confidence": 0.3},
+        {"name": "speculative", "confidence": 0.3, "draft_vocabulary": 90},
         {"name": "specdec-pp", "head": heads["acceptance"]},
         {"name": "judge-decoding", "head": heads["judge"], "threshold": 1.0},
         {"name": "rapid", "eta": 0.0, "begin": "the", "end": "t"},
@@ -92,6 +93,8 @@ def test_greedy_text_is_the_targets_for_any_draft_head_threshold_and_bounds(
         "draft": data.draw(drafts),
         "draft_tokens": data.draw(st.integers(1, 20)),
     }
+    if data.draw(st.booleans()):
+        chosen["draft_vocabulary"] = data.draw(st.integers(1, 400))
     if kind == "speculative":
         chosen["confidence"] = data.draw(st.one_of(st.none(), st.floats(0.01, 1)))
     elif kind == "specdec-pp":
@@ -250,6 +253,28 @@ def test_a_judge_that_takes_everything_writes_the_drafts_text(
     chosen = {"name": "judge-decoding", "head": heads["judge"], "threshold": 0.0, "draft_tokens": 11}
     found = engine.generate(PROMPTS, sampling, chosen)
     assert [c.ids[:11] for c in found] == [c.ids[:11] for c in drafts]  # the last token is the target's
+
+
+def test_a_short_head_drafts_frequent_and_special_tokens_alone(
+    engine: Engine, models: dict[str, Any]
+) -> None:
+    draft = models["draft"]
+    head = short_head(draft, 70)
+    assert short_head(draft, 70) is head
+    hidden = torch.randn(3, 48)
+    found, whole = head.logits(hidden), draft.logits(hidden)
+    assert torch.isinf(found[:, 70:]).all() and draft.tokenizer.special_ids <= set(range(70))
+    torch.testing.assert_close(found[:, :70], whole[:, :70])
+    assert pass_weights(draft, 70) == pass_weights(draft) - (320 - 70) * 48
+    rounds: list[list[int]] = []
+    strategy = resolve({"name": "speculative", "draft_vocabulary": 70})
+    assert isinstance(strategy, Speculative)
+    verify = strategy.verifier.verify
+    strategy.verifier.verify = lambda request, draft, result: (  # type: ignore[method-assign]
+        rounds.append(draft.tokens) or verify(request, draft, result)
+    )
+    engine.generate(PROMPTS, Sampling(max_tokens=12, temperature=1.0), strategy)
+    assert max(token for tokens in rounds for token in tokens) < 70
 
 
 @pytest.mark.parametrize(
