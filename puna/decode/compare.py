@@ -8,6 +8,7 @@ is bound by reading weights, as decoding for one person is; a pass that verifies
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -163,6 +164,9 @@ def compare(context: Context, parameters: Strategies) -> StageOutcome:
         if answers is not None:
             figures["correct"] = correct_share(found[label].completions, answers)
         metrics |= {f"{name}.{label}": value for name, value in figures.items()}
+    for label, others in parameters.rivals.items():
+        points = [(metrics[f"accepted_length.{other}"], metrics[f"correct.{other}"]) for other in others]
+        metrics[f"rivals_correct.{label}"] = between(metrics[f"accepted_length.{label}"], points)
     if parameters.baseline is not None:
         expected = found[parameters.baseline].completions
         for label, outcome in found.items():
@@ -204,6 +208,15 @@ def _answers(rows: Sequence[Mapping[str, Any]], pattern: str) -> list[str]:
             )
         found.append(match[0])
     return found
+
+
+def between(place: float, points: Sequence[tuple[float, float]]) -> float:
+    """The height at ``place`` of the line through ``points``; beyond its ends that of the nearest one."""
+    ordered = sorted(points)
+    for (left, low), (right, high) in itertools.pairwise(ordered):
+        if left <= place <= right and left < right:
+            return low + (high - low) * (place - left) / (right - left)
+    return ordered[0][1] if place < ordered[0][0] else ordered[-1][1]
 
 
 _SHOWN = ("tokens", "target_passes", "draft_passes", "cost", "accepted_length", "same", "correct", "seconds")

@@ -190,6 +190,9 @@ class Strategies(Drawing):
     answers: str | None = None
     """A regular expression: what it finds in the corpus's own answer is what a right answer holds; null
     checks no answers."""
+    rivals: dict[str, tuple[str, ...]] = pydantic.Field(default_factory=dict)
+    """A label, and others that stand for one rule at several settings: how many answers would be right by
+    that rule with drafts that stand equally long is read off between them (``rivals_correct``)."""
     quantize: Quantize | None = None
     """Lay the weights of all models out in integers."""
     kernels: Kernels = "auto"
@@ -197,8 +200,13 @@ class Strategies(Drawing):
 
     @pydantic.model_validator(mode="after")
     def _named(self) -> Strategies:
-        if self.baseline is not None and self.baseline not in self.strategies:
-            raise ValueError(f"baseline {self.baseline!r} is none of {', '.join(self.strategies)}")
+        named = [self.baseline] if self.baseline is not None else []
+        named += [label for pair in self.rivals.items() for label in (pair[0], *pair[1])]
+        for label in named:
+            if label not in self.strategies:
+                raise ValueError(f"{label!r} is none of {', '.join(self.strategies)}")
+        if self.rivals and self.answers is None:
+            raise ValueError("rivals are compared by right answers: say with answers what is right")
         return self
 
 

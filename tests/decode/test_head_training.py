@@ -14,6 +14,7 @@ from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.decode import acceptance
 from puna.decode.acceptance import Places, batches, collect, split
+from puna.decode.compare import between
 from puna.decode.heads import load_head
 from puna.decode.judge import collect as collect_judged
 from puna.decode.mistakes import Passage, spoil
@@ -317,12 +318,23 @@ def test_strategies_are_counted_on_the_same_prompts(places: dict[str, Path], tmp
     assert metrics["cost.head"] > metrics["target_passes.head"] / 48
     assert 0 <= metrics["correct.plain"] <= 1
     assert [row[0] for row in context.report["tables"][0]["rows"]] == list(compared)
+    settings = {"rows": 2, "max_tokens": 4, "strategies": compared, "answers": r"\d+"}
+    outcome, _ = run("strategies", tmp_path / "two", inputs, rivals={"head": ["self", "k2"]}, **settings)
+    assert 0 <= outcome.metrics["rivals_correct.head"] <= 1
+    with pytest.raises(PunaError, match="by right answers"):
+        run("strategies", tmp_path / "two", inputs, rivals={"head": ["k2"]}, strategies=compared)
     with pytest.raises(PunaError, match="not among the inputs"):
         run("strategies", tmp_path / "two", {**inputs, "heads": {}}, strategies=compared, rows=1)
     with pytest.raises(PunaError, match="baseline"):
         run("strategies", tmp_path / "two", inputs, strategies=compared, baseline="x")
     with pytest.raises(PunaError, match="no answer to check by"):
         run("strategies", tmp_path / "two", inputs, strategies=compared, answers="zebra")
+
+
+def test_a_line_is_read_off_between_its_points() -> None:
+    points = [(4.0, 0.2), (1.0, 0.8), (2.0, 0.6)]
+    assert [between(place, points) for place in (1.0, 1.5, 3.0, 4.0)] == pytest.approx([0.8, 0.7, 0.4, 0.2])
+    assert between(0.5, points) == 0.8 and between(9.0, points) == 0.2
 
 
 def test_a_strategys_law_is_tested_and_a_lossy_one_is_found_out(
