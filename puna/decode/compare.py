@@ -165,6 +165,11 @@ def compare(context: Context, parameters: Strategies) -> StageOutcome:
             figures["correct"] = correct_share(found[label].completions, answers)
         metrics |= {f"{name}.{label}": value for name, value in figures.items()}
     for label, others in parameters.rivals.items():
+        silent = [name for name in (label, *others) if f"accepted_length.{name}" not in metrics]
+        if silent:
+            raise PunaError(
+                "rivals are strategies that draft", where=f"rivals.{label}", found=f"{silent[0]!r} does not"
+            )
         points = [(metrics[f"accepted_length.{other}"], metrics[f"correct.{other}"]) for other in others]
         metrics[f"rivals_correct.{label}"] = between(metrics[f"accepted_length.{label}"], points)
     if parameters.baseline is not None:
