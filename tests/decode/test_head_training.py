@@ -325,7 +325,7 @@ def test_strategies_are_counted_on_the_same_prompts(places: dict[str, Path], tmp
         run("strategies", tmp_path / "two", inputs, rivals={"head": ["k2"]}, strategies=compared)
     with pytest.raises(PunaError, match="not among the inputs"):
         run("strategies", tmp_path / "two", {**inputs, "heads": {}}, strategies=compared, rows=1)
-    with pytest.raises(PunaError, match="baseline"):
+    with pytest.raises(PunaError, match="'x' is none of"):
         run("strategies", tmp_path / "two", inputs, strategies=compared, baseline="x")
     with pytest.raises(PunaError, match="no answer to check by"):
         run("strategies", tmp_path / "two", inputs, strategies=compared, answers="zebra")
