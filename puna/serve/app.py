@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ from puna.serve.bounds import Bounds
 from puna.serve.chat import chat_router
 from puna.serve.completions import completions_router
 from puna.serve.embeddings import embeddings_router
-from puna.serve.house import House
+from puna.serve.errors import ApiError
+from puna.serve.house import HEAD, House
 from puna.serve.metrics import CONTENT_TYPE, CountRequests
 from puna.serve.page import page_router, runs_router
 
@@ -35,6 +36,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         415: "The body is not JSON.",
         429: "The server is busy; Retry-After tells when to ask again.",
         500: "The server failed.",
+        503: "An engine does not run.",
         504: "The answer took too long.",
     }.items()
 }
@@ -91,10 +93,13 @@ def _facts_router(house: House) -> APIRouter:
 
     @router.get("/v1/strategies", response_model=responses.StrategyList)
     async def strategies() -> dict[str, Any]:
-        return {"object": "list", "data": strategy_cards()}
+        return {"object": "list", "data": strategy_cards(house.heads)}
 
     @router.get("/health", response_model=responses.Health)
     async def health() -> dict[str, Any]:
+        stopped = [name for name, served in house.catalog.items() if not served.thread.running]
+        if stopped:
+            raise ApiError(503, f"the engine of {stopped[0]!r} does not run", code="engine_stopped")
         found = [served.engine.statistics for served in house.catalog.values()]
         return {
             "status": "ok",
@@ -122,17 +127,20 @@ def _model_card(house: House, name: str) -> dict[str, Any]:
     }
 
 
-def strategy_cards() -> list[dict[str, Any]]:
+def strategy_cards(heads: Mapping[str, str]) -> list[dict[str, Any]]:
     """Every decoding method that a request may name."""
     cards = []
     for name, settings in all_strategies().items():
         says = (settings.__doc__ or "").strip().partition("\n")[0]
+        schema = settings.model_json_schema()
+        if HEAD in schema.get("properties", {}):
+            schema["properties"][HEAD]["enum"] = list(heads)
         cards.append(
             {
                 "name": name,
                 "lossless": _lossless(settings),
                 "says": says,
-                "settings": settings.model_json_schema(),
+                "settings": schema,
             }
         )
     return cards

@@ -17,6 +17,7 @@ from puna.serve.house import (
     SSE_END,
     EventStream,
     House,
+    begun,
     collect,
     extension,
     new_id,
@@ -51,7 +52,7 @@ def chat_router(house: House) -> APIRouter:
         order = await house.unless_left(request, _order(house, served, body))
         if not body.stream:
             return JSONResponse(await house.unless_left(request, _whole(house, order)))
-        answers = await house.unless_left(request, _begin(house, order))
+        answers = await house.unless_left(request, _begun(house, order))
         return EventStream(_stream(order, answers), answers, house)
 
     return router
@@ -92,7 +93,7 @@ async def _order(house: House, served: Served, body: ChatBody) -> _Order:
     logprobs: bool | int = (body.top_logprobs or True) if body.logprobs else False
     sampling = _formed(house, body, house.sampling(body, wanted, logprobs))
     house.desk.check_room(sampling.n)
-    strategy = house.strategy(body.strategy)
+    strategy = await house.strategy(body.strategy)
     prompt = await asyncio.to_thread(_encode, house, served, body)
     return _Order(served, body, prompt, sampling, strategy, new_id("chatcmpl"), now())
 
@@ -159,6 +160,10 @@ async def _begin(house: House, order: _Order) -> Answers:
         if order.sampling.constrained and error.code == "invalid_value":
             raise replace_param(error, _form_param(order.body)) from None
         raise
+
+
+async def _begun(house: House, order: _Order) -> Answers:
+    return await begun(await _begin(house, order))
 
 
 async def _whole(house: House, order: _Order) -> dict[str, Any]:

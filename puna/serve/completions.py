@@ -14,7 +14,7 @@ from puna.core.errors import PunaError
 from puna.decode.reading import ScoredPrompt
 from puna.serve import responses
 from puna.serve.errors import ApiError, from_puna
-from puna.serve.house import SSE_END, EventStream, House, collect, extension, new_id, now, sse, usage
+from puna.serve.house import SSE_END, EventStream, House, begun, collect, extension, new_id, now, sse, usage
 from puna.serve.requests import CompletionBody
 from puna.serve.told import Told, completion_logprobs
 
@@ -41,7 +41,7 @@ def completions_router(house: House) -> APIRouter:
         order = await house.unless_left(request, _order(house, served, body))
         if not body.stream:
             return JSONResponse(await house.unless_left(request, _whole(house, order)))
-        answers = await house.unless_left(request, _begin(house, order))
+        answers = await house.unless_left(request, _begun(house, order))
         return EventStream(_stream(order, answers), answers, house)
 
     return router
@@ -81,7 +81,7 @@ async def _order(house: House, served: Served, body: CompletionBody) -> _Order:
     logprobs: bool | int = False if body.logprobs is None else (body.logprobs or True)
     sampling = house.sampling(body, max(wanted, 1), logprobs)
     house.desk.check_room(len(body.prompts) * sampling.n)
-    strategy = house.strategy(body.strategy)
+    strategy = await house.strategy(body.strategy)
     for prompt in body.prompts:
         if isinstance(prompt, str):
             served.check_length(prompt, "prompt")
@@ -97,6 +97,10 @@ async def _order(house: House, served: Served, body: CompletionBody) -> _Order:
 
 async def _begin(house: House, order: _Order) -> Answers:
     return await house.desk.take(order.served, order.prompts, order.sampling, order.strategies)
+
+
+async def _begun(house: House, order: _Order) -> Answers:
+    return await begun(await _begin(house, order))
 
 
 async def _whole(house: House, order: _Order) -> dict[str, Any]:

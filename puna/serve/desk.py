@@ -139,9 +139,21 @@ class Answers:
 
         Raises what made an answer fail, and 429 or 504 where one waits or runs for too long.
         """
-        while not self._news:
-            if not self._left:
-                return []
+        await self._wait()
+        found = [self._news.popleft() for _ in range(len(self._news))]  # the engine may add meanwhile
+        if found:
+            self._count(found)
+        return found
+
+    async def begin(self) -> None:
+        """Wait for the first news, so that what goes wrong before it still has a status of its own."""
+        await self._wait()
+        if self._news and self._news[0][1].finish_reason == "error":
+            self._raise_failure()
+
+    async def _wait(self) -> None:
+        """Until there is news or nothing more to come."""
+        while not self._news and self._left:
             self._woken.clear()
             if self._news:
                 break
@@ -152,9 +164,6 @@ class Answers:
                     await self._woken.wait()
             except TimeoutError:
                 raise self._late() from None
-        found = [self._news.popleft() for _ in range(len(self._news))]  # the engine may add meanwhile
-        self._count(found)
-        return found
 
     def cached_tokens(self) -> list[int]:
         """Of each prompt that has its answer: tokens that earlier texts had read already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,9 @@ TYPES = {
     499: "cancelled",
     504: "timeout_error",
 }
+
+
+_FAILED = "the server failed; its log tells how"
 
 
 class ApiError(Exception):
@@ -65,6 +69,16 @@ def from_puna(error: PunaError, *, param: str | None = None) -> ApiError:
     """A mistake that the engine found in a request: 400, or the code that clients know for a long prompt."""
     code = "context_length_exceeded" if "does not fit" in error.message else "invalid_value"
     return ApiError(400, str(error), param=param, code=code)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any error as one of this shape; a bug is told in the server's log alone."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PunaError):
+        return from_puna(error)
+    logging.getLogger(__name__).error("a request failed", exc_info=error)
+    return ApiError(500, _FAILED, code="internal_error")
 
 
 def install(app: FastAPI) -> None:
@@ -137,4 +151,4 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:
-    return ApiError(500, "the server failed; its log tells how", code="internal_error").response()
+    return ApiError(500, _FAILED, code="internal_error").response()

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from puna.core.errors import PunaError
+from puna.core.errors import PunaError, unknown_name
 from puna.decode.sampling import Sampling
 from puna.decode.strategy import resolve
 from puna.serve.desk import Answers, Desk
-from puna.serve.errors import ApiError, from_puna
+from puna.serve.errors import ApiError, as_api_error, from_puna
 from puna.serve.metrics import Metrics
 from puna.serve.passes import Passes
 from puna.serve.requests import Generation, StrategyChoice
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from puna.serve.settings import ServerSettings
 
 T = TypeVar("T")
+HEAD = "head"
+"""The setting by which strategies name the file of a trained head."""
 
 
 @dataclass
@@ -38,6 +40,8 @@ class House:
 
     catalog: Catalog
     settings: ServerSettings
+    heads: Mapping[str, str] = field(default_factory=dict)
+    """Files of trained heads by the names under which requests may have a strategy use them."""
     metrics: Metrics = field(init=False)
     desk: Desk = field(init=False)
     passes: Passes = field(default_factory=Passes)
@@ -76,14 +80,24 @@ class House:
         except PunaError as error:
             raise from_puna(error) from None
 
-    def strategy(self, chosen: str | StrategyChoice | None) -> Strategy:
-        """The decoding method that a request names."""
+    async def strategy(self, chosen: str | StrategyChoice | None) -> Strategy:
+        """The decoding method that a request names; heads are read from their files, so in a thread."""
         try:
             if isinstance(chosen, StrategyChoice):
-                return resolve({**chosen.settings, "name": chosen.name})
-            return resolve(chosen)
+                settings = {**chosen.settings, "name": chosen.name}
+                return await asyncio.to_thread(resolve, self._with_head(settings))
+            return await asyncio.to_thread(resolve, chosen)
         except PunaError as error:
             raise replace_param(from_puna(error), "strategy") from None
+
+    def _with_head(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings with the head's file for its name: a request opens no other file of this machine."""
+        if HEAD not in settings:
+            return settings
+        name = settings[HEAD]
+        if not isinstance(name, str) or name not in self.heads:
+            raise unknown_name("head", str(name), self.heads, where="strategy")
+        return {**settings, HEAD: self.heads[name]}
 
     def check_grammar(self, value: object, param: str) -> None:
         """Refuse a schema, expression or list of tools that is larger than allowed."""
@@ -103,6 +117,16 @@ class House:
             raise ApiError(499, "the client has left", code="client_left")
         finally:
             await _ended(doing, leaving)
+
+
+async def begun(answers: Answers) -> Answers:
+    """The answers once the first news is there; closed if something goes wrong before."""
+    try:
+        await answers.begin()
+    except BaseException:
+        answers.close()
+        raise
+    return answers
 
 
 def _beyond(name: str, found: int, bound: int) -> ApiError:
@@ -203,8 +227,8 @@ class EventStream(Response):
         try:
             async for part in self._events:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
-        except ApiError as error:
-            last = sse(error.body) + SSE_END
+        except Exception as error:
+            last = sse(as_api_error(error).body) + SSE_END
             await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -40,6 +40,7 @@ def serve(
     *,
     adapters: Sequence[str] = (),
     companions: Sequence[str] = (),
+    heads: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "cpu",
     engine: Mapping[str, Any] | None = None,
@@ -56,7 +57,7 @@ def serve(
     with listening:
         beside = named_paths(companions, "--companion")
         catalog = open_catalog(named, put_on, beside, dtype=dtype, device=device, engine=engine or {})
-        house = House(catalog, settings)
+        house = House(catalog, settings, named_paths(heads, "--head"))
         warn(settings, tell)
         _run(make_server(house, listening, page=page, tell=tell), listening)
 

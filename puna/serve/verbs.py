@@ -16,6 +16,10 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=PATH", help="An adapter, put on the first model. Repeatable."),
 ]
+Heads = Annotated[
+    list[str] | None,
+    typer.Option("--head", metavar="NAME=PATH", help="A trained head that strategies may use. Repeatable."),
+]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="PUNA_API_KEY", help="What requests must carry.")]
@@ -30,6 +34,7 @@ def serve(
     models: ServedModels,
     adapters: Adapters = None,
     companions: Companions = None,
+    heads: Heads = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
@@ -41,13 +46,14 @@ def serve(
 ) -> None:
     """Serve models behind OpenAI's interface."""
     given = {"host": host, "port": port, "api_key": api_key, **parse_settings(settings)}
-    _serve(models, adapters, companions, given, quantize, cache_tokens, device, dtype, page=False)
+    _serve(models, adapters, companions, heads, given, quantize, cache_tokens, device, dtype, page=False)
 
 
 def ui(
     models: ServedModels,
     adapters: Adapters = None,
     companions: Companions = None,
+    heads: Heads = None,
     runs: Annotated[Path, typer.Option(help="Folder of runs whose reports are shown.")] = Path("runs"),
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -60,13 +66,14 @@ def ui(
 ) -> None:
     """Serve models with a web page: chat, compare, runs."""
     given = {"host": host, "port": port, "api_key": api_key, "runs": runs, **parse_settings(settings)}
-    _serve(models, adapters, companions, given, quantize, cache_tokens, device, dtype, page=True)
+    _serve(models, adapters, companions, heads, given, quantize, cache_tokens, device, dtype, page=True)
 
 
 def _serve(
     models: list[str],
     adapters: list[str] | None,
     companions: list[str] | None,
+    heads: list[str] | None,
     settings: dict[str, Any],
     quantize: str | None,
     cache_tokens: int | None,
@@ -85,6 +92,7 @@ def _serve(
         ServerSettings.of(**settings),
         adapters=adapters or (),
         companions=companions or (),
+        heads=heads or (),
         dtype=choose_dtype(dtype or "auto", where),
         device=where,
         engine={"quantize": quantize, "cache_tokens": cache_tokens},

@@ -100,10 +100,12 @@ def wait_for(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 @contextmanager
-def live(catalog: Catalog, *, page: bool = False, **settings: Any) -> Iterator[Live]:
+def live(
+    catalog: Catalog, *, page: bool = False, heads: dict[str, str] | None = None, **settings: Any
+) -> Iterator[Live]:
     """Run a server over ``catalog``; it has ended when the block has."""
     chosen = ServerSettings.of(**{"port": 0, **settings})
-    house = House(catalog, chosen)
+    house = House(catalog, chosen, heads or {})
     listening = bind(chosen)
     server = make_server(house, listening, page=page, tell=lambda text: None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

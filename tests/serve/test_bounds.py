@@ -248,6 +248,35 @@ def test_a_reader_that_takes_nothing_is_cut_and_stalls_nobody(tiny_tokenizer: An
         assert cut
 
 
+def test_the_health_tells_of_an_engine_that_does_not_run(tiny_tokenizer: Any) -> None:
+    with live(tiny_catalog(tiny_tokenizer)) as server:
+        assert server.http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+        server.house.catalog["tiny"].thread.stop()
+        assert error_of(server.http.get("/health")) == (503, "engine_stopped")
+        answer = server.post("/v1/completions", model="tiny", prompt="a")
+        assert answer.status_code == 400 and "takes no further requests" in answer.text
+
+
+def test_a_failure_of_the_engine_is_told_and_the_next_request_is_served(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with live(tiny_catalog(tiny_tokenizer)) as server:
+        stepper = server.house.catalog["tiny"].engine._models["target"].stepper
+
+        def fails(reads: Any) -> Any:
+            raise RuntimeError("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stepper, "step", fails)
+            answer = server.post("/v1/completions", model="tiny", prompt="a")
+            assert error_of(answer) == (500, "internal_error")
+            assert "broken" not in answer.text
+            streamed = server.post("/v1/completions", model="tiny", prompt="a", stream=True)
+            assert error_of(streamed) == (500, "internal_error")
+        assert server.settled()
+        assert server.completion()["choices"]
+
+
 def test_what_runs_may_end_after_the_signal(tiny_tokenizer: Any) -> None:
     answers: list[httpx.Response] = []
     with live(slowed(tiny_catalog(tiny_tokenizer))) as server:

@@ -68,22 +68,35 @@ def test_what_cannot_be_served_is_told_before_it_is_served(
         )
 
 
-def test_companions_are_there_for_strategies(saved: dict[str, str]) -> None:
+def test_a_strategy_uses_its_companion_and_its_head(saved: dict[str, str], tmp_path: Path) -> None:
+    """Drafts of the same model are all taken; the accounting says so, and the text is the plain one."""
+    from puna.decode.acceptance import KIND
+    from puna.decode.heads import Head, HeadSpec, save_head
+
+    head = save_head(Head(HeadSpec(48), about={"kind": KIND}), tmp_path / "head.safetensors")
     catalog = open_catalog({"base": saved["base"]}, {}, {"draft": saved["base"]}, **OPEN)
-    seen: list[str] = []
-
-    class Looks:
-        name = "looks"
-        lossless = True
-
-        def run(self, request: Any) -> Any:
-            seen.append(type(request.model("draft")).__name__)
-            yield from request.lane.catch_up(request.prompt)
-
-    catalog["base"].engine.submit("the cat", Sampling(max_tokens=1), Looks())
-    while catalog["base"].engine.step():
-        pass
-    assert seen == ["Llama"]
+    with live(catalog, heads={"accept": str(head)}) as server:
+        plain = server.completion(model="base", max_tokens=12)["choices"][0]
+        for chosen in (
+            "speculative",
+            {"name": "speculative", "settings": {"draft_tokens": 3}},
+            {"name": "specdec-pp", "settings": {"head": "accept"}},
+        ):
+            found = server.completion(model="base", max_tokens=12, strategy=chosen, trace=True)["choices"][0]
+            told = found["puna"]
+            assert found["text"] == plain["text"]
+            assert told["lossless"] is True
+            assert told["accounting"]["accepted"] == told["accounting"]["proposed"] > 0
+            assert set(told["accounting"]["sources"]) == {"draft", "target"}
+            assert {token["source"] for token in told["trace"]} == {"draft", "target"}
+        refused = server.post(
+            "/v1/completions",
+            model="base",
+            prompt="a",
+            strategy={"name": "speculative", "settings": {"draft": "other"}},
+        )
+        assert refused.status_code == 400
+        assert "unknown model of the engine 'other'" in refused.json()["error"]["message"]
 
 
 def test_the_commands_start_and_stop_a_server(saved: dict[str, str], tmp_path: Path) -> None:

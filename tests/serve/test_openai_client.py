@@ -190,6 +190,19 @@ def test_the_extension_tells_how_it_was_decoded(client: openai.OpenAI) -> None:
         )
 
 
+def test_a_request_opens_no_file_by_its_path(client: openai.OpenAI, server: Live) -> None:
+    for head in ("/etc/passwd", "../head.safetensors", 5):
+        chosen = {"strategy": {"name": "specdec-pp", "settings": {"head": head}}}
+        with pytest.raises(openai.BadRequestError, match="unknown head") as caught:
+            client.completions.create(model="tiny", prompt="a", extra_body=chosen)
+        assert caught.value.param == "strategy"
+    (card,) = [
+        card for card in server.http.get("/v1/strategies").json()["data"] if card["name"] == "specdec-pp"
+    ]
+    assert card["settings"]["properties"]["head"]["enum"] == []
+    assert card["lossless"] is None
+
+
 def test_embeddings_are_of_length_1_and_alike_for_like_texts(client: openai.OpenAI) -> None:
     texts = ["the cat sat on the mat", "the cat sat on that mat", "0123456789 ?!"]
     found = client.embeddings.create(model="tiny", input=texts)
