@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import random
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -387,6 +388,7 @@ def main() -> int:
     arguments.add_argument("--model", help="an asset or folder; a tiny Llama is made otherwise")
     arguments.add_argument("--only", action="append", choices=CASES, default=[], help="repeatable")
     given = arguments.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its servers are ended with it
     streams = given.streams or (40 if given.quick else 200)
     requests = given.requests or (300 if given.quick else 2000)
     with tempfile.TemporaryDirectory(prefix="puna-server-") as folder:

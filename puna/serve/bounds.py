@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from puna.serve.errors import ApiError
+from puna.serve.errors import ApiError, as_api_error
 from puna.serve.passes import Passes
 from puna.serve.protocol import cut_connection
 from puna.serve.settings import ServerSettings
@@ -43,12 +43,19 @@ class Bounds:
             await self.app(scope, receive, send)
             return
         body: list[bytes] = []
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
             headers = dict(scope["headers"])
             self._check_host(headers)
             self._check_key(scope, headers)
             if await self._read_body(headers, receive, body):
-                await self.app(scope, _replay(b"".join(body), receive), self._bounded_send(send))
+                await self.app(scope, _replay(b"".join(body), receive), self._bounded_send(noting))
         except ApiError as error:
             response = error.response()
             # What is left of the body is not worth reading.
@@ -56,6 +63,11 @@ class Bounds:
             await response(scope, receive, send)
         except StalledError:
             cut_connection(scope)
+        except Exception as error:
+            if begun:
+                raise
+            # Told here and not further out, where the connection would be closed on top of it.
+            await as_api_error(error).response()(scope, receive, send)
         finally:
             self._held -= sum(map(len, body))
 

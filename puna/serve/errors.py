@@ -24,9 +24,6 @@ TYPES = {
 }
 
 
-_FAILED = "the server failed; its log tells how"
-
-
 class ApiError(Exception):
     """A request that cannot be answered: status, message, the parameter at fault and a code for programs."""
 
@@ -78,16 +75,15 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, PunaError):
         return from_puna(error)
     logging.getLogger(__name__).error("a request failed", exc_info=error)
-    return ApiError(500, _FAILED, code="internal_error")
+    return ApiError(500, "the server failed; its log tells how", code="internal_error")
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of ``app`` one of this shape."""
+    """Make every error of ``app`` one of this shape; what no handler knows is told by ``Bounds``."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(PunaError, _puna_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _bug)
 
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:
@@ -148,7 +144,3 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     answer = ApiError(error.status_code, message).response()
     answer.headers.update(error.headers or {})
     return answer
-
-
-async def _bug(request: Request, error: Exception) -> JSONResponse:
-    return ApiError(500, _FAILED, code="internal_error").response()
