@@ -37,8 +37,8 @@ class TokenTexts:
 
     @cached_property
     def longest(self) -> int:
-        """Characters of the longest token: a text of more than so many times the context cannot fit."""
-        return max(len(self.of(token)) for token in range(self._tokenizer.vocab_size))
+        """At least the characters of any token: a text of more than so many times the context cannot fit."""
+        return max(map(len, self._tokenizer.vocabulary()))
 
     def of(self, token: int) -> str:
         """The text of a token; a special one's name, and U+FFFD for a piece of a character."""
