@@ -28,6 +28,9 @@ def tiny_model(tokenizer: Any, seed: int = 0, *, positions: int = 2048) -> Any:
     model: Any = Llama(spec, generator=torch_generator(seed, "tiny"))
     for parameter in model.parameters():
         parameter.data.mul_(4)
+    model.lm_head.weight.data[list(tokenizer.stop_ids)] = (
+        0  # never the likeliest: texts do not end by themselves
+    )
     model.tokenizer = tokenizer
     model.template = Template(CHATML, tokenizer.template_strings)
     return model

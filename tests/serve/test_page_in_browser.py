@@ -28,7 +28,7 @@ def browser() -> Iterator[Any]:
 def server(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     runs = tmp_path_factory.mktemp("runs")
     make_run(runs / "first", title="<img src=x onerror=alert(1)>")
-    with live(slowed(tiny_catalog(tiny_tokenizer, "tiny", "other")), page=True, runs=runs) as found:
+    with live(slowed(tiny_catalog(tiny_tokenizer, "tiny", "other"), 0.01), page=True, runs=runs) as found:
         yield found
 
 
