@@ -168,28 +168,13 @@ class ToolCall(Body):
     function: FunctionCall
 
 
-class ChatMessage(Body):
-    """One message of a conversation."""
+Content = Text | list[TextPart]
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
-    name: Text | None = None
-    """Refused: no template of a Llama writes it."""
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: Text | None = None
-    refusal: None = None
 
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> ChatMessage:
-        if self.name is not None and self.role != "tool":
-            raise ValueError("the name of a message's author is not supported")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError("tool_calls stand in an assistant's message")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a tool's message needs a tool_call_id")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("a message needs a content")
-        return self
+class _Said(Body):
+    """What messages share."""
+
+    content: Content | None = None
 
     @property
     def text(self) -> str:
@@ -197,6 +182,49 @@ class ChatMessage(Body):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+
+class SystemMessage(_Said):
+    """Instructions; ``developer`` is the newer name of ``system``."""
+
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(_Said):
+    """What the user said."""
+
+    role: Literal["user"]
+    content: Content
+
+
+class AssistantMessage(_Said):
+    """What the model said earlier, or called."""
+
+    role: Literal["assistant"]
+    tool_calls: Annotated[list[ToolCall], pydantic.Field(min_length=1)] | None = None
+    refusal: None = None
+
+    @pydantic.model_validator(mode="after")
+    def _not_empty(self) -> AssistantMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message needs a content")
+        return self
+
+
+class ToolMessage(_Said):
+    """What a called function gave."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: Text
+    name: Text | None = None
+    """The function's name; taken and not used."""
+
+
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage, pydantic.Field(discriminator="role")
+]
 
 
 class Function(Body):

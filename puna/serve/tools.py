@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from puna.serve.requests import ChatMessage, Tool
+from puna.serve.requests import AssistantMessage, ChatMessage, Tool
 from puna.text.template import Template
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
@@ -42,7 +42,7 @@ def plain_messages(
     for message in messages:
         role = "system" if message.role == "developer" else message.role
         text = message.text
-        if message.tool_calls:
+        if isinstance(message, AssistantMessage) and message.tool_calls:
             calls = [
                 _written_call(call.function.name, call.function.arguments) for call in message.tool_calls
             ]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pydantic
 import pytest
 
 from puna.serve.requests import ChatMessage, Tool
@@ -28,7 +29,7 @@ CALL = '{"name": "weather", "arguments": {"town": "Puno"}}'
 
 
 def message(role: str, content: Any = None, **more: Any) -> ChatMessage:
-    return ChatMessage.model_validate({"role": role, "content": content, **more})
+    return pydantic.TypeAdapter(ChatMessage).validate_python({"role": role, "content": content, **more})
 
 
 def split(text: str, size: int, *, demanded: bool = False) -> tuple[str, list[tuple[str, Any]]]:
