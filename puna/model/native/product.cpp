@@ -12,7 +12,7 @@
 namespace puna {
 namespace {
 
-constexpr std::size_t ahead = 2048;  // bytes of weights that are fetched before they are needed
+constexpr std::size_t ahead = 4096;  // bytes of weights that are fetched before they are needed
 
 // Starts of rows; every third is kept and the two after it are reached through the stride, which spares registers.
 template <int rows>
