@@ -246,8 +246,9 @@ def told(work: Work, result: Result) -> str:
     if work.figure == "first":
         middle, last = (first_token(work, result, share) for share in (0.5, 0.99))
         return f"first token after {1000 * middle:.0f} ms (median), {1000 * last:.0f} ms (99%), {memory}"
-    first = f"first token after {1000 * first_token(work, result, 0.5):.0f} ms"
-    return f"{figure_of(work, result):.1f} tokens/s, {first}, {memory}"
+    wait = first_token(work, result, 0.5)
+    first = f"first token after {1000 * wait:.0f} ms, " if wait else ""  # not every side tells
+    return f"{figure_of(work, result):.1f} tokens/s, {first}{memory}"
 
 
 def limit_of(work: Work, threads: int, bandwidth: float, peak: float) -> float | None:
@@ -295,7 +296,7 @@ def _cells(one: Comparison, peer: Side, limit: float | None) -> list[str]:
     for label in sides:
         results = one.sides[label]
         found = [first_token(one.work, result, 0.99 if waiting else 0.5) for result in results]
-        waits.append(f"{1000 * statistics.median(found):.0f}")
+        waits.append(f"{1000 * statistics.median(found):.0f}" if any(found) else "not told")
         peaks.append(f"{statistics.median(result.peak for result in results) / 1e9:.2f}")
     speeds = ["", ""] if waiting else [f"{figure:.0f}" for figure in figures]
     shares = ["", ""] if limit is None else [f"{figure / limit:.0%}" for figure in figures]
