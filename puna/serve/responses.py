@@ -67,7 +67,8 @@ class Accounting(Answer):
 
     tokens: int
     sources: dict[str, int]
-    proposed: int
+    judged: int
+    """Tokens at which a verifier judged a proposal; what was drafted behind a refused one is not among them."""
     accepted: int
     cost: float
     mean_entropy: float | None

@@ -79,7 +79,7 @@ class Told:
         return {
             "tokens": len(self.ids),
             "sources": dict(Counter(row.source for row in self.rows)),
-            "proposed": sum(row.accepted is not None for row in self.rows),
+            "judged": sum(row.accepted is not None for row in self.rows),
             "accepted": sum(bool(row.accepted) for row in self.rows),
             "cost": round(sum(row.cost or 0.0 for row in self.rows), 6),
             "mean_entropy": round(sum(bits) / len(bits), 6) if bits else None,

@@ -86,7 +86,7 @@ def test_a_strategy_uses_its_companion_and_its_head(saved: dict[str, str], tmp_p
             told = found["puna"]
             assert found["text"] == plain["text"]
             assert told["lossless"] is True
-            assert told["accounting"]["accepted"] == told["accounting"]["proposed"] > 0
+            assert told["accounting"]["accepted"] == told["accounting"]["judged"] > 0
             assert set(told["accounting"]["sources"]) == {"draft", "target"}
             assert {token["source"] for token in told["trace"]} == {"draft", "target"}
         refused = server.post(

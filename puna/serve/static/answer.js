@@ -85,7 +85,7 @@ export function foot(figures) {
     const { accounting, lossless } = figures.puna;
     parts.push(`cost ${accounting.cost.toFixed(1)}`);
     if (accounting.mean_entropy !== null) parts.push(`${accounting.mean_entropy.toFixed(2)} bits a token`);
-    if (accounting.proposed) parts.push(`${accounting.accepted} of ${accounting.proposed} proposals taken`);
+    if (accounting.judged) parts.push(`${accounting.accepted} of ${accounting.judged} judged tokens taken`);
     badges.push(make("span", { class: `badge ${lossless ? "good" : "bad"}`, text: lossless ? "lossless" : "not lossless" }));
   }
   return make("div", { class: "foot" }, ...badges, ...parts.map((text) => make("span", { text })));
