@@ -68,7 +68,7 @@ class Accounting(Answer):
     tokens: int
     sources: dict[str, int]
     judged: int
-    """Tokens at which a verifier judged a proposal; what was drafted behind a refused one is not among them."""
+    """Tokens at which a verifier judged a proposal, without what was drafted behind a refused one."""
     accepted: int
     cost: float
     mean_entropy: float | None
