@@ -210,7 +210,7 @@ class Feed:
 
         while (epochs is None or epoch < epochs) and not reached():
             for step in self.steps(epoch):
-                if reached():
+                if self.mixture is None and reached():  # a mixture draws no more than the limits let it
                     break
                 steps += 1
                 tokens += step.tokens
