@@ -106,9 +106,7 @@ def test_realised_shares_are_within_one_percent_whatever_the_documents_lengths(
         assert numpy.abs(own[late] / before[late] - shares[name]).max() <= 0.01
 
 
-@example(
-    lengths=[2, 2, 2, 2, 27] + [2] * 25, batch_tokens=32, limit={"max_tokens": 7}
-)  # a heavy step
+@example(lengths=[2, 2, 2, 2, 27] + [2] * 25, batch_tokens=32, limit={"max_tokens": 7})  # a heavy step
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(2, 32), min_size=30, max_size=60),
