@@ -1,6 +1,6 @@
 """Short questions whose answers a program can check: rewards without a reward model.
 
-Lists of so many things, and the larger of two numbers, each after two worked examples. The rewards
+Lists of so many things, and the larger of two numbers, after worked examples. The rewards
 lie between 0 and 1. Small models get some of them right, which is what self-evaluation needs.
 """
 
@@ -45,7 +45,7 @@ TOPICS = (
 _SYSTEM = "Answer briefly."
 _EXAMPLES: dict[Kind, tuple[tuple[str, str], ...]] = {
     "list": (("List 3 birds.", "robin, eagle, owl"), ("List 2 metals.", "iron, gold")),
-    "larger": (("Larger of 12 and 45?", "45"), ("Larger of 71 and 30?", "71")),
+    "larger": (("Larger of 12 and 45?", "45"),),
 }
 
 
@@ -94,8 +94,20 @@ _MAKERS: dict[Kind, Callable[[Generator], Task]] = {"list": _list, "larger": _la
 
 
 def list_reward(text: str, count: int) -> float:
-    """1 for ``count`` different short items in one line between commas, less by half for each one off."""
-    items = [item.strip(" .").lower() for item in text.strip().split(",")]
-    if "\n" in text.strip() or not all(re.fullmatch(r"[a-z][a-z' -]{1,24}", item) for item in items):
-        return 0.0
-    return max(0.0, 1.0 - 0.5 * abs(len(items) - count)) if len(set(items)) == len(items) else 0.0
+    """From 1 for ``count`` different short items in one line between commas, down to 0.
+
+    Every missing, surplus, double or strange item takes off 1 / ``count``; a list that is not one line
+    of words is worth half.
+    """
+    said = text.strip()
+    items = [
+        re.sub(r"^\s*(\d+[.)]|[-*])\s*|[ .]+$", "", item).strip().lower() for item in _BETWEEN.split(said)
+    ]
+    good = {item for item in items if _ITEM.fullmatch(item)}
+    wrong = len(items) - len(good)
+    worth = max(0.0, 1.0 - (abs(len(good) - count) + wrong) / count)
+    return worth if "\n" not in said and not re.search(r"\d", said) else worth / 2
+
+
+_BETWEEN = re.compile(r",|\n+")
+_ITEM = re.compile(r"[a-z][a-z' -]{1,24}")

@@ -11,19 +11,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from puna.model.feed_forward_skip import FeedForwardSkip, feed_forward_operations, stream_cosine
+from puna.model.llama import Block
 from puna.model.plain_stepper import PlainStepper
 from puna.model.stepper import Read
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
     from puna.model.stepper import FeedForwardSkip as Skip
+
+
+Text = tuple[Sequence[int], int]
+"""Token ids, and how many of them are read in full."""
 
 
 @dataclass
@@ -43,10 +48,10 @@ class _Recorder:
         self.cosines.setdefault(layer, []).append(stream_cosine(before, after).cpu())
 
 
-def calibrate(model: Llama, texts: Sequence[Sequence[int]], start: int) -> Tensor:
-    """Cosines of the stream around every feed-forward, [layers, tokens], of the tokens from ``start`` on."""
+def calibrate(model: Llama, texts: Sequence[Text]) -> Tensor:
+    """Cosines of the stream around every feed-forward, [layers, tokens], of the tokens that may skip."""
     recorder = _Recorder()
-    read_texts(model, texts, start, recorder)
+    read_texts(model, texts, recorder)
     return torch.stack([torch.cat(recorder.cosines[layer]) for layer in range(len(model.spec.blocks))])
 
 
@@ -54,13 +59,14 @@ def calibrate(model: Llama, texts: Sequence[Sequence[int]], start: int) -> Tenso
 class Reading:
     """``losses``: nats by text, summed over its ``tokens``; ``skipped`` feed-forwards of ``possible``.
 
-    ``stored`` is the largest difference between a text's tokens and what a layer's cache holds of it.
+    ``stored`` is the largest difference between the tokens read and the keys that a layer made of them.
     """
 
     losses: list[float]
     tokens: list[int]
     skipped: int
     possible: int
+    stored: int
 
     @property
     def loss(self) -> float:
@@ -74,23 +80,48 @@ class Reading:
 
 
 @torch.inference_mode()
-def read_texts(model: Llama, texts: Sequence[Sequence[int]], start: int, skip: Skip | None) -> Reading:
-    """Read each text in full up to ``start`` and with ``skip`` from there; the losses are of what follows."""
-    stepper = PlainStepper(model, cache_tokens=max(map(len, texts)))
+def read_texts(model: Llama, texts: Sequence[Text], skip: Skip | None) -> Reading:
+    """Read each text in full up to its start and with ``skip`` from there; the losses are of what follows."""
+    stepper = PlainStepper(model, cache_tokens=max(len(ids) for ids, _ in texts))
     losses: list[float] = []
-    skipped = 0
-    for ids in texts:
-        sequence = stepper.sequence()
-        stepper.step([Read(sequence, ids[:start], 0)])
-        count = len(ids) - 1 - start  # the last token is only foretold
-        (hidden,) = stepper.step([Read(sequence, ids[start:-1], count, skip)])
-        skipped += stepper.skipped[0]
-        logs = stepper.logits(hidden).log_softmax(-1)
-        targets = torch.tensor(ids[start + 1 :], device=logs.device)
-        losses.append(float(-logs.gather(1, targets[:, None]).double().sum()))
-        sequence.free()
-    counts = [len(ids) - 1 - start for ids in texts]
-    return Reading(losses, counts, skipped, sum(counts) * len(model.spec.blocks))
+    skipped = read = 0
+    with _counted_keys(model) as keys:
+        for ids, start in texts:
+            sequence = stepper.sequence()
+            stepper.step([Read(sequence, ids[:start], 0)])
+            count = len(ids) - 1 - start  # the last token is only foretold
+            (hidden,) = stepper.step([Read(sequence, ids[start:-1], count, skip)])
+            skipped += stepper.skipped[0]
+            logs = stepper.logits(hidden).log_softmax(-1)
+            targets = torch.tensor(ids[start + 1 :], device=logs.device)
+            losses.append(float(-logs.gather(1, targets[:, None]).double().sum()))
+            read += sequence.length
+            sequence.free()
+    counts = [len(ids) - 1 - start for ids, start in texts]
+    stored = max(abs(made - read) for made in keys.values())
+    return Reading(losses, counts, skipped, sum(counts) * len(model.spec.blocks), stored)
+
+
+@contextlib.contextmanager
+def _counted_keys(model: Llama) -> Iterator[dict[int, int]]:
+    """Count, by layer, the tokens of which keys are made."""
+    counts = {layer: 0 for layer, block in enumerate(model.spec.blocks) if block.attention == "full"}
+
+    def counting(layer: int) -> Callable[[object, object, Tensor], None]:
+        def hook(module: object, inputs: object, output: Tensor) -> None:
+            counts[layer] += output.shape[-2]
+
+        return hook
+
+    hooks = [
+        cast(Block, model.model.layers[layer]).self_attn.k_proj.register_forward_hook(counting(layer))
+        for layer in counts
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 @contextlib.contextmanager

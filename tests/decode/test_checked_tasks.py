@@ -12,16 +12,18 @@ from puna.decode.checked_tasks import list_reward, make_tasks
     [
         ("lion, tiger, bear", 3, 1.0),
         ("Lion, tiger, polar bear.", 3, 1.0),
-        ("lion, tiger", 3, 0.5),
-        ("lion, tiger, bear, cat, dog", 3, 0.0),
-        ("lion, lion, bear", 3, 0.0),
-        ("lion\ntiger\nbear", 3, 0.0),
-        ("1. lion, tiger, bear", 3, 0.0),
+        ("lion, tiger, bear", 4, 0.75),
+        ("lion, tiger, bear, cat", 3, 2 / 3),
+        ("lion, tiger, bear, lion", 4, 0.5),  # one missing, one double
+        ("lion, tiger, the animal that I like most of all", 3, 1 / 3),
+        ("lion\ntiger\nbear", 3, 0.5),
+        ("1. lion, 2. tiger, 3. bear", 3, 0.5),
+        ("I like animals very much, but what is it to you?", 5, 0.0),
         ("", 3, 0.0),
     ],
 )
 def test_a_list_is_worth_what_it_holds(text: str, count: int, reward: float) -> None:
-    assert list_reward(text, count) == reward
+    assert list_reward(text, count) == pytest.approx(reward)
 
 
 def test_questions_depend_on_seed_and_purpose_and_are_all_different() -> None:

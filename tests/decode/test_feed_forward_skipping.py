@@ -72,30 +72,28 @@ def test_prompt_and_first_tokens_are_read_in_full_and_costs_say_what_was_skipped
 def test_every_layers_cache_holds_every_token_at_any_rate_of_skipping(
     model: Any, skip: FeedForwardSkip | None
 ) -> None:
-    stored = [0] * LAYERS
-
-    def counting(layer: int) -> Any:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            stored[layer] += output.shape[-2]
-
-        return hook
-
-    for layer, block in enumerate(model.model.layers):
-        block.self_attn.k_proj.register_forward_hook(counting(layer))
+    ids = model.tokenizer.encode("in the end it went in again on the mat")
+    assert read_texts(model, [(ids, 3), (ids[:6], 2)], skip).stored == 0
     stepper = PlainStepper(model, cache_tokens=64)
     sequence = stepper.sequence()
-    ids = model.tokenizer.encode("in the end it went in again on the mat")
     stepper.step([Read(sequence, ids[:3])])
     for token in ids[3:]:
         stepper.step([Read(sequence, [token], 1, skip)])
     assert sequence.length == len(ids)
-    assert stored == [len(ids)] * LAYERS
+
+
+def test_a_layer_that_stored_nothing_would_be_noticed(model: Any) -> None:
+    ids = model.tokenizer.encode("in the end it went in again")
+    attend = model.model.layers[2].attend
+    model.model.layers[2].attend = lambda hidden, *rest: hidden
+    assert read_texts(model, [(ids, 3)], FeedForwardSkip(1, 4, 1.5)).stored == len(ids) - 1
+    model.model.layers[2].attend = attend
 
 
 def test_tokens_read_together_skip_as_one_by_one(model: Any) -> None:
     texts = [model.tokenizer.encode("the cat and the other cat sat on that mat in the end, and then it went")]
     skip = FeedForwardSkip(1, 4, 0.6, 2)
-    together = read_texts(model, texts, 5, skip)
+    together = read_texts(model, [(texts[0], 5)], skip)
     stepper = PlainStepper(model, cache_tokens=64)
     sequence = stepper.sequence()
     stepper.step([Read(sequence, texts[0][:5], 0)])
@@ -118,7 +116,7 @@ def test_operations_that_torch_counts_are_those_of_the_feed_forwards_that_ran(mo
 
 def test_calibration_sees_every_layer_and_changes_nothing(model: Any) -> None:
     texts = [model.tokenizer.encode("the cat and the other cat sat on that mat")]
-    cosines = calibrate(model, texts, 3)
+    cosines = calibrate(model, [(texts[0], 3)])
     assert cosines.shape == (LAYERS, len(texts[0]) - 4)
     seen: list[torch.Tensor] = []
     handle = model.model.layers[2].mlp.register_forward_hook(
@@ -138,9 +136,9 @@ def test_calibration_sees_every_layer_and_changes_nothing(model: Any) -> None:
 
 def test_a_dropped_block_hands_on_what_it_is_given_and_comes_back(model: Any) -> None:
     texts = [model.tokenizer.encode("the cat and the other cat sat")]
-    before = read_texts(model, texts, 2, None)
+    before = read_texts(model, [(texts[0], 2)], None)
     with without_blocks(model, [2]):
-        dropped = read_texts(model, texts, 2, None)
+        dropped = read_texts(model, [(texts[0], 2)], None)
         ids = torch.tensor([texts[0]])
         with torch.no_grad():
             short = model.hidden(ids)
@@ -150,7 +148,7 @@ def test_a_dropped_block_hands_on_what_it_is_given_and_comes_back(model: Any) ->
         assert torch.equal(model.hidden(ids), short)
     model.model.layers = layers
     assert dropped.losses != before.losses
-    assert read_texts(model, texts, 2, None).losses == before.losses
+    assert read_texts(model, [(texts[0], 2)], None).losses == before.losses
 
 
 def test_the_blocks_that_turn_the_stream_least_are_the_candidates_to_drop(model: Any) -> None:
