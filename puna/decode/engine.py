@@ -56,7 +56,7 @@ class Engine:
         *,
         quantize: Quantize | None = None,
         max_batch_tokens: int = 512,
-        chunk_tokens: int = 256,
+        chunk_tokens: int = 128,
         cache_tokens: int | None = None,
         max_running: int = 64,
         kernels: Kernels = "auto",

@@ -105,13 +105,13 @@ class StepCostsParameters(Parameters):
 
     decodes: tuple[int, ...] = (4, 8, 16)
     """Numbers of decoding texts in the steps that are compared."""
-    rows: int = pydantic.Field(256, ge=2)
+    rows: int = pydantic.Field(128, ge=2)
     """Rows of the mixed step: the decoding texts and a chunk."""
     context: int = pydantic.Field(128, ge=32)
     """Tokens behind which the texts decode."""
     table: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     """Numbers of rows whose steps are timed for the simulator."""
-    repeats: int = pydantic.Field(9, ge=1)
+    repeats: int = pydantic.Field(15, ge=1)
     """Times that each step is taken; the median counts."""
     kernels: Kernels = "auto"
     """What runs the model."""

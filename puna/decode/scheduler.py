@@ -23,7 +23,7 @@ class BatchSettings:
     """``max_batch_tokens`` of a step in all; beside decoding texts at most ``chunk_tokens`` of prompts."""
 
     max_batch_tokens: int = 512
-    chunk_tokens: int = 256
+    chunk_tokens: int = 128  # on CPUs a row of a prompt hardly gets cheaper beyond 64 (docs/notebook.md)
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "chunk_tokens"):
