@@ -222,7 +222,7 @@ class Batcher:
             except OutOfBlocks as error:
                 holders = [other for other in self.running if other is job or other.holds(stepper)]
                 if len(holders) == 1:
-                    self._fail(job, error)
+                    self._cut(job, error)
                     return False
                 self._preempt(holders[-1])
                 if holders[-1] is job:
@@ -313,6 +313,15 @@ class Batcher:
                 ticket.finish(request.choice, request.completion(), event)
             else:
                 ticket.put(event)
+
+    def _cut(self, job: Job, error: OutOfBlocks) -> None:
+        """The cache is full with this job alone: its text ends here, or has never begun."""
+        if not job.request.ids:
+            self._fail(job, error)
+            return
+        job.request.end("length")
+        self._tell(job.ticket, job.request)
+        self._drop(job)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End every text of the job's ticket with an error."""

@@ -31,11 +31,13 @@ Policy = Callable[[Sequence[int]], Sequence[int]]
 class StepCosts:
     """Seconds of a step: ``table`` has (rows, seconds) without attention, straight lines between.
 
-    Beyond the table the last line goes on. ``pair`` is what a query-key pair of attention adds.
+    Beyond the table the last line goes on. Attention adds ``key`` for each stored key that a text looks
+    at in the step, read once, and ``pair`` for each query that meets it.
     """
 
     table: tuple[tuple[int, float], ...]
     pair: float
+    key: float = 0.0
 
     def __post_init__(self) -> None:
         rows = [row for row, _ in self.table]
@@ -45,12 +47,12 @@ class StepCosts:
                 found=self.table,
             )
 
-    def of(self, rows: int, pairs: int) -> float:
-        """Seconds of a step with so many rows, whose attention has so many query-key pairs."""
+    def of(self, rows: int, pairs: int, keys: int) -> float:
+        """Seconds of a step with so many rows, whose attention has so many pairs and reads so many keys."""
         place = min(max(bisect.bisect_left([row for row, _ in self.table], rows), 1), len(self.table) - 1)
         (low, before), (high, after) = self.table[place - 1], self.table[place]
         flat = before + (after - before) * (rows - low) / (high - low)
-        return max(flat, self.table[0][1]) + pairs * self.pair
+        return max(flat, self.table[0][1]) + pairs * self.pair + keys * self.key
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def simulate(
             continue
         counts = policy([request.pending for request in running])
         pairs = sum(request.read(count) for request, count in zip(running, counts, strict=True) if count)
-        cost = costs.of(sum(counts), pairs)
+        keys = sum(request.stored for request, count in zip(running, counts, strict=True) if count)
+        cost = costs.of(sum(counts), pairs, keys)
         spent.append(cost)
         end = now
         for stage in range(stages):

@@ -109,6 +109,8 @@ class StepCostsParameters(Parameters):
     """Rows of the mixed step: the decoding texts and a chunk."""
     context: int = pydantic.Field(128, ge=32)
     """Tokens behind which the texts decode."""
+    long_context: int = pydantic.Field(1024, ge=64)
+    """Tokens behind which steps are timed to tell what attention costs."""
     table: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     """Numbers of rows whose steps are timed for the simulator."""
     repeats: int = pydantic.Field(15, ge=1)
@@ -149,8 +151,9 @@ def step_costs(context: Context, parameters: StepCostsParameters) -> Outcome:
 
     model = load(context.inputs["model"], dtype=context.dtype, device=context.device)
     ids = _tokens_of(context.inputs["corpus"], model, parameters.rows)
-    texts = max(*parameters.decodes, 16) + 8
-    room = texts * (parameters.context + 32) + max(parameters.rows, *parameters.table)
+    texts = max(*parameters.decodes, 16)
+    room = texts * (parameters.context + 64) + 5 * (parameters.long_context + 96)
+    room += max(parameters.rows, *parameters.table)
     stepper = make_stepper(model, cache_tokens=room, kernels=parameters.kernels)
     metrics: dict[str, float] = {}
     shares = []
@@ -174,11 +177,11 @@ def step_costs(context: Context, parameters: StepCostsParameters) -> Outcome:
             [decodes, *(f"{1000 * seconds:.1f}" for seconds in times), f"{found.marginal_share:.2f}"]
         )
     costs = measure_costs(
-        stepper, ids, rows=parameters.table, context=parameters.context, repeats=parameters.repeats
+        stepper, ids, rows=parameters.table, long_context=parameters.long_context, repeats=parameters.repeats
     )
     path = context.out / "costs.json"
-    write_json(path, {"table": costs.table, "pair": costs.pair})
-    metrics |= {"seconds.pair": costs.pair}
+    write_json(path, {"table": costs.table, "pair": costs.pair, "key": costs.key})
+    metrics |= {"seconds.pair": costs.pair, "seconds.key": costs.key}
     metrics |= {f"seconds.rows_{rows}": seconds for rows, seconds in costs.table}
     context.report["tables"] = [
         {
@@ -202,6 +205,8 @@ class GivenCosts(Parameters):
     """Pairs of rows and seconds, rising."""
     pair: float = pydantic.Field(0.0, ge=0)
     """Seconds of a query-key pair."""
+    key: float = pydantic.Field(0.0, ge=0)
+    """Seconds of a stored key that a text looks at in a step."""
 
 
 class Schedule(Parameters):
@@ -283,7 +288,7 @@ def schedule(context: Context, parameters: Schedule) -> Outcome:
     # The dearest step that the policy may take: all rows, each text at its longest.
     longest = max(arrival.prompt + arrival.output for arrival in arrivals)
     chunk = parameters.chunk_tokens + TILE + parameters.max_running
-    metrics["chunk_step"] = costs.of(chunk, chunk * longest)
+    metrics["chunk_step"] = costs.of(chunk, chunk * longest, (parameters.max_running + 1) * longest)
     metrics["variance_ratio"] = metrics["prefill_first.variance"] / metrics["decode_maximal.variance"]
     path = context.out / "steps.json"
     write_json(path, steps)
@@ -299,7 +304,7 @@ def _costs(context: Context, parameters: Schedule) -> Any:
 
     given = context.inputs.get("costs")
     if parameters.costs is not None and given is None:
-        return StepCosts(parameters.costs.table, parameters.costs.pair)
+        return StepCosts(parameters.costs.table, parameters.costs.pair, parameters.costs.key)
     if given is None or parameters.costs is not None:
         raise PunaError(
             "step costs come from one place",
@@ -309,10 +314,11 @@ def _costs(context: Context, parameters: Schedule) -> Any:
         )
     found = read_json(Path(given))
     try:
-        return StepCosts(tuple((int(r), float(s)) for r, s in found["table"]), float(found["pair"]))
+        table = tuple((int(rows), float(seconds)) for rows, seconds in found["table"])
+        return StepCosts(table, float(found["pair"]), float(found["key"]))
     except (KeyError, TypeError, ValueError) as error:
         raise PunaError(
-            "not a file of step costs", where=given, found=repr(error), expected="table and pair"
+            "not a file of step costs", where=given, found=repr(error), expected="table, pair and key"
         ) from None
 
 

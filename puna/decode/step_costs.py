@@ -7,9 +7,10 @@ down slows all of them.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,17 @@ class _Bench:
         self.prompt.crop(0)
         return took
 
+    def longer(self, chunk: int) -> float:
+        """Seconds of a step in which one of the texts reads a chunk; undone afterwards."""
+        begun = time.perf_counter()
+        self.stepper.step([Read(self.decoding[0], self._some(chunk))])
+        took = time.perf_counter() - begun
+        self.decoding[0].crop(self.context)
+        return took
+
+
+_TEXTS, _CHUNK = 4, 64  # of the steps behind a long context
+
 
 def measure_piggyback(
     stepper: Stepper, ids: Sequence[int], *, decodes: int, rows: int, context: int, repeats: int
@@ -92,35 +104,38 @@ def measure_piggyback(
 
 
 def measure_costs(
-    stepper: Stepper, ids: Sequence[int], *, rows: Sequence[int], context: int, repeats: int
+    stepper: Stepper, ids: Sequence[int], *, rows: Sequence[int], long_context: int, repeats: int
 ) -> StepCosts:
-    """A cost table over ``rows``, and the cost of a query-key pair.
+    """A cost table over ``rows``, and the costs of attention; each a median of ``repeats``.
 
-    Up to 16 rows are texts of one new token, more are a prompt's chunk.
-    A pair's cost is that of 8 texts reading on behind ``context`` tokens against behind 16, a
-    median of ``repeats``; what attention the table's own steps had is taken off.
+    Up to 16 rows are texts of one new token, more are a prompt's chunk. A key's cost is that of 4 texts
+    going on behind ``long_context`` tokens against behind 16, a pair's that of a chunk of 64
+    behind so many tokens against a fresh one. What attention the table's own steps had is taken off.
     """
-    short = _Bench(stepper, ids, 16, 16)
-    long = _Bench(stepper, ids, 8, context)
-    wanted = sorted(set(rows))
-    taken: dict[int, list[float]] = {row: [] for row in wanted}
-    near, far = [], []
+    short, long = _Bench(stepper, ids, 16, 16), _Bench(stepper, ids, _TEXTS, long_context)
+    steps: dict[object, Callable[[], float]] = {
+        row: functools.partial(short.seconds, *((row, 0) if row <= 16 else (0, row))) for row in set(rows)
+    }
+    steps |= {
+        "near": functools.partial(short.seconds, _TEXTS, 0),
+        "far": functools.partial(long.seconds, _TEXTS, 0),
+        "fresh": functools.partial(short.seconds, 0, _CHUNK),
+        "behind": functools.partial(long.longer, _CHUNK),
+    }
+    taken: dict[object, list[float]] = {kind: [] for kind in steps}
     with Track("timing steps", repeats + 1, "rounds") as track:
         for turn in range(repeats + 1):
-            for row in wanted:
-                seconds = short.seconds(row, 0) if row <= 16 else short.seconds(0, row)
-                taken[row] += [seconds] if turn else []
-            near += [short.seconds(8, 0)] if turn else []
-            far += [long.seconds(8, 0)] if turn else []
+            for kind, step in steps.items():
+                seconds = step()
+                taken[kind] += [seconds] if turn else []
             track.advance()
-    pair = max(0.0, statistics.median(far) - statistics.median(near)) / (8 * (context - 16))
+    median = {kind: statistics.median(times) for kind, times in taken.items()}
+    key = max(0.0, median["far"] - median["near"]) / (_TEXTS * (long_context - 16))
+    pair = max(0.0, median["behind"] - median["fresh"] - long_context * key) / (_CHUNK * long_context)
     table: list[tuple[int, float]] = []
-    for row in wanted:
-        pairs = row * 17 if row <= 16 else row * (row + 1) // 2
-        seconds = statistics.median(taken[row])
-        # Pairs of a chunk are cheaper than those of single rows; the least of a step stays its least.
-        table.append((row, max(seconds - pairs * pair, 0.5 * seconds)))
-    for bench in (short, long):
-        for sequence in (*bench.decoding, bench.prompt):
-            sequence.free()
-    return StepCosts(tuple(table), pair)
+    for row in sorted(set(rows)):
+        attention = row * 17 * key if row <= 16 else row * key + row * (row + 1) // 2 * pair
+        table.append((row, max(median[row] - attention, 0.5 * median[row])))
+    for sequence in (*short.decoding, short.prompt, *long.decoding, long.prompt):
+        sequence.free()
+    return StepCosts(tuple(table), pair, key)

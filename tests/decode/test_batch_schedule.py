@@ -30,7 +30,7 @@ from puna.model.steppers import make_stepper
 from puna.text.pretrained import save
 from tests.decode.decoding_models import speaking
 
-COSTS = StepCosts(((1, 0.03), (16, 0.05), (64, 0.12), (256, 0.4), (512, 0.78)), 2e-7)
+COSTS = StepCosts(((1, 0.03), (16, 0.05), (64, 0.12), (256, 0.4), (512, 0.78)), 2e-7, 1e-6)
 
 
 @given(
@@ -68,10 +68,10 @@ def test_settings_out_of_range_are_told(settings: dict[str, int]) -> None:
 
 
 def test_a_cost_lies_on_straight_lines_and_attention_comes_on_top() -> None:
-    assert COSTS.of(1, 0) == pytest.approx(0.03)
-    assert COSTS.of(40, 0) == pytest.approx(0.085)
-    assert COSTS.of(768, 0) == pytest.approx(1.16)
-    assert COSTS.of(16, 1000) == pytest.approx(0.05 + 1000 * 2e-7)
+    assert COSTS.of(1, 0, 0) == pytest.approx(0.03)
+    assert COSTS.of(40, 0, 0) == pytest.approx(0.085)
+    assert COSTS.of(768, 0, 0) == pytest.approx(1.16)
+    assert COSTS.of(16, 1000, 400) == pytest.approx(0.05 + 1000 * 2e-7 + 400 * 1e-6)
     for table in (((1, 0.1),), ((2, 0.1), (1, 0.2)), ((1, 0.0), (2, 0.1))):
         with pytest.raises(PunaError, match="step costs"):
             StepCosts(table, 0.0)
@@ -141,7 +141,8 @@ class Slow:
             len(read.ids) * read.sequence.length + len(read.ids) * (len(read.ids) + 1) // 2 for read in reads
         )
         rows = sum(len(read.ids) for read in reads)
-        self.now += 0.02 + 0.001 * rows + 1e-6 * pairs
+        keys = sum(read.sequence.length + len(read.ids) for read in reads)
+        self.now += 0.02 + 0.001 * rows + 1e-6 * pairs + 2e-5 * keys
         return self.inner.step(reads)  # type: ignore[no-any-return]
 
 
@@ -150,12 +151,13 @@ def test_measured_costs_are_those_of_the_steps(
 ) -> None:
     slow: Any = Slow(monkeypatch, make_stepper(tiny_llama(), cache_tokens=4000, kernels="plain"))
     ids = list(range(5, 90))
-    costs = measure_costs(slow, ids, rows=(1, 8, 16, 64), context=100, repeats=2)
-    assert costs.pair == pytest.approx(1e-6, rel=1e-3)
+    costs = measure_costs(slow, ids, rows=(1, 8, 16, 64), long_context=400, repeats=2)
+    assert costs.pair == pytest.approx(1e-6, rel=0.1)
+    assert costs.key == pytest.approx(2.1e-5, rel=1e-3)  # of a single row, a key is a pair too
     assert [row for row, _ in costs.table] == [1, 8, 16, 64]
-    assert [seconds for _, seconds in costs.table] == pytest.approx([0.021, 0.028, 0.036, 0.084], rel=1e-3)
+    assert [seconds for _, seconds in costs.table] == pytest.approx([0.021, 0.028, 0.036, 0.084], rel=1e-2)
     found = measure_piggyback(slow, ids, decodes=4, rows=32, context=50, repeats=2)
-    added = 4 * 0.001 + 4 * 51e-6
+    added = 4 * 0.001 + 4 * 51e-6 + 4 * 51 * 2e-5
     assert found.marginal_share == pytest.approx(added / (0.02 + added), rel=1e-3)
     assert slow.pool.used == 0
 
@@ -207,6 +209,7 @@ def test_measured_costs_feed_the_simulation(assets: dict[str, Any], tmp_path: Pa
         decodes=[3],
         rows=32,
         context=40,
+        long_context=64,
         table=[1, 16, 64],
         repeats=1,
         kernels="plain",

@@ -200,6 +200,25 @@ def test_no_step_reads_more_than_the_bound_and_no_prompt_is_lost(model: Any) -> 
 
 
 @pytest.mark.smollm
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_smollm_in_a_tight_mixture_writes_what_transformers_would(smollm: Any, kernels: Any) -> None:
+    """``python -m benchmarks.greedy`` asks the same of 200 prompts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    oracle = LlamaForCausalLM(LlamaConfig(**smollm.spec.to_config())).eval()
+    oracle.load_state_dict(smollm.state_dict(), strict=False)
+    oracle.tie_weights()
+    texts = ["De hoofdstad van Nederland is", "import numpy as", "Once upon a time there was a"]
+    engine = Engine(smollm, kernels=kernels, max_batch_tokens=24, chunk_tokens=16, cache_tokens=64)
+    prompts = [engine.encode(text * 3)[: 9 + 5 * number] for number, text in enumerate(texts)]
+    for prompt, found in zip(prompts, engine.generate(prompts, Sampling(max_tokens=18)), strict=True):
+        with torch.no_grad():
+            logits = oracle(torch.tensor([[*prompt, *found.ids[:-1]]])).logits[0, len(prompt) - 1 :]
+        assert found.ids == logits.argmax(-1).tolist()
+    assert engine.statistics.preemptions > 0
+
+
+@pytest.mark.smollm
 def test_smollm_answers_as_transformers_does_alone_and_in_a_batch(smollm: Any) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

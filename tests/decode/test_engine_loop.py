@@ -128,18 +128,19 @@ def test_a_text_of_two_models_costs_what_both_read(
     chunk=st.integers(1, 50),
     budget=st.integers(1, 60),
     temperature=st.sampled_from([0.0, 1.0]),
+    kernels=st.sampled_from(["plain", "auto"]),
 )
 def test_a_text_is_the_same_alone_and_in_any_mixture_at_any_chunk_size(
-    mixture: list[tuple[int, int, int]], chunk: int, budget: int, temperature: float
+    mixture: list[tuple[int, int, int]], chunk: int, budget: int, temperature: float, kernels: Any
 ) -> None:
     model = MADE[0]
-    engine = Engine(model, kernels="plain", max_batch_tokens=budget, chunk_tokens=chunk, cache_tokens=160)
+    engine = Engine(model, kernels=kernels, max_batch_tokens=budget, chunk_tokens=chunk, cache_tokens=160)
     tickets, alone = [], []
     for index, (first, length, tokens) in enumerate(mixture):
         prompt = [(first + 7 * place * place) % 320 for place in range(length)]
         sampling = Sampling(max_tokens=tokens, temperature=temperature, seed=2, ignore_eos=True)
         tickets.append(engine.submit(prompt, sampling, index=index))
-        calm = Engine(model, kernels="plain", cache_tokens=1000)
+        calm = Engine(model, kernels=kernels, cache_tokens=1000)
         ticket = calm.submit(prompt, sampling, index=index)
         while calm.step():
             pass
@@ -184,6 +185,29 @@ def test_the_eldest_is_never_preempted_and_a_method_that_needs_more_than_all_is_
         engine.generate([[6] * 4], Sampling(max_tokens=5), Hungry())
     while engine.step():
         pass
+    assert engine.statistics.blocks_used == 0
+
+
+def test_a_text_that_fills_the_cache_alone_ends_there(model: Any) -> None:
+    class Looking(BestOfThree):
+        """Reads ten tokens ahead before each token, and forgets them."""
+
+        def run(self, request: Running) -> Steps[None]:
+            result = yield from request.lane.catch_up(request.prompt)
+            while True:
+                token = int(result.logits[-1].argmax())
+                if request.emit(token, TraceRow(token)):
+                    return
+                yield from request.lane.read([token] * 10)
+                request.lane.crop(len(request.lane.ids) - 10)
+                result = yield from request.lane.read([token])
+
+    engine = Engine(model, kernels="plain", cache_tokens=48)
+    found = engine.generate([[5] * 20], Sampling(max_tokens=100, ignore_eos=True), Looking())[0]
+    plain = engine.generate([[5] * 20], Sampling(max_tokens=100, ignore_eos=True))[0]
+    assert found.finish_reason == "length"
+    assert 15 <= len(found.ids) < len(plain.ids) == 29
+    assert found.ids == plain.ids[: len(found.ids)]
     assert engine.statistics.blocks_used == 0
 
 
