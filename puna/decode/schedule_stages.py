@@ -289,7 +289,9 @@ def schedule(context: Context, parameters: Schedule) -> Outcome:
     longest = max(arrival.prompt + arrival.output for arrival in arrivals)
     chunk = parameters.chunk_tokens + TILE + parameters.max_running
     metrics["chunk_step"] = costs.of(chunk, chunk * longest, (parameters.max_running + 1) * longest)
-    metrics["variance_ratio"] = metrics["prefill_first.variance"] / metrics["decode_maximal.variance"]
+    # Steps that all cost the same have no variance: the ratio is then 0, not a division by it.
+    variance = max(metrics["decode_maximal.variance"], 1e-18)
+    metrics["variance_ratio"] = metrics["prefill_first.variance"] / variance
     path = context.out / "steps.json"
     write_json(path, steps)
     return Outcome(outputs={"steps": path}, metrics=metrics)

@@ -235,6 +235,8 @@ def test_given_costs_are_simulated_and_two_sources_are_refused(tmp_path: Path) -
     assert outcome.metrics["decode_maximal.longest_gap"] <= outcome.metrics["chunk_step"]
     again, _ = run("schedule", tmp_path / "again", {}, costs=costs, requests=30)
     assert again.metrics == outcome.metrics
+    flat, _ = run("schedule", tmp_path / "flat", {}, costs={"table": [[1, 0.1], [512, 0.1]]}, requests=30)
+    assert flat.metrics["variance_ratio"] < 1
     with pytest.raises(PunaError, match="one place"):
         run("schedule", tmp_path / "none", {})
     write_json(tmp_path / "bad.json", {"pair": 1})

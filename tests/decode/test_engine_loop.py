@@ -24,7 +24,8 @@ PROMPTS = ["the cat", "a", "in the end, and then it went in again on the other m
 
 @pytest.fixture
 def model(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Any:
-    return speaking(tiny_llama, tiny_tokenizer)
+    """In float64: the plain stepper is equal to rounding alone, and in float32 near ties do occur."""
+    return speaking(tiny_llama, tiny_tokenizer).double()
 
 
 class Alternating:
@@ -128,12 +129,12 @@ def test_a_text_of_two_models_costs_what_both_read(
     chunk=st.integers(1, 50),
     budget=st.integers(1, 60),
     temperature=st.sampled_from([0.0, 1.0]),
-    kernels=st.sampled_from(["plain", "auto"]),
+    kernels=st.sampled_from(["plain", "native"]),
 )
 def test_a_text_is_the_same_alone_and_in_any_mixture_at_any_chunk_size(
     mixture: list[tuple[int, int, int]], chunk: int, budget: int, temperature: float, kernels: Any
 ) -> None:
-    model = MADE[0]
+    model = MADE[kernels]
     engine = Engine(model, kernels=kernels, max_batch_tokens=budget, chunk_tokens=chunk, cache_tokens=160)
     tickets, alone = [], []
     for index, (first, length, tokens) in enumerate(mixture):
@@ -153,12 +154,13 @@ def test_a_text_is_the_same_alone_and_in_any_mixture_at_any_chunk_size(
     assert engine.statistics.blocks_used == 0
 
 
-MADE: list[Any] = []
+MADE: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
-def _made(model: Any) -> Any:
-    MADE[:] = [model]
+def _made(model: Any, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Any:
+    MADE["plain"] = model
+    MADE["native"] = speaking(tiny_llama, tiny_tokenizer)
     yield
     MADE.clear()
 

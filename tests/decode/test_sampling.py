@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,13 +91,15 @@ def test_a_law_is_what_its_settings_say(
 ) -> None:
     logits = torch.tensor(values)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    found, expected = make_law(logits, sampling).probabilities, by_hand(logits, sampling)
+    found = make_law(logits, sampling).probabilities
     assert torch.isclose(found.sum(), torch.tensor(1.0, dtype=torch.float64))
-    if not torch.equal(found > 0, expected > 0):
-        # The sum of a run may meet top_p to the last bit: one token more or less, of nothing to speak of.
-        assert (found - expected).abs().sum() < 1e-9 or float(abs(expected.cumsum(0) - top_p).min()) < 1e-9
-    else:
-        assert torch.allclose(found, expected, atol=1e-12)
+    # A run may meet top_p, or a token min_p, to the last bit: then either side of the bound is right.
+    allowed = [
+        by_hand(logits, replace(sampling, top_p=min(1.0, top_p + over_p), min_p=max(0.0, min_p + over_min)))
+        for over_p in (0.0, 1e-9, -1e-9)
+        for over_min in (0.0, 1e-9, -1e-9)
+    ]
+    assert any(torch.allclose(found, expected, atol=1e-12) for expected in allowed)
 
 
 def test_filters_look_as_far_as_they_must_in_a_large_vocabulary() -> None:
