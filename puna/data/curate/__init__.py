@@ -1,0 +1,1 @@
+"""Curation: operators over batches of documents, gates over stored signals, pools on disk, and presets."""

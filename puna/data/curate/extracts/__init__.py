@@ -1,0 +1,1 @@
+"""Extract operators: text out of the bytes of one page."""

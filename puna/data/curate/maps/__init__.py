@@ -1,0 +1,1 @@
+"""Map operators: what a document is turned into; none drops a document."""

@@ -1,0 +1,1 @@
+"""Score operators: what a document is like, as numbers; nothing is decided here."""
