@@ -75,7 +75,7 @@ def test_every_operator_tells_what_it_is():
 
 
 def test_an_unknown_operator_is_told_with_the_nearest():
-    with pytest.raises(PunaError, match="did you mean 'text.sizes'"):
+    with pytest.raises(PunaError, match=r"did you mean 'text\.sizes'"):
         get_operator("score", "text.size")
 
 

@@ -67,8 +67,8 @@ class Spans:
         return cls(places, places, places, numpy.zeros(0))
 
 
-Signals = Mapping[str, "NDArray[Any] | Spans"]
-"""By name, one number per document ([count] float64; nan is null, and null is not 0), or spans."""
+Signals = Mapping[str, "NDArray[Any] | Sequence[float] | Spans"]
+"""By name, one number per document ([count]; nan is null, and null is not 0), or spans."""
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,10 @@ def checked(operator: Operator, signals: Signals, count: int) -> dict[str, NDArr
         if isinstance(values, Spans) != (name in operator.spans):
             raise ValueError(f"{operator.name}.{name}: not what is declared, a number per document or spans")
         if not isinstance(values, Spans):
-            values = numpy.asarray(values, dtype=numpy.float64)
-            if values.shape != (count,):
-                raise ValueError(f"{operator.name}.{name}: {values.shape} numbers for {count} documents")
-        result[name] = values
+            numbers = numpy.asarray(values, dtype=numpy.float64)
+            if numbers.shape != (count,):
+                raise ValueError(f"{operator.name}.{name}: {numbers.shape} numbers for {count} documents")
+            result[name] = numbers
+        else:
+            result[name] = values
     return result

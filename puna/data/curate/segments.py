@@ -214,7 +214,8 @@ def ratio(part: Sequence[float] | NDArray[Any], whole: NDArray[Any]) -> NDArray[
     """``part / whole`` as float64; nan where ``whole`` is 0."""
     whole_ = numpy.asarray(whole, dtype=numpy.float64)
     result = numpy.full(whole_.shape, numpy.nan)
-    return numpy.divide(numpy.asarray(part, dtype=numpy.float64), whole_, out=result, where=whole_ != 0)
+    numpy.divide(numpy.asarray(part, dtype=numpy.float64), whole_, out=result, where=whole_ != 0)
+    return result
 
 
 def _mix(values: NDArray[numpy.uint64]) -> NDArray[numpy.uint64]:

@@ -123,20 +123,15 @@ class Texts:
 
     def found(self, pattern: re.Pattern[str]) -> Segments:
         """All matches of a pattern, each document searched alone: for patterns with few matches."""
-        starts: list[int] = []
-        ends: list[int] = []
-        document: list[int] = []
+        places: list[tuple[int, int, int]] = []
         for place, (text, start) in enumerate(zip(self.texts, self.bounds.tolist(), strict=False)):
             for match in pattern.finditer(text):
-                starts.append(start + match.start())
-                ends.append(start + match.end())
-                document.append(place)
-        return Segments(
-            self, *(numpy.array(column, dtype=numpy.int64) for column in (starts, ends, document))
-        )
+                places.append((start + match.start(), start + match.end(), place))
+        starts, ends, document = numpy.array(places, dtype=numpy.int64).reshape(-1, 3).T
+        return Segments(self, starts, ends, document)
 
     def runs(self, kinds: NDArray[Any]) -> Segments:
-        """Longest runs of equal ``kinds`` [characters] within a document; runs of 0 (or False) are left out."""
+        """Longest runs of equal ``kinds`` [characters] within a document; runs of 0 or False are left out."""
         codes = len(kinds)
         if not codes:
             nothing = numpy.zeros(0, dtype=numpy.int64)
