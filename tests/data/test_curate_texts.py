@@ -58,6 +58,12 @@ def test_codes_and_counts(documents):
     assert texts.lower.texts == [d.lower() for d in documents]
 
 
+def test_long_documents_are_counted_like_short_ones():
+    texts = Texts(["a1" * 50_000, "", "1b2"])
+    assert texts.count_of("digit").tolist() == [50_000, 0, 2]
+    assert Texts(["a1"] * 9).count_of("digit").tolist() == [1] * 9
+
+
 @given(DOCUMENTS)
 def test_words_are_those_of_split_and_re(documents):
     texts = Texts(documents)

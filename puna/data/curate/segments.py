@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -76,7 +77,7 @@ class Segments:
     @cached_property
     def hashes(self) -> NDArray[numpy.uint64]:
         """[n] hashes of their characters; segments with the same characters have the same hash."""
-        sums = self.texts.shared("hash sums", lambda texts: _sums(_mixed_codes(texts.codes), _BASE))
+        sums = self.texts.shared("hash sums", lambda texts: _sums(texts.codes, _BASE, _code_table()))
         return _mix(_difference(sums, self.starts, self.ends, _BASE) + self.lengths.astype(numpy.uint64))
 
     def total(self, values: NDArray[Any]) -> NDArray[Any]:
@@ -201,13 +202,24 @@ def by_document(values: NDArray[Any], bounds: NDArray[numpy.int64]) -> NDArray[A
 
     Truth values and integers are summed as int64, others in their own type.
     """
-    kind = numpy.int64 if values.dtype.kind in "bi" else values.dtype
+    if values.dtype == bool:
+        return _count_by_document(values, bounds)
+    kind = numpy.int64 if values.dtype.kind == "i" else values.dtype
     result = numpy.zeros(len(bounds) - 1, dtype=kind)
     filled = bounds[1:] > bounds[:-1]
     if filled.any():
-        summed = values.view(numpy.uint8) if values.dtype == bool else values
-        result[filled] = numpy.add.reduceat(summed, bounds[:-1][filled], dtype=kind)
+        result[filled] = numpy.add.reduceat(values, bounds[:-1][filled], dtype=kind)
     return result
+
+
+def _count_by_document(mask: NDArray[numpy.bool_], bounds: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
+    """How often ``mask`` holds in each range: numpy counts truth values fastest of all things."""
+    ranges = len(bounds) - 1
+    if len(mask) < 64 * ranges:
+        return numpy.diff(numpy.searchsorted(numpy.flatnonzero(mask), bounds))
+    places = bounds.tolist()
+    counts = (numpy.count_nonzero(mask[a:b]) for a, b in pairwise(places))
+    return numpy.fromiter(counts, numpy.int64, ranges)
 
 
 def ratio(part: Sequence[float] | NDArray[Any], whole: NDArray[Any]) -> NDArray[numpy.float64]:
@@ -234,10 +246,6 @@ def _code_table() -> NDArray[numpy.uint64]:
     return _mix(numpy.arange(1, 0x110001, dtype=numpy.uint64) * numpy.uint64(_BASE))
 
 
-def _mixed_codes(codes: NDArray[numpy.uint32]) -> NDArray[numpy.uint64]:
-    return _code_table()[codes]
-
-
 @cache
 def _low_powers(base: int) -> NDArray[numpy.uint64]:
     """[2**14] powers of ``base`` modulo 2**64, from the power 0 on."""
@@ -261,19 +269,23 @@ def _rounded(length: int) -> int:
     return 1 << max(length >> _LOW_BITS, 1).bit_length()
 
 
-def _sums(values: NDArray[numpy.uint64], base: int) -> NDArray[numpy.uint64]:
-    """[n + 1] prefix sums of ``values[i] * base**i`` modulo 2**64, beginning with 0."""
+def _sums(
+    values: NDArray[Any], base: int, table: NDArray[numpy.uint64] | None = None
+) -> NDArray[numpy.uint64]:
+    """[n + 1] prefix sums of ``values[i] * base**i`` modulo 2**64, beginning with 0.
+
+    With a ``table`` the values are looked up in it. The work goes block by block, so that all but the
+    sums stays in the processor's cache.
+    """
     length = len(values)
     low, high = _low_powers(base), _high_powers(base, _rounded(length))
-    sums = numpy.empty(length + 1, dtype=numpy.uint64)
-    sums[0] = 0
-    weighted = sums[1:]
-    for block, factor in enumerate(high[: (length >> _LOW_BITS) + 1]):
-        start = block << _LOW_BITS
-        part = weighted[start : start + len(low)]
-        numpy.multiply(values[start : start + len(low)], low[: len(part)], out=part)
-        part *= factor
-    numpy.cumsum(weighted, out=weighted)
+    sums = numpy.zeros(length + 1, dtype=numpy.uint64)
+    for block, start in enumerate(range(0, length, len(low))):
+        part = values[start : start + len(low)]
+        weighted = low[: len(part)] * (part if table is None else table[part])
+        weighted *= high[block]
+        weighted[:1] += sums[start : start + 1]
+        numpy.cumsum(weighted, out=sums[start + 1 : start + 1 + len(part)])
     return sums
 
 
