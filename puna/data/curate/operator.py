@@ -73,10 +73,14 @@ Signals = Mapping[str, "NDArray[Any] | Sequence[float] | Spans"]
 
 @dataclass(frozen=True)
 class Mapped:
-    """What a mapper made: the new text of each document (None: as it was), and signals about it."""
+    """What a mapper made: the new text of each document (None: as it was), and signals about it.
+
+    A mapper that finds out languages gives them too (None: as it was known before).
+    """
 
     texts: Sequence[str | None]
     signals: Signals = field(default_factory=dict)
+    languages: Sequence[str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ class Operator:
     """A registered operator.
 
     ``signals`` tells, by name, what each number per document means; ``spans`` the same of signals of
-    parts of documents. Raise ``version`` when results change: pools made before are then made again.
+    parts of documents. ``media`` is what an extractor reads: ``html``, ``pdf``. Raise ``version`` when
+    results change: pools made before are then made again.
     """
 
     name: str
@@ -146,6 +151,7 @@ class Operator:
     source: str
     version: int
     summary: str
+    media: str = ""
 
     def signal_names(self) -> list[str]:
         """The full names of its signals, as gates write them."""
@@ -187,10 +193,13 @@ def mapper(
 
 
 def extractor(
-    name: str, *, settings: type[Parameters] = NoSettings, source: str, version: int = 1
+    name: str, *, media: str, settings: type[Parameters] = NoSettings, source: str, version: int = 1
 ) -> Callable[[Function], Function]:
-    """Register ``function(content: bytes, settings) -> str``, which may raise :class:`BadDocument`."""
-    return _register("extract", name, settings, None, None, source, version)
+    """Register ``function(content: bytes, settings) -> str``, which may raise :class:`BadDocument`.
+
+    It is given the documents whose reader said that their bytes are of the kind ``media``.
+    """
+    return _register("extract", name, settings, None, None, source, version, media)
 
 
 def global_operator(
@@ -214,6 +223,7 @@ def _register(
     spans: Mapping[str, str] | None,
     source: str,
     version: int,
+    media: str = "",
 ) -> Callable[[Any], Any]:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r}: an operator is named family.name")
@@ -226,7 +236,7 @@ def _register(
             raise ValueError(f"{name}: an operator says what it does")
         made = function() if kind == "global" else function
         _OPERATORS[kind, name] = Operator(
-            name, kind, made, settings, signals or {}, spans or {}, source, version, summary[0]
+            name, kind, made, settings, signals or {}, spans or {}, source, version, summary[0], media
         )
         return function
 
@@ -264,7 +274,9 @@ def apply_map(operator: Operator, texts: Texts, settings: Parameters) -> Mapped:
     mapped = made if isinstance(made, Mapped) else Mapped(made)
     if len(mapped.texts) != texts.count:
         raise ValueError(f"{operator.name}: {len(mapped.texts)} texts for {texts.count} documents")
-    return Mapped(mapped.texts, checked(operator, mapped.signals, texts.count))
+    if mapped.languages is not None and len(mapped.languages) != texts.count:
+        raise ValueError(f"{operator.name}: {len(mapped.languages)} languages for {texts.count} documents")
+    return Mapped(mapped.texts, checked(operator, mapped.signals, texts.count), mapped.languages)
 
 
 def checked(operator: Operator, signals: Signals, count: int) -> dict[str, NDArray[Any] | Spans]:

@@ -13,7 +13,7 @@ class PlainSettings(Parameters):
     """Name of the encoding, as Python knows it."""
 
 
-@extractor("plain.text", settings=PlainSettings, source="RFC 3629")
+@extractor("plain.text", media="plain", settings=PlainSettings, source="RFC 3629")
 def plain(content: bytes, settings: PlainSettings) -> str:
     """The bytes as text; bytes that are none are a bad document."""
     try:
