@@ -208,7 +208,7 @@ def _word(texts: Texts) -> Segments:
 def _newline(texts: Texts) -> Segments:
     r"""What ``split("\n")`` gives: empty ones are kept, and an empty document has one."""
     breaks = numpy.flatnonzero(texts.is_class("newline"))
-    return _between(texts, breaks, breaks + 1)
+    return between(texts, breaks, breaks + 1)
 
 
 @lines("filled")
@@ -223,10 +223,10 @@ def _paragraph(texts: Texts) -> Segments:
     r"""What ``re.split(r"\n{2,}")`` gives: empty ones at the ends are kept."""
     breaks = texts.runs(texts.is_class("newline"))
     breaks = breaks.where(breaks.lengths >= 2)
-    return _between(texts, breaks.starts, breaks.ends)
+    return between(texts, breaks.starts, breaks.ends)
 
 
-def _between(texts: Texts, starts: NDArray[numpy.int64], ends: NDArray[numpy.int64]) -> Segments:
+def between(texts: Texts, starts: NDArray[numpy.int64], ends: NDArray[numpy.int64]) -> Segments:
     """What lies between separators: one segment more in a document than it has separators."""
     places = numpy.searchsorted(texts.bounds, starts, side="right") - 1
     per_document = numpy.bincount(places, minlength=texts.count)
