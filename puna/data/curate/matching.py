@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
+from puna.core.errors import PunaError
 from puna.data.curate.segments import Segments
 from puna.data.curate.texts import Texts, hashes_of
 
@@ -101,3 +105,75 @@ def kinds_of(segments: Segments, strings: Sequence[str]) -> NDArray[numpy.int64]
     seen[segments.document[found], which] = True
     result: NDArray[numpy.int64] = seen.sum(axis=1, dtype=numpy.int64)
     return result
+
+
+def lowered(texts: Texts) -> str:
+    """The joined texts in lower case, character by character, so that places stay what they are."""
+
+    def make(batch: Texts) -> str:
+        # One letter alone has a longer lower case (i with a dot); no ASCII string is found in that either.
+        return batch.joined.replace("\u0130", "\ufffd").lower()
+
+    return texts.shared("lowered", make)
+
+
+def places_of(texts: Texts, phrase: str) -> NDArray[numpy.int64]:
+    """Places where an ASCII ``phrase`` in lower case stands, in any case, overlapping ones too.
+
+    Some may reach over the end of a document: segments that are asked about them tell.
+    """
+    joined = lowered(texts)
+    places: list[int] = []
+    found = joined.find(phrase)
+    while found >= 0:
+        places.append(found)
+        found = joined.find(phrase, found + 1)
+    return numpy.array(places, dtype=numpy.int64)
+
+
+def holds_any(segments: Segments, phrases: Iterable[str]) -> NDArray[numpy.bool_]:
+    """[n] whether one of ``phrases`` (ASCII, in lower case) stands in a segment, in any case.
+
+    The segments are in order and do not overlap.
+    """
+    result = numpy.zeros(segments.count, dtype=bool)
+    if not segments.count:
+        return result
+    for phrase in phrases:
+        places = places_of(segments.texts, phrase)
+        inside = numpy.searchsorted(segments.starts, places, side="right") - 1
+        ends = segments.ends[numpy.maximum(inside, 0)]
+        whole = (inside >= 0) & (places + len(phrase) <= ends)
+        result[inside[whole]] = True
+    return result
+
+
+def lines_of_file(file: Path, what: str) -> tuple[str, ...]:
+    """The lines of a list that a user gives, without white space around them, empty ones left out."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PunaError(f"no list of {what}", where=file, found=str(error), expected="a text file") from None
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def either(strings: Iterable[str]) -> str:
+    """A regular expression of any of ``strings``, of several that begin alike the longest that matches.
+
+    They are put together as a tree of letters: thousands cost little more than one at each place.
+    """
+    tree: dict[str, Any] = {}
+    for string in strings:
+        node = tree
+        for letter in string:
+            node = node.setdefault(letter, {})
+        node[""] = None
+    return _branches(tree)
+
+
+def _branches(tree: dict[str, Any]) -> str:
+    """A tree of letters as an expression; "" marks that a string ends there."""
+    branches = [re.escape(letter) + _branches(below) for letter, below in tree.items() if letter]
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in tree else "")
