@@ -84,7 +84,7 @@ def lines(texts: Texts, settings: LineSettings) -> Mapped:
             "lorem_ipsum": found.total(filler),
             "curly_brackets": found.total(brackets),
             "sentences": kept.total(sentences(kept)),
-            "kept_share": kept.counts / numpy.maximum(found.counts, 1),
+            "kept_share": kept.counts / numpy.maximum(texts.lines("split").counts, 1),
         },
     )
 
