@@ -28,7 +28,7 @@ from puna.decode.engine import Completion, Engine
 from puna.decode.goodness import chi_square
 from puna.decode.heads import load_head
 from puna.decode.request import TARGET
-from puna.decode.respond import asked, open_messages
+from puna.decode.respond import asked, questions
 from puna.decode.sampling import Law, Sampling
 from puna.decode.short_head import pass_weights
 from puna.decode.speculative import Round, Speculative
@@ -143,7 +143,8 @@ def run_strategy(
 def compare(context: Context, parameters: Strategies) -> StageOutcome:
     """The stage ``strategies``."""
     target, models = _open(context)
-    rows = open_messages(Corpus.open(context.inputs["corpus"]), parameters.rows)
+    source = Corpus.open(context.inputs["corpus"])
+    rows = questions(source, skip=parameters.skip, rows=parameters.rows, seed=context.seed)
     engine = Engine(target, quantize=parameters.quantize, kernels=parameters.kernels, models=models)
     sampling = Sampling(
         max_tokens=parameters.max_tokens,

@@ -31,8 +31,10 @@ class Respond(Drawing):
 
     max_tokens: int = pydantic.Field(128, ge=1)
     """Tokens of an answer at most."""
+    skip: int = pydantic.Field(0, ge=0)
+    """Questions that are passed over, for other stages; the order is drawn by the run's seed alone."""
     rows: int | None = pydantic.Field(None, ge=1)
-    """Conversations at most, from the corpus's beginning; null answers all."""
+    """Questions at most, each once; null answers all."""
     quantize: Quantize | None = None
     """Lay the weights out in integers: quicker, and not quite the model's own answers."""
     kernels: Kernels = "auto"
@@ -181,8 +183,10 @@ class Strategies(Drawing):
     """What is compared: a label for each strategy's name and settings. ``head`` names one of the inputs."""
     baseline: str | None = None
     """The label whose texts the others are compared with; null compares with none."""
+    skip: int = pydantic.Field(0, ge=0)
+    """Questions that are passed over, for other stages; the order is drawn by the run's seed alone."""
     rows: int | None = pydantic.Field(None, ge=1)
-    """Conversations at most, from the corpus's beginning; null takes all."""
+    """Questions at most, each once; null takes all."""
     max_tokens: int = pydantic.Field(64, ge=1)
     """Tokens of an answer at most."""
     ignore_eos: bool = False

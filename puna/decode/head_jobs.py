@@ -34,7 +34,7 @@ def _open(context: Context, name: str) -> Llama:
 def make_acceptance_head(context: Context, parameters: AcceptanceHead) -> Outcome:
     """The stage ``acceptance_head``."""
     target, draft = _open(context, "target"), _open(context, "draft")
-    rows = open_messages(Corpus.open(context.inputs["corpus"]), None)
+    rows = open_messages(Corpus.open(context.inputs["corpus"]))
     assert target.tokenizer is not None
     texts = encode_rows(rows, "messages", target.tokenizer, target.template)
     sampling = Sampling(temperature=parameters.temperature, top_k=parameters.top_k, top_p=parameters.top_p)
@@ -95,7 +95,7 @@ def _passages(model: Llama, paths: Mapping[str, Path]) -> list[Passage]:
         if corpus.kind == "documents":
             found += [Passage(start, row["text"]) for row in corpus.rows()]
             continue
-        for row in open_messages(corpus, None):
+        for row in open_messages(corpus):
             if row["messages"][-1]["role"] == "assistant" and asked(row):
                 if model.template is None:
                     raise PunaError("conversations need a chat template", where=model.source)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError
-from puna.core.seeds import derive
+from puna.core.seeds import derive, numpy_generator
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus, write_corpus
 from puna.data.ledger import Ledger
@@ -19,13 +19,33 @@ if TYPE_CHECKING:
     from puna.decode.draft_stages import Respond
 
 
-def open_messages(corpus: Corpus, rows: int | None) -> list[dict[str, Any]]:
-    """The first ``rows`` conversations of a corpus of messages; another kind is an error."""
+def open_messages(corpus: Corpus) -> list[dict[str, Any]]:
+    """The conversations of a corpus of messages; another kind is an error."""
     if corpus.kind != "messages":
         raise PunaError(
             "a corpus of messages is needed here", where=corpus.path, found=f"a corpus of {corpus.kind}"
         )
-    return list(itertools.islice(corpus.rows(), rows))
+    return list(corpus.rows())
+
+
+def questions(corpus: Corpus, *, skip: int, rows: int | None, seed: int) -> list[dict[str, Any]]:
+    """Conversations in an order drawn by ``seed``, each question once: ``rows`` behind the first ``skip``.
+
+    Whoever draws with the same seed has the same order, so that parts that do not overlap are of
+    different questions.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    every = open_messages(corpus)
+    for place in numpy_generator(seed, "questions").permutation(len(every)):
+        row = every[int(place)]
+        if asked(row):
+            found.setdefault(" ".join(asked(row)[-1]["content"].casefold().split()), row)
+    chosen = list(itertools.islice(found.values(), skip, None if rows is None else skip + rows))
+    if not chosen:
+        raise PunaError(
+            "no question is left", where=corpus.path, found=f"{len(found)} questions, {skip} of them skipped"
+        )
+    return chosen
 
 
 def asked(row: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -38,7 +58,7 @@ def respond(context: Context, parameters: Respond) -> Outcome:
     """The stage: answers of the model in ``model``; conversations it has no word for are dropped."""
     model = pretrained.load(context.inputs["model"], dtype=context.dtype, device=context.device)
     source = Corpus.open(context.inputs["corpus"])
-    rows = [row for row in open_messages(source, parameters.rows) if asked(row)]
+    rows = questions(source, skip=parameters.skip, rows=parameters.rows, seed=context.seed)
     engine = Engine(model, quantize=parameters.quantize, kernels=parameters.kernels)
     sampling = Sampling(
         max_tokens=parameters.max_tokens,

@@ -265,14 +265,46 @@ def test_a_model_answers_conversations_anew(places: dict[str, Path], tmp_path: P
     asked = list(Corpus.open(places["talks"]).rows())
     rows = list(Corpus.open(outcome.outputs["corpus"]).rows())
     assert outcome.metrics["rows"] + outcome.metrics["dropped"] == 5
+    assert [row["id"] for row in rows] != [f"talk{n}" for n in range(len(rows))]  # drawn, not the first
     for row in rows:
         original = next(other for other in asked if other["id"] == row["id"])
         assert row["messages"][:-1] == original["messages"][:-1]
         assert row["messages"][-1]["role"] == "assistant"
         assert row["messages"][-1] != original["messages"][-1]
     assert context.report["samples"]
+    other, _ = run("respond", tmp_path / "other", inputs, max_tokens=6, skip=5, rows=4)
+    more = list(Corpus.open(other.outputs["corpus"]).rows())
+    assert more and not {row["id"] for row in rows} & {row["id"] for row in more}
+    with pytest.raises(PunaError, match="no question is left"):
+        run("respond", tmp_path / "none", inputs, skip=12)
     with pytest.raises(PunaError, match="corpus of messages"):
         run("respond", tmp_path / "two", {**inputs, "corpus": places["documents"]})
+
+
+def test_a_question_is_asked_once(tmp_path: Path) -> None:
+    from puna.data.corpus import Corpus
+    from puna.decode.respond import questions
+
+    rows = (
+        {
+            "id": f"t{n}",
+            "messages": [
+                {
+                    "role": "user",
+                    "content": f"Who  is number {n // 2}?" if n % 2 else f"who is number {n // 2}?",
+                },
+                {"role": "assistant", "content": f"answer {n}"},
+            ],
+            "source": "test",
+            "language": "en",
+        }
+        for n in range(20)
+    )
+    about: dict[str, Any] = {"provenance": [{"source": "test", "licence": "CC0"}], "ledger": {}}
+    corpus = Corpus.open(write_corpus(tmp_path / "twice", "messages", rows, **about).path)
+    parts = [questions(corpus, skip=skip, rows=4, seed=3) for skip in (0, 4, 8)]
+    numbers = [int(row["id"][1:]) // 2 for part in parts for row in part]
+    assert sorted(numbers) == list(range(10)) != numbers
 
 
 def test_strategies_are_counted_on_the_same_prompts(places: dict[str, Path], tmp_path: Path) -> None:
