@@ -240,7 +240,7 @@ def measure_law(context: Context, parameters: SampledLaw) -> StageOutcome:
     target, models = _open(context)
     engine = Engine(target, quantize=parameters.quantize, kernels=parameters.kernels, models=models)
     sampling = Sampling(
-        max_tokens=4,  # two that are looked at, and room to draft for both
+        max_tokens=3,  # two that are looked at, and room to draft for both
         temperature=parameters.temperature,
         top_k=parameters.top_k,
         top_p=parameters.top_p,

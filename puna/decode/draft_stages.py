@@ -113,14 +113,14 @@ def _plan_acceptance(parameters: AcceptanceHead, shapes: Any) -> Cost:
 @stage(
     "acceptance_head",
     parameters=AcceptanceHead,
-    inputs={"target": Input("model"), "draft": Input("model"), "corpus": Input("corpus")},
+    inputs={"target": Input("model"), "draft": Input("model"), "corpus": Input("corpus", many=True)},
     outputs={"head": "file"},
     plan=_plan_acceptance,
 )
 def acceptance_head(context: Context, parameters: AcceptanceHead) -> Outcome:
     """Train a head that tells from the draft's hidden state whether the target will accept a token (S83).
 
-    The corpus holds conversations that the target wrote. Time is three forward passes over them;
+    The corpora hold conversations that the target wrote. Time is three forward passes over them;
     memory holds a hidden state for each token drawn.
     """
     from puna.decode.head_jobs import make_acceptance_head

@@ -34,7 +34,7 @@ def _open(context: Context, name: str) -> Llama:
 def make_acceptance_head(context: Context, parameters: AcceptanceHead) -> Outcome:
     """The stage ``acceptance_head``."""
     target, draft = _open(context, "target"), _open(context, "draft")
-    rows = open_messages(Corpus.open(context.inputs["corpus"]))
+    rows = [row for path in context.inputs["corpus"].values() for row in open_messages(Corpus.open(path))]
     assert target.tokenizer is not None
     texts = encode_rows(rows, "messages", target.tokenizer, target.template)
     sampling = Sampling(temperature=parameters.temperature, top_k=parameters.top_k, top_p=parameters.top_p)

@@ -222,7 +222,7 @@ def run(verb: str, out: Path, inputs: dict[str, Any], **parameters: Any) -> tupl
 def test_the_acceptance_stage_leaves_a_head_that_strategies_take(
     places: dict[str, Path], tmp_path: Path
 ) -> None:
-    inputs = {"target": places["target"], "draft": places["draft"], "corpus": places["talks"]}
+    inputs = {"target": places["target"], "draft": places["draft"], "corpus": {"talks": places["talks"]}}
     settings = {"epochs": 2, "batch_texts": 4, "held_out_share": 0.25}
     outcome, context = run("acceptance_head", tmp_path / "one", inputs, **settings)
     head = load_head(outcome.outputs["head"], kind="acceptance", width=48)
@@ -311,7 +311,7 @@ def test_strategies_are_counted_on_the_same_prompts(places: dict[str, Path], tmp
     head, _ = run(
         "acceptance_head",
         tmp_path / "head",
-        {"target": places["target"], "draft": places["draft"], "corpus": places["talks"]},
+        {"target": places["target"], "draft": places["draft"], "corpus": {"talks": places["talks"]}},
     )
     inputs = {
         "target": places["target"],
