@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,7 +262,24 @@ def measure_law(context: Context, parameters: SampledLaw) -> StageOutcome:
             counts[cells.get((first, second), len(cells))] += 1
         statistic, p_value = chi_square(counts, torch.tensor([*law.values(), 0.0], dtype=torch.float64))
         metrics |= {f"chi_square.{label}": statistic, f"p_value.{label}": p_value}
+        metrics[f"deviation.{label}"] = largest_deviation(counts.tolist(), law)
     return StageOutcome(metrics=metrics)
+
+
+def largest_deviation(counts: Sequence[float], law: Mapping[tuple[int, int], float]) -> float:
+    """How far a first token's count is from what ``law`` expects at most, in its standard deviations.
+
+    ``counts`` are of the pairs of ``law``, in its order, and of all others.
+    """
+    total = sum(counts)
+    seen, wanted = defaultdict[int, float](float), defaultdict[int, float](float)
+    for (first, _), chance, count in zip(law, law.values(), counts, strict=False):
+        seen[first] += count
+        wanted[first] += chance
+    return max(
+        abs(seen[first] - total * chance) / math.sqrt(max(total * chance * (1 - chance), 1e-9))
+        for first, chance in wanted.items()
+    )
 
 
 class Walk:

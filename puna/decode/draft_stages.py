@@ -281,7 +281,8 @@ def _plan_law(parameters: SampledLaw, shapes: Any) -> Cost:
 def sampled_law(context: Context, parameters: SampledLaw) -> Outcome:
     """Test whether the first two tokens of many texts follow the target's own law, by chi-square.
 
-    Time grows with the number of draws.
+    ``deviation`` is how far a first token's count is off at most, in standard deviations. Time grows with
+    the number of draws.
     """
     from puna.decode.compare import measure_law
 

@@ -14,7 +14,7 @@ from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.decode import acceptance
 from puna.decode.acceptance import Places, batches, collect, split
-from puna.decode.compare import between
+from puna.decode.compare import between, largest_deviation
 from puna.decode.heads import load_head
 from puna.decode.judge import collect as collect_judged
 from puna.decode.mistakes import Passage, spoil
@@ -396,3 +396,10 @@ def test_a_strategys_law_is_tested_and_a_lossy_one_is_found_out(
     )
     assert outcome.metrics["cells"] == 9
     assert outcome.metrics["p_value.exact"] > 1e-3 > outcome.metrics["p_value.lossy"]
+    assert outcome.metrics["deviation.exact"] < 4 < outcome.metrics["deviation.lossy"]
+
+
+def test_the_largest_deviation_is_of_first_tokens_in_standard_deviations() -> None:
+    law = {(0, 0): 0.25, (0, 1): 0.25, (1, 0): 0.5}
+    assert largest_deviation([30.0, 30.0, 40.0, 0.0], law) == pytest.approx(2.0)  # 60 for 50 +- 5
+    assert largest_deviation([0.0, 50.0, 50.0, 0.0], law) == 0.0

@@ -184,6 +184,19 @@ def test_a_draft_that_is_the_target_always_stands(engine: Engine) -> None:
     assert sum(row.cost or 0 for row in found.trace) == pytest.approx(3 * (4 + 3) + 2)
 
 
+def test_rapid_without_a_shift_is_standard_speculative_decoding(engine: Engine) -> None:
+    """Token by token, sampled too, where the drafter's chunks are the whole document; shifted it is not."""
+    sampling = Sampling(max_tokens=20, temperature=0.9, seed=3, n=4, ignore_eos=True)
+    standard = {"name": "speculative", "draft": "draft", "draft_tokens": 6}
+    rapid = {"name": "rapid", "draft": "draft", "draft_tokens": 6, "budget": 1000}
+    wanted = [text.ids for text in engine.generate([MARKED], sampling, standard)]
+    for residual in ("exact", "released"):
+        unmoved = engine.generate([MARKED], sampling, {**rapid, "eta": 0.0, "residual": residual})
+        assert [text.ids for text in unmoved] == wanted and all(text.lossless for text in unmoved)
+        moved = engine.generate([MARKED], sampling, {**rapid, "eta": 20.0, "residual": residual})
+        assert [text.ids for text in moved] != wanted and not any(text.lossless for text in moved)
+
+
 def test_the_trace_says_what_was_refused(engine: Engine) -> None:
     found = engine.generate(
         PROMPTS, Sampling(max_tokens=24, ignore_eos=True), {"name": "speculative", "draft": "stranger"}
