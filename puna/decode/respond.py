@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from puna.decode.draft_stages import Respond
 
 
-def open_messages(corpus: Corpus) -> list[dict[str, Any]]:
-    """The conversations of a corpus of messages; another kind is an error."""
+def open_messages(corpus: Corpus, rows: int | None = None) -> list[dict[str, Any]]:
+    """The first ``rows`` conversations of a corpus of messages, or all; another kind is an error."""
     if corpus.kind != "messages":
         raise PunaError(
             "a corpus of messages is needed here", where=corpus.path, found=f"a corpus of {corpus.kind}"
         )
-    return list(corpus.rows())
+    return list(itertools.islice(corpus.rows(), rows))
 
 
 def questions(corpus: Corpus, *, skip: int, rows: int | None, seed: int) -> list[dict[str, Any]]:
