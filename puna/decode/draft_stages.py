@@ -132,7 +132,7 @@ class JudgeHead(Parameters):
     """Parameters of the stage ``judge_head``."""
 
     texts: int = pydantic.Field(500, ge=8)
-    """Texts at most, drawn by the seed; each gets one mistake."""
+    """Texts of each corpus at most, drawn by the seed; each gets one mistake."""
     tokens: int = pydantic.Field(96, ge=8)
     """Tokens of a text at most."""
     balance: bool = True
@@ -152,8 +152,8 @@ class JudgeHead(Parameters):
 
 
 def _plan_judge(parameters: JudgeHead, shapes: Any) -> Cost:
-    """A pass over both versions of every text; the head is next to nothing."""
-    tokens = 2.0 * parameters.texts * parameters.tokens
+    """A pass over both versions of every text, say of two corpora; the head is next to nothing."""
+    tokens = 4.0 * parameters.texts * parameters.tokens
     weights = _weights(shapes, "model")
     return Cost(tokens=tokens, flops=2 * tokens * weights, memory=4 * weights)
 

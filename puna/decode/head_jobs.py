@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError
@@ -65,10 +64,12 @@ def make_acceptance_head(context: Context, parameters: AcceptanceHead) -> Outcom
 def make_judge_head(context: Context, parameters: JudgeHead) -> Outcome:
     """The stage ``judge_head``."""
     model = _open(context, "model")
-    passages = _passages(model, context.inputs["corpus"])
-    order = numpy_generator(context.seed, "passages").permutation(len(passages))[: parameters.texts]
     assert model.tokenizer is not None
-    chosen = [passages[int(place)] for place in order]
+    chosen: list[Passage] = []
+    for name, path in context.inputs["corpus"].items():
+        passages = _passages(model, name, Corpus.open(path))
+        order = numpy_generator(context.seed, "passages", name).permutation(len(passages))
+        chosen += [passages[int(place)] for place in order[: parameters.texts]]
     spoilt = spoil(chosen, model.tokenizer, tokens=parameters.tokens, seed=context.seed)
     training = HeadTraining(
         parameters.epochs, parameters.batch_texts, parameters.learning_rate, parameters.warmup_ratio
@@ -82,25 +83,22 @@ def make_judge_head(context: Context, parameters: JudgeHead) -> Outcome:
         batch_tokens=parameters.batch_tokens,
         seed=context.seed,
     )
-    return _leave(context, head, {"without_a_spot": float(len(order) - len(spoilt)), **figures}, losses)
+    return _leave(context, head, {"without_a_spot": float(len(chosen) - len(spoilt)), **figures}, losses)
 
 
-def _passages(model: Llama, paths: Mapping[str, Path]) -> list[Passage]:
-    """The texts of all corpora: documents, or the last answers of conversations behind what was asked."""
+def _passages(model: Llama, name: str, corpus: Corpus) -> list[Passage]:
+    """The texts of a corpus: documents, or the last answers of conversations behind what was asked."""
     tokenizer: Any = model.tokenizer
     start = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    if corpus.kind == "documents":
+        return [Passage(start, row["text"], name) for row in corpus.rows()]
     found: list[Passage] = []
-    for path in paths.values():
-        corpus = Corpus.open(path)
-        if corpus.kind == "documents":
-            found += [Passage(start, row["text"]) for row in corpus.rows()]
-            continue
-        for row in open_messages(corpus):
-            if row["messages"][-1]["role"] == "assistant" and asked(row):
-                if model.template is None:
-                    raise PunaError("conversations need a chat template", where=model.source)
-                before = encode_prompt(tokenizer, model.template, asked(row))
-                found.append(Passage(before, row["messages"][-1]["content"]))
+    for row in open_messages(corpus):
+        if row["messages"][-1]["role"] == "assistant" and asked(row):
+            if model.template is None:
+                raise PunaError("conversations need a chat template", where=model.source)
+            before = encode_prompt(tokenizer, model.template, asked(row))
+            found.append(Passage(before, row["messages"][-1]["content"], name))
     return found
 
 

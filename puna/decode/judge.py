@@ -85,14 +85,14 @@ class Judged:
 @torch.inference_mode()
 def collect(model: Llama, spoilt: Sequence[Spoilt], *, batch_tokens: int = 2048) -> Judged:
     """States of the model at the right tokens of every text and at the mistaken ones of its other version."""
-    rows = [ids for pair in spoilt for ids in (pair.right, pair.wrong)]
+    rows = [ids for pair in spoilt for ids in (pair.right, pair.wrong[: pair.mistaken[1]])]
     parts: list[tuple[Tensor, ...]] = []
     with Track("reading", sum(map(len, rows)), "tokens") as track:
         for batch in batches(rows, batch_tokens):
             read = read_together(model, [rows[number] for number in batch])
             for number, states in zip(batch, read, strict=True):
                 pair, mistaken = spoilt[number // 2], bool(number % 2)
-                start, end = pair.mistaken if mistaken else (max(pair.start, 1), len(states))
+                start, end = pair.mistaken[0] if mistaken else max(pair.start, 1), len(states)
                 places = torch.arange(start, end)
                 label, text = (torch.full((len(places),), value) for value in (1.0 - mistaken, number // 2))
                 at, before = (states[where].float().cpu() for where in (places, places - 1))
@@ -115,7 +115,8 @@ def train_judge_head(
 
     ``auc`` compares the held-out corrupted tokens (the first of each mistake) with all right ones,
     ``auc.words`` and ``auc.numbers`` by kind, ``auc.matched`` with those they stand for. ``auc.before`` is
-    that of a second head, trained alike on the states one token earlier.
+    that of a second head, trained alike on the states one token earlier. ``auc.in.NAME`` and
+    ``auc.before.in.NAME`` are of the texts from that source alone.
     """
     if len(spoilt) < 8:
         raise PunaError(
@@ -126,8 +127,8 @@ def train_judge_head(
     held = torch.isin(data.texts, torch.from_numpy(order[: max(1, round(held_out_share * len(spoilt)))]))
     learnt = ~held
     if balance:  # both kinds of tokens weigh alike
-        right = float(data.labels[learnt].sum())
-        training = dataclasses.replace(training, negative_weight=right / (float(learnt.sum()) - right))
+        mass = float(data.labels[learnt].sum())
+        training = dataclasses.replace(training, negative_weight=mass / (float(learnt.sum()) - mass))
     made: dict[str, tuple[Head, list[float], Tensor]] = {}
     for name, states in (("at", data.at), ("before", data.before)):
         head = Head(HeadSpec(model.spec.hidden_size), seed=seed, about={"kind": KIND, "place": name})
@@ -137,32 +138,48 @@ def train_judge_head(
             made[name] = (head, losses, head(states[held]))
     head, losses, scores = made["at"]
     numbers = torch.tensor([pair.number for pair in spoilt])[data.texts[held]]
+    right, spot = data.labels[held] == 1, data.spot[held]
+    seen = Seen(scores, made["before"][2], right, spot & ~right)
     figures = {
         "texts": float(len(spoilt)),
         "tokens": float(learnt.sum()),
+        "mistakes": float((data.spot[learnt] & (data.labels[learnt] == 0)).sum()),
         "tokens.held_out": float(held.sum()),
         "loss.first": losses[0],
         "loss.last": losses[-1],
-        **_figures(scores, made["before"][2], data.labels[held] == 1, data.spot[held], numbers),
+        "auc.matched": area_under_curve(scores[spot], right[spot]),
+        "kept.right": float((scores[right] > 0).float().mean()),
+        "kept.wrong": float((scores[seen.corrupted] > 0).float().mean()),
+        **seen.areas(),
+        **seen.areas(".words", right | ~numbers),
+        **seen.areas(".numbers", right | numbers),
     }
+    sources = [pair.source for pair in spoilt]
+    for source in sorted(set(sources) - {""}):
+        mine = torch.tensor([other == source for other in sources])[data.texts[held]]
+        figures |= seen.areas(f".in.{source}", mine)
     return head, figures, losses
 
 
-def _figures(
-    scores: Tensor, earlier: Tensor, right: Tensor, spot: Tensor, numbers: Tensor
-) -> dict[str, float]:
-    """How well scores [n] tell right tokens from corrupted ones; see :func:`train_judge_head`."""
-    corrupted = spot & ~right
-    counted = right | corrupted  # of a mistake the first token alone
-    found = {
-        "auc": area_under_curve(scores[counted], right[counted]),
-        "auc.before": area_under_curve(earlier[counted], right[counted]),
-        "auc.matched": area_under_curve(scores[spot], right[spot]),
-        "kept.right": float((scores[right] > 0).float().mean()),
-        "kept.wrong": float((scores[corrupted] > 0).float().mean()),
-    }
-    for name, kind in (("words", ~numbers), ("numbers", numbers)):
-        if bool((corrupted & kind).any()):
-            chosen = right | (corrupted & kind)
-            found[f"auc.{name}"] = area_under_curve(scores[chosen], right[chosen])
-    return found
+@dataclass(frozen=True)
+class Seen:
+    """Scores [n] of held-out tokens, those ``earlier`` of the head one token before, and what they are."""
+
+    scores: Tensor
+    earlier: Tensor
+    right: Tensor
+    corrupted: Tensor
+
+    def areas(self, name: str = "", of: Tensor | None = None) -> dict[str, float]:
+        """Areas under the curve over the tokens ``of``; of a mistake its first one alone counts.
+
+        Nothing where one kind of tokens is missing.
+        """
+        counted = (self.right | self.corrupted) & (of if of is not None else torch.ones_like(self.right))
+        right = self.right[counted]
+        if bool(right.all()) or not bool(right.any()):
+            return {}
+        return {
+            f"auc{name}": area_under_curve(self.scores[counted], right),
+            f"auc.before{name}": area_under_curve(self.earlier[counted], right),
+        }

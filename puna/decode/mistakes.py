@@ -23,17 +23,19 @@ _WORD = re.compile(r"[^\W\d_]{3,}|\d+")
 
 @dataclass(frozen=True)
 class Passage:
-    """A text, and the tokens that stand before it."""
+    """A text, the tokens that stand before it, and the name of where it is from."""
 
     before: list[int]
     text: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Spoilt:
     """Ids of a text, ``right``, and of the same with one mistake, ``wrong``, at the places ``mistaken``.
 
-    The first ``start`` ids of both stand before the text. ``number`` says that a number was changed.
+    The first ``start`` ids of both stand before the text. ``number`` says that a number was changed,
+    ``source`` is the passage's.
     """
 
     right: list[int]
@@ -41,6 +43,7 @@ class Spoilt:
     mistaken: tuple[int, int]
     start: int
     number: bool
+    source: str = ""
 
 
 def spoil(passages: Sequence[Passage], tokenizer: Tokenizer, *, tokens: int, seed: int) -> list[Spoilt]:
@@ -70,7 +73,7 @@ def spoil(passages: Sequence[Passage], tokenizer: Tokenizer, *, tokens: int, see
             start = len(passage.before)
             places = (start + span[0], start + span[1])
             ids = ([*passage.before, *right], [*passage.before, *wrong])
-            found.append(Spoilt(*ids, places, start, spot[0][0].isdigit()))
+            found.append(Spoilt(*ids, places, start, spot[0][0].isdigit(), passage.source))
     return found
 
 

@@ -246,14 +246,15 @@ def test_the_acceptance_stage_leaves_a_head_that_strategies_take(
 
 def test_the_judge_stage_leaves_a_judge(places: dict[str, Path], tmp_path: Path) -> None:
     inputs = {"model": places["target"], "corpus": {"a": places["documents"], "b": places["talks"]}}
-    outcome, _ = run("judge_head", tmp_path / "one", inputs, epochs=2, texts=24)
+    outcome, _ = run("judge_head", tmp_path / "one", inputs, epochs=2, texts=12)
     head = load_head(outcome.outputs["head"], kind="judge", width=48)
     assert (head.spec.blocks, head.spec.ways) == (0, 1)
     metrics = outcome.metrics
     assert metrics["texts"] + metrics["without_a_spot"] == 24
     assert all(0 <= metrics[name] <= 1 for name in ("auc", "auc.before", "auc.matched", "kept.right"))
+    assert all(0 <= metrics[f"auc{part}.in.{name}"] <= 1 for part in ("", ".before") for name in "ab")
     for changed in ({"balance": False}, {"tokens": 8}, {"learning_rate": 0.1}):
-        other, _ = run("judge_head", tmp_path / "other", inputs, **{"epochs": 2, "texts": 24, **changed})
+        other, _ = run("judge_head", tmp_path / "other", inputs, **{"epochs": 2, "texts": 12, **changed})
         assert other.metrics != metrics, changed
 
 
