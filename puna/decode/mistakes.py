@@ -1,7 +1,8 @@
 """Mistakes made in real text, for a judge of tokens to learn from (S44, Judge Decoding).
 
-A word or a number of a text gives way to another of its kind. Where the two texts part, the tokens of
-what was put in are mistaken; everything in the untouched text is right.
+A word or a number of a text gives way to another of its kind, a number as often as a word where there are
+both. Where the two texts part, the tokens of what was put in are mistaken; everything in the untouched
+text is right.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Spoilt:
 def spoil(passages: Sequence[Passage], tokenizer: Tokenizer, *, tokens: int, seed: int) -> list[Spoilt]:
     """One mistake in each text that has a word to spoil, cut to ``tokens``; the others are left out.
 
-    A word is replaced by another of the texts of about its length and case, a number by another of as
-    many digits; neither is a text's first word.
+    A word is replaced by another of the texts of about its length and case, a number from one of its
+    digits on by others; neither is a text's first word.
     """
     generator = numpy_generator(seed, "mistakes")
     every = {word for passage in passages for word in _WORD.findall(passage.text)}
@@ -62,7 +63,9 @@ def spoil(passages: Sequence[Passage], tokenizer: Tokenizer, *, tokens: int, see
         spots = list(_WORD.finditer(passage.text, 0, reach))[1:]
         if not spots:
             continue
-        spot = spots[int(generator.integers(len(spots)))]
+        kinds = [[spot for spot in spots if spot[0][0].isdigit() is number] for number in (False, True)]
+        kind = kinds[int(generator.integers(2))] or spots
+        spot = kind[int(generator.integers(len(kind)))]
         other = _other(spot[0], words, generator)
         if other is None:
             continue
@@ -78,12 +81,12 @@ def spoil(passages: Sequence[Passage], tokenizer: Tokenizer, *, tokens: int, see
 
 
 def _other(word: str, words: Sequence[str], generator: numpy.random.Generator) -> str | None:
-    """Another word of about the same length and case, or another number of as many digits."""
+    """Another word of about the same length and case, or a number that differs from some digit on."""
     if word[0].isdigit():
-        while True:
-            other = "".join(str(digit) for digit in generator.integers(0, 10, len(word)))
-            if other != word:
-                return other
+        place = int(generator.integers(len(word)))
+        digit = (int(word[place]) + int(generator.integers(1, 10))) % 10
+        after = generator.integers(0, 10, len(word) - place - 1)
+        return "".join([word[:place], str(digit), *map(str, after)])
     alike = [
         other
         for other in words
