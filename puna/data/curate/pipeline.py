@@ -235,7 +235,9 @@ class _Changes:
         value = given["gate"]
         if not isinstance(value, Mapping):
             raise PunaError("a gate is a mapping", where=given["where"], found=repr(value))
-        changed = {**value, **self.gates.get(str(value.get("name")), {})}
+        # YAML reads the key null as nothing.
+        named = {"null" if key is None else key: entry for key, entry in value.items()}
+        changed = {**named, **self.gates.get(str(value.get("name")), {})}
         gate = validate(Gate, changed, where=f"{given['where']}: gate {value.get('name', '')}".rstrip())
         return Step(gate.name, gate=gate)
 
