@@ -1,7 +1,8 @@
-"""Reading zip archives made by others: no path leaves its folder, nothing grows beyond its declared size."""
+"""Reading zip and tar archives made by others: no path leaves its folder, nothing outgrows its bound."""
 
 from __future__ import annotations
 
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -80,3 +81,41 @@ def read_member(archive: zipfile.ZipFile, member: str, *, limit: int) -> bytes:
 def copy_member(archive: zipfile.ZipFile, member: str, target: IO[bytes], *, limit: int) -> int:
     """Unpack ``member`` into ``target``; returns its size in bytes, at most ``limit``."""
     return sum(target.write(piece) for piece in pieces(archive, member, limit=limit))
+
+
+def tar_pieces(path: Path | str, member: str, *, limit: int) -> Iterator[bytes]:
+    """The bytes of the file ``member`` of a tar archive, packed or not; over ``limit`` is an error.
+
+    The archive is read up to that member and nothing is unpacked on the way, so that links and names
+    inside it do no harm. A tar archive has no directory: time grows with what stands before the member.
+    """
+    where = f"{path}:{member}"
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for entry in archive:
+                if entry.name == member and entry.isfile():
+                    yield from _of_entry(archive, entry, where, limit)
+                    return
+    except FileNotFoundError:
+        raise PunaError("file not found", where=path) from None
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise PunaError("not a readable tar archive", where=path, found=error) from None
+    raise PunaError("no such file in the archive", where=where)
+
+
+def _of_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo, where: str, limit: int) -> Iterator[bytes]:
+    if entry.size > limit:
+        raise PunaError(
+            "the member unpacks to more than it may",
+            where=where,
+            found=f"{entry.size:,} bytes",
+            expected=f"at most {limit:,} bytes",
+        )
+    stream = archive.extractfile(entry)
+    assert stream is not None  # a plain file
+    yield from iter(lambda: stream.read(_PIECE), b"")
+
+
+def read_tar_member(path: Path | str, member: str, *, limit: int) -> bytes:
+    """All bytes of the file ``member`` of a tar archive, at most ``limit``."""
+    return b"".join(tar_pieces(path, member, limit=limit))

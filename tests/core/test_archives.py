@@ -1,9 +1,11 @@
 """Archives made by others cannot write where they like or grow without bound."""
 
 import io
+import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,3 +74,38 @@ def test_broken_and_missing_archives_and_members_are_told(tmp_path: Path) -> Non
     file.write_bytes(content)
     with archives.open_zip(file) as archive, pytest.raises(PunaError, match="cannot be unpacked"):
         archives.read_member(archive, "one", limit=100_000)
+
+
+def _tar(path: Path, members: dict[str, bytes], *, link: str | None = None) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        if link is not None:
+            entry = tarfile.TarInfo(link)
+            entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(entry)
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def test_a_file_of_a_tar_archive_is_read_and_nothing_else_unpacked(tmp_path: Path) -> None:
+    path = _tar(tmp_path / "a.tar.gz", {"../out.txt": b"evil", "d/x.csv": b"a,b\n" * 1000})
+    assert archives.read_tar_member(path, "d/x.csv", limit=4000) == b"a,b\n" * 1000
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.tar.gz"]
+
+
+def test_a_tar_members_bound_links_and_absence_are_errors(tmp_path: Path) -> None:
+    path = _tar(tmp_path / "a.tar.gz", {"x": b"12345"}, link="way")
+    with pytest.raises(PunaError, match="at most 4 bytes"):
+        archives.read_tar_member(path, "x", limit=4)
+    for absent in ("way", "y"):
+        with pytest.raises(PunaError, match="no such file"):
+            archives.read_tar_member(path, absent, limit=4)
+    large = _tar(tmp_path / "b.tar.gz", {"x": numpy.random.default_rng(0).bytes(50_000)})
+    for broken in (b"no archive", large.read_bytes()[:20_000]):
+        large.write_bytes(broken)
+        with pytest.raises(PunaError, match="not a readable tar archive"):
+            archives.read_tar_member(large, "x", limit=50_000)
+    with pytest.raises(PunaError, match="file not found"):
+        archives.read_tar_member(tmp_path / "c.tar.gz", "y", limit=4)

@@ -1,6 +1,7 @@
 """Assets are fetched once, checked, kept whole, and used offline."""
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -400,3 +402,66 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("PUNA_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert assets.cache_folder() == tmp_path / ".cache" / "puna"
+
+
+BACKEND = """
+import io, os, tarfile, pathlib
+pathlib.Path(os.environ["BUILT"]).write_text("the build ran")
+def prepare_metadata_for_build_wheel(directory, config_settings=None):
+    folder = pathlib.Path(directory, "littlesource-1.0.dist-info")
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: littlesource\\nVersion: 1.0\\n")
+    return folder.name
+def build_wheel(directory, config_settings=None, metadata_directory=None):
+    raise RuntimeError("nothing asks for a wheel")
+"""
+
+
+def make_source(folder: Path) -> Path:
+    """A source archive with a build of its own that needs no tools and leaves a mark."""
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    project += '[project]\nname = "littlesource"\nversion = "1.0"\n'
+    about = "Metadata-Version: 2.1\nName: littlesource\nVersion: 1.0\n"
+    file = folder / "littlesource-1.0.tar.gz"
+    with tarfile.open(file, "w:gz") as archive:
+        for name, text in (
+            ("PKG-INFO", about.encode()),
+            ("pyproject.toml", project.encode()),
+            ("backend.py", BACKEND.encode()),
+            ("data.bin", CONTENT),
+        ):
+            entry = tarfile.TarInfo(f"littlesource-1.0/{name}")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
+    return file
+
+
+def declare_source(file: Path, **changes: Any) -> Asset:
+    source = {
+        "registry": "pypi-source",
+        "package": "littlesource",
+        "version": "1.0",
+        "sha256": sha(file.read_bytes()),
+        "bytes": file.stat().st_size,
+        "member": {"path": "littlesource-1.0/data.bin", "sha256": sha(CONTENT), "bytes": len(CONTENT)},
+    }
+    return Asset(**{"name": "source", "what": "data", "licence": "MIT", "from": {**source, **changes}})
+
+
+def test_a_file_of_a_source_archive_is_fetched_and_checked(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILT", str(tmp_path / "built"))
+    asset = declare_source(make_source(index))
+    path = assets.fetch_asset(asset)
+    assert path.name == "data.bin" and path.read_bytes() == CONTENT
+    assert assets.local(asset) == path and assets.recorded_sha256(asset) == sha(CONTENT)
+
+
+def test_another_source_archive_is_refused_before_its_build_runs(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILT", str(tmp_path / "built"))
+    with pytest.raises(PunaError, match="failed"):
+        assets.fetch_asset(declare_source(make_source(index), sha256="0" * 64))
+    assert not (tmp_path / "built").exists()

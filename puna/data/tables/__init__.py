@@ -1,0 +1,1 @@
+"""Tables for preprocessing by a language model: rows as text, planted errors, prompts, answers."""
