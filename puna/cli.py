@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from puna.core.errors import PunaError
-from puna.options import Companions, Device, Dtype, Quantized, named_paths
+from puna.options import Companions, Device, Dtype, Kernels, Quantized, named_paths
 from puna.options import parse_settings as _settings
 from puna.options import show as _print
 from puna.serve.verbs import serve, ui
@@ -284,6 +284,7 @@ def chat(
     ] = "",
     companions: Companions = None,
     quantize: Quantized = None,
+    kernels: Kernels = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
@@ -305,7 +306,7 @@ def chat(
         system=system,
         strategy=named_strategy(strategy),
         models={name: load(source, dtype=kind, device=where) for name, source in beside},
-        quantize=quantize,
+        layout={"quantize": quantize, "kernels": kernels},
         compare=compare,
     )
 

@@ -15,6 +15,9 @@ Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or floa
 Quantized = Annotated[
     str | None, typer.Option("--quantize", metavar="int8|int4", help="Weights as integers.")
 ]
+Kernels = Annotated[
+    str, typer.Option(metavar="auto|native|plain", help="What runs the steps: C++ kernels, or torch.")
+]
 Companions = Annotated[
     list[str] | None,
     typer.Option("--companion", metavar="NAME=MODEL", help="A model for strategies, as draft. Repeatable."),

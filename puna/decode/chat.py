@@ -79,8 +79,8 @@ class Pace:
 class Chat:
     """A conversation with a model, and with a second one if they are compared.
 
-    ``models`` are further models that strategies use; ``quantize`` as the engine has it. Where ``out``
-    is a terminal each answer is followed by its pace.
+    ``models`` are further models that strategies use; ``layout`` is the engine's ``quantize`` and
+    ``kernels``. Where ``out`` is a terminal each answer is followed by its pace.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Chat:
         out: TextIO,
         strategy: Chosen = None,
         models: Mapping[str, Llama] | None = None,
-        quantize: Any = None,
+        layout: Mapping[str, Any] | None = None,
     ) -> None:
         self.sampling = sampling
         self.system = system
@@ -100,7 +100,7 @@ class Chat:
         self.strategy = resolve(strategy)
         self._model = model
         self._models = models
-        self._quantize = quantize
+        self._layout = layout or {}
         self.sides = [self._side(model)]
         self.reset()
 
@@ -142,7 +142,7 @@ class Chat:
             raise PunaError(
                 "the model has no chat template", where=model.source, fix="use a model that was tuned to chat"
             )
-        engine = Engine(model, models=self._models, quantize=self._quantize)
+        engine = Engine(model, models=self._models, **self._layout)
         return Side(name or Path(str(model.source or "model")).name, engine)
 
     # ---- answers ---------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def chat(
     out: TextIO | None = None,
     strategy: Chosen = None,
     models: Mapping[str, Llama] | None = None,
-    quantize: Any = None,
+    layout: Mapping[str, Any] | None = None,
     compare: str | None = None,
 ) -> Sequence[dict[str, str]]:
     """Chat until ``/quit`` or the end of input; returns the conversation.
@@ -313,9 +313,7 @@ def chat(
     """
     to = out or sys.stdout
     usual = sampling or Sampling(max_tokens=512)
-    conversation = Chat(
-        model, usual, system=system, out=to, strategy=strategy, models=models, quantize=quantize
-    )
+    conversation = Chat(model, usual, system=system, out=to, strategy=strategy, models=models, layout=layout)
     if compare:
         conversation.compare(compare)
     interactive = lines is None and sys.stdin.isatty()

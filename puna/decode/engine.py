@@ -47,7 +47,9 @@ class Engine:
     the keys of all of them (default: 32768, or the model's context if that is longer), for each
     model. ``models`` are further models that strategies use, by name. ``quantize`` lays the weights
     of all models out in integers; ``kernels`` says what runs them. ``policies`` gives the target's
-    layers other cache policies than the model's own. The models are put into evaluation mode.
+    layers other cache policies than the model's own. Parameters that a model has in common with the
+    model of the same name in the engine ``like`` are laid out once for both. The models are put into
+    evaluation mode.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Engine:
         kernels: Kernels = "auto",
         models: Mapping[str, Llama] | None = None,
         policies: Sequence[CachePolicy] | None = None,
+        like: Engine | None = None,
     ) -> None:
         if model.tokenizer is None:
             raise PunaError("the model has no tokenizer", where=model.source, fix="open it with puna.load")
@@ -79,6 +82,7 @@ class Engine:
                 cache_tokens=tokens,
                 kernels=kernels,
                 policies=policies if name == TARGET else None,
+                like=like._models[name].stepper if like is not None and name in like._models else None,
             )
             weight = each.spec.parameter_count() / model.spec.parameter_count()
             self._models[name] = Loaded(each.eval(), stepper, weight)
@@ -94,6 +98,23 @@ class Engine:
     def kernels(self) -> str:
         """Which kernels run the target."""
         return self._models[TARGET].stepper.name
+
+    @property
+    def models(self) -> Sequence[Loaded]:
+        """Its models with their steppers, the target first."""
+        return list(self._models.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the target's weights as they are laid out for decoding."""
+        return self._models[TARGET].stepper.weight_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights of all its models, without what is held by the engine it is ``like``."""
+        return sum(
+            loaded.stepper.weight_bytes - loaded.stepper.shared_bytes for loaded in self._models.values()
+        )
 
     @property
     def statistics(self) -> Statistics:

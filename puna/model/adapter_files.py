@@ -6,6 +6,7 @@ head are written, with ``ensure_weight_tying``: PEFT then ties them again and as
 
 from __future__ import annotations
 
+import copy
 import enum
 import re
 from collections.abc import Mapping
@@ -18,7 +19,17 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside, read_json, write_json
-from puna.model.adapters import NAME, LoraReport, adapter_of, inject, refuse_second, remove, report, untie
+from puna.model.adapters import (
+    NAME,
+    LoraReport,
+    adapter_of,
+    inject,
+    merge_lora,
+    refuse_second,
+    remove,
+    report,
+    untie,
+)
 from puna.model.hf import SafetensorsFile, refuse_pickle
 from puna.model.llama import Llama
 from puna.model.weights import EMBEDDING, HEAD, check_finite, check_shapes
@@ -146,6 +157,39 @@ def read_adapter(
     if not trainable:
         model.requires_grad_(False)
     return counted
+
+
+def merged_copy(model: Llama, folder: Path | str) -> Llama:
+    """A second decoder: ``model`` with the adapter of ``folder`` added to the weights.
+
+    The parameters of modules that the adapter does not touch are ``model``'s own, not copies; so are its
+    tokenizer and template. ``model`` stays as it is.
+    """
+    folder = Path(folder)
+    touched = _touched_modules(folder)
+    if model.spec.tied and _HEAD_MODULE in touched:
+        touched.add(_EMBEDDING_MODULE)
+    kept: list[Any] = [
+        parameter for name, parameter in model.named_parameters() if name.rpartition(".")[0] not in touched
+    ]
+    kept += [model.tokenizer, model.template]
+    frozen = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    try:
+        copied = copy.deepcopy(model, {id(thing): thing for thing in kept})
+        read_adapter(copied, folder)
+        merge_lora(copied)
+    finally:
+        for parameter in model.parameters():  # an adapter freezes what it lies over
+            parameter.requires_grad_(frozen[id(parameter)])
+    return copied
+
+
+def _touched_modules(folder: Path) -> set[str]:
+    """The modules that an adapter changes, by the names of its tensors."""
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        return set()  # what is wrong with it will be told by whoever reads it
+    names = [name.removeprefix(_PREFIX) for name in SafetensorsFile(folder / ADAPTER_WEIGHTS).shapes]
+    return {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in names}
 
 
 def _read_config(folder: Path) -> Any:

@@ -33,16 +33,32 @@ class PlainStepper:
 
     ``policies`` has one :class:`CachePolicy` a layer; by default a layer with a window keeps that
     window and every other layer all. A narrower policy than the model's own changes what it says.
+    ``like`` is a stepper whose model may have parameters in common with this one, which are counted.
     """
 
     name: ClassVar[str] = "plain"
 
     def __init__(
-        self, model: Llama, *, cache_tokens: int, policies: Sequence[CachePolicy] | None = None
+        self,
+        model: Llama,
+        *,
+        cache_tokens: int,
+        policies: Sequence[CachePolicy] | None = None,
+        like: PlainStepper | None = None,
     ) -> None:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise PunaError(
+                "the model's weights were let go once the native kernels had packed them",
+                where=model.source,
+                fix="open it for the plain kernels: kernels='plain', or --kernels plain",
+            )
         self.model, self.spec = model.eval(), model.spec
         self.skipped: Sequence[int] = ()
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        theirs = set() if like is None else {id(parameter) for parameter in like.model.parameters()}
+        self.shared_bytes = sum(
+            parameter.nbytes for parameter in model.parameters() if id(parameter) in theirs
+        )
         by_layer = layer_policies(self.spec.blocks) if policies is None else list(policies)
         check_policies(self.spec.blocks, by_layer)
         self._groups = list(dict.fromkeys(by_layer)) or [CachePolicy()]

@@ -70,6 +70,8 @@ class Stepper(Protocol):
     pool: BlockPool
     weight_bytes: int
     """Bytes of the weights as they are laid out, which a step has to read; a tied head counts once."""
+    shared_bytes: int
+    """Of these, what another stepper holds: the one that this was made ``like``."""
     skipped: Sequence[int]
     """Of the last step, by read: feed-forwards that were skipped."""
 

@@ -27,11 +27,13 @@ def make_stepper(
     cache_tokens: int,
     kernels: Kernels = "auto",
     policies: Sequence[CachePolicy] | None = None,
+    like: Stepper | None = None,
 ) -> Stepper:
     """Lay ``model`` out for decoding, with a cache of ``cache_tokens`` tokens for all texts together.
 
     ``stepper.name`` says which kernels were taken. The plain stepper computes in float32 with the
-    weights that ``quantize`` leaves, which is no faster.
+    weights that ``quantize`` leaves, which is no faster. What ``like``, a stepper of another model, has laid
+    out of parameters that both models have in common is laid out once.
     """
     if kernels not in get_args(Kernels):
         raise unknown_name("kernels", str(kernels), get_args(Kernels))
@@ -44,7 +46,13 @@ def make_stepper(
         from puna.model.native.stepper import NativeStepper
 
         try:
-            return NativeStepper(model, quantize=quantize, cache_tokens=cache_tokens, policies=policies)
+            return NativeStepper(
+                model,
+                quantize=quantize,
+                cache_tokens=cache_tokens,
+                policies=policies,
+                like=like if isinstance(like, NativeStepper) else None,
+            )
         except PunaError as error:
             if kernels == "native":
                 raise
@@ -52,7 +60,12 @@ def make_stepper(
                 _say_once(f"{error}\n  meanwhile the plain stepper is used, which is slower")
     if quantize is not None:
         model = rounded_copy(model, quantize)
-    return PlainStepper(model, cache_tokens=cache_tokens, policies=policies)
+    return PlainStepper(
+        model,
+        cache_tokens=cache_tokens,
+        policies=policies,
+        like=like if isinstance(like, PlainStepper) else None,
+    )
 
 
 @functools.cache

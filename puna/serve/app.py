@@ -123,6 +123,8 @@ def _model_card(house: House, name: str) -> dict[str, Any]:
         "owned_by": "puna",
         "parent": served.parent,
         "max_model_len": served.context,
+        "weight_bytes": served.engine.weight_bytes,
+        "held_bytes": served.engine.held_bytes,
         "chat": served.engine.model.template is not None,
     }
 

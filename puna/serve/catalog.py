@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError, nearest
@@ -95,10 +94,10 @@ def open_catalog(
 ) -> Catalog:
     """Open ``models``, each adapter on the first of them, and ``companions`` for strategies that use them.
 
-    ``engine`` are settings of every engine. An adapter is added to weights of its own: each takes as
-    much memory as the model.
+    ``engine`` are settings of every engine. An adapter is added to the matrices that it touches, in a copy of
+    these alone; the rest of the model is held once, as companions are.
     """
-    from puna.model.adapter_files import read_adapter
+    from puna.model.adapter_files import merged_copy
     from puna.model.adapters import merge_lora
     from puna.text.pretrained import load, read_tokenizer, settle_tokens
     from puna.text.template import find_template
@@ -110,22 +109,40 @@ def open_catalog(
         raise PunaError("a model and an adapter have the same name", found=twice[0], fix="NAME=path")
     beside = {name: load(source, dtype=dtype, device=device) for name, source in companions.items()}
     catalog = Catalog()
+    like = None
     for name, source in models.items():
         model = load(source, dtype=dtype, device=device)
         if model.adapter is not None:
             merge_lora(model)
-        catalog[name] = serve_model(name, model, beside, engine)
-    first, source = next(iter(models.items()))
+        catalog[name] = serve_model(name, model, beside, engine, like=like)
+        like = like or catalog[name].engine
+    first = next(iter(models))
     for name, folder in adapters.items():
-        model = load(source, dtype=dtype, device=device)
-        read_adapter(model, Path(folder))
-        merge_lora(model)
+        model = merged_copy(catalog[first].engine.model, folder)
         tokenizer = read_tokenizer(folder)
         if tokenizer is not None:  # what lies beside an adapter was trained with it
             model.tokenizer, model.template = tokenizer, find_template(tokenizer)
             settle_tokens(model)
-        catalog[name] = serve_model(name, model, beside, engine, parent=first)
+        catalog[name] = serve_model(name, model, beside, engine, like=like, parent=first)
+    let_go(catalog)
     return catalog
+
+
+def let_go(catalog: Catalog) -> None:
+    """Free the matrices that adapters were added to, where the kernels run on packed copies of them."""
+    from puna.model.weights import set_parameter
+
+    loaded = [(served.parent, each) for served in catalog.values() for each in served.engine.models]
+    kept = {
+        id(parameter)
+        for parent, each in loaded
+        if parent is None or each.stepper.name == "plain"
+        for parameter in each.model.parameters()
+    }
+    for _, each in loaded:
+        for name, parameter in list(each.model.named_parameters()):
+            if name.startswith("model.layers.") and id(parameter) not in kept:
+                set_parameter(each.model, name, parameter.detach().to("meta"))
 
 
 def serve_model(
@@ -134,11 +151,12 @@ def serve_model(
     companions: Mapping[str, Llama] | None = None,
     engine: Mapping[str, Any] | None = None,
     *,
+    like: Engine | None = None,
     parent: str | None = None,
 ) -> Served:
-    """A model with an engine of its own, not running yet."""
+    """A model with an engine of its own, not running yet; ``like`` as :class:`Engine` has it."""
     from puna.decode.background import EngineThread
     from puna.decode.engine import Engine
 
-    made = Engine(model, models=dict(companions or {}), **(engine or {}))
+    made = Engine(model, models=dict(companions or {}), like=like, **(engine or {}))
     return Served(name, made, EngineThread(made), parent)

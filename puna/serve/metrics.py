@@ -18,6 +18,7 @@ _GAUGES = {
     "waiting": "Requests that wait for room.",
     "blocks_used": "Blocks of the cache in use.",
     "blocks_free": "Blocks of the cache that are free.",
+    "cache_bytes": "Bytes of the blocks in use.",
 }
 _COUNTERS = {
     "tokens_read": "Tokens read by forward passes.",
@@ -29,6 +30,10 @@ _COUNTERS = {
 
 class HasStatistics(Protocol):
     """An engine, as far as its figures go."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights that it holds itself."""
 
     @property
     def statistics(self) -> Any:
@@ -71,6 +76,12 @@ class _Engines(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """One family for each figure, labelled by model."""
+        held = GaugeMetricFamily(
+            "puna_engine_held_bytes", "Bytes of weights held, without shared ones.", labels=["model"]
+        )
+        for name, engine in self._engines.items():
+            held.add_metric([name], engine.held_bytes)
+        yield held
         found = {name: engine.statistics for name, engine in self._engines.items()}
         for field, says in _GAUGES.items():
             gauge = GaugeMetricFamily(f"puna_engine_{field}", says, labels=["model"])

@@ -218,6 +218,10 @@ class ModelCard(Answer):
     """The model that an adapter is put on."""
     max_model_len: int
     """Tokens of prompt and answer together."""
+    weight_bytes: int
+    """Of its weights as they are laid out for decoding, which a step reads."""
+    held_bytes: int
+    """Of the weights that it holds itself: companions' too, without what it shares with the first model."""
     chat: bool
     """Whether it has a chat template."""
 

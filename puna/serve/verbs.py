@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from puna.options import Companions, Device, Dtype, Quantized, parse_settings, show
+from puna.options import Companions, Device, Dtype, Kernels, Quantized, parse_settings, show
 
 ServedModels = Annotated[
     list[str], typer.Argument(metavar="[NAME=]MODEL...", help="Models to serve, under these names.")
@@ -39,6 +39,7 @@ def serve(
     port: Port = 8000,
     api_key: ApiKey = None,
     quantize: Quantized = None,
+    kernels: Kernels = "auto",
     cache_tokens: CacheTokens = None,
     settings: Bounds = None,
     device: Device = "auto",
@@ -46,7 +47,8 @@ def serve(
 ) -> None:
     """Serve models behind OpenAI's interface."""
     given = {"host": host, "port": port, "api_key": api_key, **parse_settings(settings)}
-    _serve(models, adapters, companions, heads, given, quantize, cache_tokens, device, dtype, page=False)
+    layout = {"quantize": quantize, "kernels": kernels, "cache_tokens": cache_tokens}
+    _serve(models, adapters, companions, heads, given, layout, device, dtype, page=False)
 
 
 def ui(
@@ -59,6 +61,7 @@ def ui(
     port: Port = 8000,
     api_key: ApiKey = None,
     quantize: Quantized = None,
+    kernels: Kernels = "auto",
     cache_tokens: CacheTokens = None,
     settings: Bounds = None,
     device: Device = "auto",
@@ -66,7 +69,8 @@ def ui(
 ) -> None:
     """Serve models with a web page: chat, compare, runs."""
     given = {"host": host, "port": port, "api_key": api_key, "runs": runs, **parse_settings(settings)}
-    _serve(models, adapters, companions, heads, given, quantize, cache_tokens, device, dtype, page=True)
+    layout = {"quantize": quantize, "kernels": kernels, "cache_tokens": cache_tokens}
+    _serve(models, adapters, companions, heads, given, layout, device, dtype, page=True)
 
 
 def _serve(
@@ -75,8 +79,7 @@ def _serve(
     companions: list[str] | None,
     heads: list[str] | None,
     settings: dict[str, Any],
-    quantize: str | None,
-    cache_tokens: int | None,
+    layout: dict[str, Any],
     device: str | None,
     dtype: str | None,
     *,
@@ -95,7 +98,7 @@ def _serve(
         heads=heads or (),
         dtype=choose_dtype(dtype or "auto", where),
         device=where,
-        engine={"quantize": quantize, "cache_tokens": cache_tokens},
+        engine=layout,
         page=page,
         tell=show,
     )

@@ -36,7 +36,7 @@ def tiny_model(tokenizer: Any, seed: int = 0, *, positions: int = 2048) -> Any:
     return model
 
 
-def slowed(catalog: Catalog, seconds: float = 0.002) -> Catalog:
+def slowed(catalog: Catalog, seconds: float = 0.01) -> Catalog:
     """The models with steps that take so long at least: tiny ones are done before anyone can interfere."""
     for served in catalog.values():
         for loaded in served.engine._models.values():

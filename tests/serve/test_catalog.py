@@ -45,6 +45,30 @@ def test_adapters_answer_under_their_own_names(saved: dict[str, str]) -> None:
         assert [(card["id"], card["parent"]) for card in cards] == [("base", None), ("dutch", "base")]
         for name, text in expected.items():
             assert server.completion(model=name)["choices"][0]["text"] == text
+        # Everything but the seven projections of each layer is held once.
+        base, dutch = cards
+        assert base["weight_bytes"] == dutch["weight_bytes"] == base["held_bytes"] > dutch["held_bytes"]
+        told = server.http.get("/metrics").text
+        assert f'puna_engine_held_bytes{{model="dutch"}} {float(dutch["held_bytes"])}' in told
+
+
+def test_what_an_adapter_was_added_to_is_let_go_once_it_is_packed(saved: dict[str, str]) -> None:
+    """The base stays as a whole, and so does what the plain stepper runs on."""
+    catalog = open_catalog(
+        {"base": saved["base"]}, {"dutch": saved["adapter"]}, {"draft": saved["base"]}, **OPEN
+    )
+    for served in catalog.values():
+        target, draft = served.engine.models
+        gone = {name for name, parameter in target.model.named_parameters() if parameter.is_meta}
+        adapted = {name for name, _ in target.model.named_parameters() if "_proj." in name}
+        packed = served.parent is not None and served.engine.kernels == "native"
+        assert gone == (adapted if packed else set())
+        assert not any(parameter.is_meta for parameter in draft.model.parameters())
+    settings = {**OPEN, "engine": {**OPEN["engine"], "kernels": "plain"}}
+    plain = open_catalog({"base": saved["base"]}, {"dutch": saved["adapter"]}, {}, **settings)
+    for served in plain.values():
+        assert not any(parameter.is_meta for parameter in served.engine.model.parameters())
+    assert plain["dutch"].engine.held_bytes < plain["base"].engine.held_bytes
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ class LayerDescription(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("heads", "kv_heads", "head_dim", "width", "window", "sink", "rope")),
         *((name, c_int32) for name in ("table", "format", "qkv_bias", "out_bias", "feed_forward_bias")),
+        ("shared", c_int32),
         ("scale", c_float),
     )
 
@@ -52,9 +53,10 @@ class ModelDescription(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int32) for name in ("hidden", "vocabulary", "layers", "blocks", "stored")),
-        *((name, c_int32) for name in ("head_format", "ropes", "embedding_stored")),
+        *((name, c_int32) for name in ("head_format", "ropes", "embedding_stored", "head_shared")),
         ("epsilon", c_float),
         ("embedding", c_void_p),
+        ("donor", c_void_p),
     )
 
 
@@ -93,10 +95,11 @@ class Library:
         self.destroy: Callable[[int], None] = opened.puna_destroy
         opened.puna_destroy.restype = None
         opened.puna_destroy.argtypes = (c_void_p,)
-        for name in ("puna_weight_bytes", "puna_store_bytes"):
+        for name in ("puna_weight_bytes", "puna_shared_bytes", "puna_store_bytes"):
             function = getattr(opened, name)
             function.restype, function.argtypes = c_int64, (c_void_p,)
         self.weight_bytes: Callable[[int], int] = opened.puna_weight_bytes
+        self.shared_bytes: Callable[[int], int] = opened.puna_shared_bytes
         self._functions: dict[str, Any] = {}
         for name, arguments in _FUNCTIONS.items():
             function = getattr(opened, name)

@@ -50,13 +50,15 @@ extern "C" {
 struct PunaLayer {
   std::int32_t heads, kv_heads, head_dim, width, window, sink, rope, table, format;
   std::int32_t qkv_bias, out_bias, feed_forward_bias;
+  std::int32_t shared;  // bit 0 qkv, 1 out, 2 gate and up, 3 down: the donor's matrix is this model's too
   float scale;
 };
 
 struct PunaModel {
-  std::int32_t hidden, vocabulary, layers, blocks, stored, head_format, ropes, embedding_stored;
+  std::int32_t hidden, vocabulary, layers, blocks, stored, head_format, ropes, embedding_stored, head_shared;
   float epsilon;
   const void* embedding;
+  const void* donor;  // a model of the same shapes and formats that matrices are shared with, or null
 };
 }
 
@@ -70,27 +72,34 @@ class Builder {
 
   void place_all(const PunaModel& description, const PunaLayer* layers) {
     const int hidden = description.hidden;
+    const Model* donor = static_cast<const Model*>(description.donor);
     for (int i = 0; i < description.layers; i++) {
       const PunaLayer& given = layers[i];
       Layer& layer = model_.layers[i];
       const Format format = static_cast<Format>(given.format);
+      const auto lent = [&](int bit, const Matrix Layer::* matrix) {
+        return given.shared >> bit & 1 ? &(donor->layers[i].*matrix) : nullptr;
+      };
       if (given.heads) {
         const int queries = given.heads * given.head_dim, keys = given.kv_heads * given.head_dim;
-        place(layer.qkv, format, queries + 2 * keys, hidden, given.qkv_bias);
-        place(layer.out, format, hidden, queries, given.out_bias);
+        place(layer.qkv, lent(0, &Layer::qkv), format, queries + 2 * keys, hidden, given.qkv_bias);
+        place(layer.out, lent(1, &Layer::out), format, hidden, queries, given.out_bias);
         place_numbers(layer.attention_norm, model_.padded_hidden());
       }
       if (given.width) {
-        place(layer.gate_up, format, 2 * rounded_up(given.width, 16), hidden, given.feed_forward_bias);
-        place(layer.down, format, hidden, given.width, given.feed_forward_bias);
+        const int width = 2 * rounded_up(given.width, 16);
+        place(layer.gate_up, lent(2, &Layer::gate_up), format, width, hidden, given.feed_forward_bias);
+        place(layer.down, lent(3, &Layer::down), format, hidden, given.width, given.feed_forward_bias);
         place_numbers(layer.feed_forward_norm, model_.padded_hidden());
       }
     }
-    place(model_.head, static_cast<Format>(description.head_format), description.vocabulary, hidden, false);
+    const Format format = static_cast<Format>(description.head_format);
+    place(model_.head, description.head_shared ? &donor->head : nullptr, format, description.vocabulary, hidden, false);
     place_numbers(model_.final_norm, model_.padded_hidden());
   }
 
   std::size_t used() const { return used_; }
+  std::size_t shared() const { return shared_; }
 
  private:
   std::uint8_t* take(std::size_t bytes) {
@@ -98,7 +107,12 @@ class Builder {
     used_ += (bytes + 63) / 64 * 64;
     return place;
   }
-  void place(Matrix& matrix, Format format, int outputs, int inputs, bool biased) {
+  void place(Matrix& matrix, const Matrix* lent, Format format, int outputs, int inputs, bool biased) {
+    if (lent) {
+      matrix = *lent;
+      shared_ += matrix.bytes() + (matrix.bias ? sizeof(float) * matrix.padded_outputs() : 0);
+      return;
+    }
     matrix.format = format;
     matrix.outputs = outputs;
     matrix.inputs = inputs;
@@ -112,6 +126,7 @@ class Builder {
   Model& model_;
   std::uint8_t* memory_;
   std::size_t used_ = 0;
+  std::size_t shared_ = 0;
 };
 
 void describe(Model& model, const PunaModel& description, const PunaLayer* layers) {
@@ -172,6 +187,7 @@ void* puna_create(const PunaModel* description, const PunaLayer* layers) {
     puna::Builder counting(*made, nullptr);
     counting.place_all(*description, layers);
     made->weights = std::make_unique<puna::Memory>(counting.used(), true);
+    made->shared_bytes = counting.shared();
     puna::Builder(*made, made->weights->data()).place_all(*description, layers);
     puna::make_store(*made);
     model = made.release();
@@ -183,6 +199,10 @@ void puna_destroy(void* model) { delete static_cast<puna::Model*>(model); }
 
 std::int64_t puna_weight_bytes(const void* model) {
   return static_cast<std::int64_t>(static_cast<const puna::Model*>(model)->weights->bytes());
+}
+
+std::int64_t puna_shared_bytes(const void* model) {
+  return static_cast<std::int64_t>(static_cast<const puna::Model*>(model)->shared_bytes);
 }
 
 std::int64_t puna_store_bytes(const void* model) {

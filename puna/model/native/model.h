@@ -76,6 +76,7 @@ struct Model {
   const void* embedding = nullptr;  // [vocabulary, hidden] where the head is not tied, else null
   Stored embedding_stored = Stored::float32;
   std::unique_ptr<Memory> weights;
+  std::size_t shared_bytes = 0;  // of matrices that are another model's, which must outlive this one
   std::unique_ptr<Memory> cache;
 
   int padded_hidden() const { return rounded_up(hidden, group_inputs); }

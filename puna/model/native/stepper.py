@@ -13,13 +13,15 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.model.native.build import LayerDescription, Library, ModelDescription, load
-from puna.model.native.weights import Quantize, check_model, fill, formats
+from puna.model.native.weights import HEAD, Place, Quantize, check_model, fill, formats, sources
 from puna.model.paged import BLOCK, BlockPool, CachePolicy, PagedSequence, blocks_of
 from puna.model.plain_stepper import check_policies, layer_policies, reserve_all
 from puna.model.rope import depends_on_length, rotation
 from puna.model.stepper import Read
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from puna.model.llama import Llama
 
 _FIRST_POSITIONS = 2048  # of the tables of rotations, which double as texts grow
@@ -35,9 +37,10 @@ class NativeStepper:
     a minimum in half precision (9 or 5 bits a weight); the head takes 9 either way. Activations become
     int8 by groups of 32 then, and keys and values are kept in bfloat16. ``policies`` has one
     :class:`CachePolicy` a layer; by default a layer with a window keeps that window. ``threads`` is
-    torch's number unless given. A text's results are the same bits in any batch, in any cutting, with
-    any number of threads. Raises :class:`PunaError` where the kernels cannot be compiled or cannot run
-    this model.
+    torch's number unless given. Matrices that ``like`` packed from the very same parameters, which have
+    not changed since, are its and this stepper's in common. A text's results are the same bits in any
+    batch, in any cutting, with any number of threads. Raises :class:`PunaError` where the kernels cannot
+    be compiled or cannot run this model.
     """
 
     name: ClassVar[str] = "native"
@@ -51,6 +54,7 @@ class NativeStepper:
         policies: Sequence[CachePolicy] | None = None,
         threads: int | None = None,
         library: Library | None = None,
+        like: NativeStepper | None = None,
     ) -> None:
         check_model(model, quantize)
         self.spec, self.dtype = model.spec, model.dtype
@@ -72,13 +76,19 @@ class NativeStepper:
             )
         blocks = blocks_of(max(1, cache_tokens))
         self._embedding = None if self.spec.tied else _embedding(model)
-        self._handle = self._create(model, quantize, blocks)
+        self._formats = formats(model, quantize)
+        packed = sources(model)
+        self._sources = {place: _references(parameters) for place, parameters in packed.items()}
+        shared = frozenset(place for place in packed if like is not None and self._is_same(like, place))
+        self._like = like if shared else None  # lives as long as this one does
+        self._handle = self._create(model, quantize, blocks, shared)
         self._finalizer = weakref.finalize(self, self._library.destroy, self._handle)
-        fill(self._library, self._handle, model, self.threads)
+        fill(self._library, self._handle, model, self.threads, shared)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._positions = 0
         self._turn_up_to(min(_FIRST_POSITIONS, self.spec.max_positions))
-        self.weight_bytes = self._library.weight_bytes(self._handle)
+        self.shared_bytes = self._library.shared_bytes(self._handle)
+        self.weight_bytes = self._library.weight_bytes(self._handle) + self.shared_bytes
         if self._embedding is not None:
             self.weight_bytes += self._embedding.nbytes
         self.pool = BlockPool(blocks, self._copy, self._block_bytes(quantize), self._groups)
@@ -121,9 +131,18 @@ class NativeStepper:
             )
         return target
 
-    def _create(self, model: Llama, quantize: Quantize | None, blocks: int) -> int:
+    def _is_same(self, like: NativeStepper, place: Place) -> bool:
+        """Whether ``like`` has packed the same parameters, which are still there, in the same way."""
+        theirs = like._sources.get(place, ())
+        return (
+            self._formats == like._formats
+            and len(theirs) == len(self._sources[place])
+            and all(a() is b() is not None for a, b in zip(theirs, self._sources[place], strict=True))
+        )
+
+    def _create(self, model: Llama, quantize: Quantize | None, blocks: int, shared: frozenset[Place]) -> int:
         spec = self.spec
-        layer_format, head_format = formats(model, quantize)
+        layer_format, head_format = self._formats
         layers = (LayerDescription * len(spec.blocks))()
         for number, block in enumerate(spec.blocks):
             policy = self._groups[self._group_of[number]]
@@ -140,6 +159,7 @@ class NativeStepper:
                 qkv_bias=spec.attention_bias != "none",
                 out_bias=spec.attention_bias == "all",
                 feed_forward_bias=spec.mlp_bias,
+                shared=sum(1 << which for layer, which in shared if layer == number),
                 scale=block.scale if block.heads else 1.0,
             )
         description = ModelDescription(
@@ -153,6 +173,8 @@ class NativeStepper:
             epsilon=spec.norm_eps,
             embedding=None if self._embedding is None else self._embedding.data_ptr(),
             embedding_stored=_STORED.get(model.dtype, 0),
+            head_shared=(-1, HEAD) in shared,
+            donor=None if self._like is None else self._like._handle,
         )
         handle = self._library.create(ctypes.byref(description), layers)
         if handle is None:
@@ -207,6 +229,11 @@ class NativeStepper:
                     found=[token for token in read.ids if not 0 <= token < self.spec.vocab_size][:5],
                     expected=f"0 to {self.spec.vocab_size - 1}",
                 )
+
+
+def _references(parameters: Sequence[nn.Parameter]) -> tuple[weakref.ref[nn.Parameter], ...]:
+    """What tells whether a parameter is the same one, without keeping it."""
+    return tuple(weakref.ref(parameter) for parameter in parameters)
 
 
 def _embedding(model: Llama) -> Tensor:

@@ -58,21 +58,46 @@ def _unfit(why: str, found: str) -> PunaError:
     )
 
 
+Place = tuple[int, int]
+"""Where a packed matrix stands: its layer, -1 for the head, and which of the layer's."""
+
+
+def sources(model: Llama) -> dict[Place, tuple[nn.Parameter, ...]]:
+    """The parameters, biases too, that each packed matrix is made of."""
+    found: dict[Place, tuple[nn.Parameter, ...]] = {(-1, HEAD): (cast(nn.Parameter, model.head_weight),)}
+    blocks = cast("Iterable[Block]", model.model.layers)
+    for layer, (spec, block) in enumerate(zip(model.spec.blocks, blocks, strict=True)):
+        if spec.attention == "full":
+            attention = block.self_attn
+            joined = (attention.q_proj, attention.k_proj, attention.v_proj)
+            found[layer, QKV] = tuple(each for projection in joined for each in projection.parameters())
+            found[layer, OUT] = tuple(attention.o_proj.parameters())
+        if spec.feed_forward == "swiglu":
+            feed_forward = block.mlp
+            gate, up = feed_forward.gate_proj.parameters(), feed_forward.up_proj.parameters()
+            found[layer, GATE_UP] = (*gate, *up)
+            found[layer, DOWN] = tuple(feed_forward.down_proj.parameters())
+    return found
+
+
 @torch.inference_mode()
-def fill(library: Library, handle: int, model: Llama, threads: int) -> None:
-    """Pack every matrix, bias and norm of ``model`` into the native model ``handle``."""
+def fill(library: Library, handle: int, model: Llama, threads: int, shared: frozenset[Place]) -> None:
+    """Pack every matrix, bias and norm of ``model`` into the native model ``handle``, but what is shared."""
     blocks = cast("Iterable[Block]", model.model.layers)
     for layer, (spec, block) in enumerate(zip(model.spec.blocks, blocks, strict=True)):
         if spec.attention == "full":
             _norm(library, handle, layer, 0, block.input_layernorm.weight)
             for which, rows, bias in _attention(block.self_attn):
-                _matrix(library, handle, layer, which, rows, bias, threads)
+                if (layer, which) not in shared:
+                    _matrix(library, handle, layer, which, rows, bias, threads)
         if spec.feed_forward == "swiglu":
             _norm(library, handle, layer, 1, block.post_attention_layernorm.weight)
             for which, rows, bias in _feed_forward(block.mlp):
-                _matrix(library, handle, layer, which, rows, bias, threads)
+                if (layer, which) not in shared:
+                    _matrix(library, handle, layer, which, rows, bias, threads)
     _norm(library, handle, -1, 0, model.model.norm.weight)
-    _matrix(library, handle, -1, HEAD, [model.head_weight], None, threads)
+    if (-1, HEAD) not in shared:
+        _matrix(library, handle, -1, HEAD, [model.head_weight], None, threads)
 
 
 _Parts = Iterator[tuple[int, Sequence[Tensor], Tensor | None]]
