@@ -20,7 +20,7 @@ from puna.serve.chat import chat_router
 from puna.serve.completions import completions_router
 from puna.serve.embeddings import embeddings_router
 from puna.serve.errors import ApiError
-from puna.serve.house import HEAD, House
+from puna.serve.house import FILES, House
 from puna.serve.metrics import CONTENT_TYPE, CountRequests
 from puna.serve.page import page_router, runs_router
 
@@ -135,8 +135,9 @@ def strategy_cards(heads: Mapping[str, str]) -> list[dict[str, Any]]:
     for name, settings in all_strategies().items():
         says = (settings.__doc__ or "").strip().partition("\n")[0]
         schema = settings.model_json_schema()
-        if HEAD in schema.get("properties", {}):
-            schema["properties"][HEAD]["enum"] = list(heads)
+        for kind in schema.get("properties", {}).keys() & set(FILES):
+            described = schema["properties"][kind]
+            described["enum"] = [*heads, *([None] if "default" in described else [])]
         cards.append(
             {
                 "name": name,

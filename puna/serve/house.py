@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from puna.serve.settings import ServerSettings
 
 T = TypeVar("T")
-HEAD = "head"
-"""The setting by which strategies name the file of a trained head."""
+FILES = ("head", "plan")
+"""The settings by which strategies name a file: a trained head, a plan of what to skip."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class House:
     catalog: Catalog
     settings: ServerSettings
     heads: Mapping[str, str] = field(default_factory=dict)
-    """Files of trained heads by the names under which requests may have a strategy use them."""
+    """Files of trained heads and plans by the names under which requests may have a strategy use them."""
     metrics: Metrics = field(init=False)
     desk: Desk = field(init=False)
     passes: Passes = field(default_factory=Passes)
@@ -85,19 +85,22 @@ class House:
         try:
             if isinstance(chosen, StrategyChoice):
                 settings = {**chosen.settings, "name": chosen.name}
-                return await asyncio.to_thread(resolve, self._with_head(settings))
+                return await asyncio.to_thread(resolve, self._with_files(settings))
             return await asyncio.to_thread(resolve, chosen)
         except PunaError as error:
             raise replace_param(from_puna(error), "strategy") from None
 
-    def _with_head(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings with the head's file for its name: a request opens no other file of this machine."""
-        if HEAD not in settings:
-            return settings
-        name = settings[HEAD]
-        if not isinstance(name, str) or name not in self.heads:
-            raise unknown_name("head", str(name), self.heads, where="strategy")
-        return {**settings, HEAD: self.heads[name]}
+    def _with_files(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings with files for their names: a request opens no other file of this machine."""
+        found = dict(settings)
+        for kind in FILES:
+            name = settings.get(kind)
+            if name is None:
+                continue
+            if not isinstance(name, str) or name not in self.heads:
+                raise unknown_name(kind, str(name), self.heads, where="strategy")
+            found[kind] = self.heads[name]
+        return found
 
     def check_grammar(self, value: object, param: str) -> None:
         """Refuse a schema, expression or list of tools that is larger than allowed."""

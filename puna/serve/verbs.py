@@ -18,7 +18,7 @@ Adapters = Annotated[
 ]
 Heads = Annotated[
     list[str] | None,
-    typer.Option("--head", metavar="NAME=PATH", help="A trained head that strategies may use. Repeatable."),
+    typer.Option("--head", metavar="NAME=PATH", help="A head or plan for strategies. Repeatable."),
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]

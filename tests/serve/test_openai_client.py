@@ -191,16 +191,16 @@ def test_the_extension_tells_how_it_was_decoded(client: openai.OpenAI) -> None:
 
 
 def test_a_request_opens_no_file_by_its_path(client: openai.OpenAI, server: Live) -> None:
-    for head in ("/etc/passwd", "../head.safetensors", 5):
-        chosen = {"strategy": {"name": "specdec-pp", "settings": {"head": head}}}
-        with pytest.raises(openai.BadRequestError, match="unknown head") as caught:
-            client.completions.create(model="tiny", prompt="a", extra_body=chosen)
-        assert caught.value.param == "strategy"
-    (card,) = [
-        card for card in server.http.get("/v1/strategies").json()["data"] if card["name"] == "specdec-pp"
-    ]
-    assert card["settings"]["properties"]["head"]["enum"] == []
-    assert card["lossless"] is None
+    for name, kind in (("specdec-pp", "head"), ("feed-forward-skip", "plan")):
+        for file in ("/etc/passwd", "../head.safetensors", 5):
+            chosen = {"strategy": {"name": name, "settings": {kind: file}}}
+            with pytest.raises(openai.BadRequestError, match=f"unknown {kind}") as caught:
+                client.completions.create(model="tiny", prompt="a", extra_body=chosen)
+            assert caught.value.param == "strategy"
+    cards = {card["name"]: card for card in server.http.get("/v1/strategies").json()["data"]}
+    assert cards["specdec-pp"]["settings"]["properties"]["head"]["enum"] == []
+    assert cards["feed-forward-skip"]["settings"]["properties"]["plan"]["enum"] == [None]
+    assert cards["specdec-pp"]["lossless"] is None
 
 
 def test_embeddings_are_of_length_1_and_alike_for_like_texts(client: openai.OpenAI) -> None:
