@@ -100,9 +100,9 @@ class Engine:
         return self._models[TARGET].stepper.name
 
     @property
-    def models(self) -> Sequence[Loaded]:
-        """Its models with their steppers, the target first."""
-        return list(self._models.values())
+    def models(self) -> Mapping[str, Loaded]:
+        """Its models with their steppers by name; its own is "target"."""
+        return self._models
 
     @property
     def weight_bytes(self) -> int:

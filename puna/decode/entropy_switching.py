@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 class EntropySwitchingSettings(StrategySettings):
     """Settings of entropy switching. The engine's own model is the large one."""
 
+    companions: ClassVar[tuple[str, ...]] = ("small",)
     small: str = "small"
     """Name of the small model among the engine's models."""
     threshold: float = 1.0

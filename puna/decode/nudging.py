@@ -42,6 +42,7 @@ _FEW_WORDS = 5
 class NudgingSettings(StrategySettings):
     """Settings of nudging. The engine's own model is the base."""
 
+    companions: ClassVar[tuple[str, ...]] = ("nudger",)
     nudger: str = "nudge"
     """Name of the aligned model among the engine's models."""
     confidence: float = pydantic.Field(0.3, ge=0)

@@ -39,6 +39,7 @@ class Plain:
 class PlainSettings(StrategySettings):
     """Settings of plain decoding."""
 
+    companions: ClassVar[tuple[str, ...]] = ("model",)
     model: str = _TARGET
     """Name of the model that writes, of those the engine was given; any but "target" is lossy."""
 

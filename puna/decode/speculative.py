@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pydantic
 
@@ -85,6 +85,7 @@ class Speculative:
 class DraftSettings(StrategySettings):
     """What every strategy with a drafting model has."""
 
+    companions: ClassVar[tuple[str, ...]] = ("draft",)
     draft: str = "draft"
     """Name of the model that drafts, of those the engine was given; "target" drafts for itself."""
     draft_vocabulary: int | None = pydantic.Field(None, ge=1)

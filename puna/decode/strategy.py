@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.stage import Parameters, validate
@@ -54,6 +54,9 @@ class Strategy(Protocol):
 
 class StrategySettings(Parameters):
     """Base of every strategy's settings."""
+
+    companions: ClassVar[tuple[str, ...]] = ()
+    """The settings that name a model among the engine's models."""
 
     def build(self) -> Strategy:
         """The strategy with these settings."""

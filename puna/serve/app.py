@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import pydantic
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse, Response
 
 from puna import __version__
-from puna.core.errors import PunaError
-from puna.decode.strategy import StrategySettings, all_strategies
+from puna.decode.strategy import all_strategies
 from puna.serve import errors, responses
 from puna.serve.bounds import Bounds
 from puna.serve.chat import chat_router
 from puna.serve.completions import completions_router
 from puna.serve.embeddings import embeddings_router
 from puna.serve.errors import ApiError
-from puna.serve.house import FILES, House
+from puna.serve.house import House
 from puna.serve.metrics import CONTENT_TYPE, CountRequests
 from puna.serve.page import page_router, runs_router
+from puna.serve.strategies import strategy_cards
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": responses.ErrorAnswer, "description": says}
@@ -93,7 +92,7 @@ def _facts_router(house: House) -> APIRouter:
 
     @router.get("/v1/strategies", response_model=responses.StrategyList)
     async def strategies() -> dict[str, Any]:
-        return {"object": "list", "data": strategy_cards(house.heads)}
+        return {"object": "list", "data": strategy_cards(house)}
 
     @router.get("/health", response_model=responses.Health)
     async def health() -> dict[str, Any]:
@@ -127,34 +126,6 @@ def _model_card(house: House, name: str) -> dict[str, Any]:
         "held_bytes": served.engine.held_bytes,
         "chat": served.engine.model.template is not None,
     }
-
-
-def strategy_cards(heads: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every decoding method that a request may name."""
-    cards = []
-    for name, settings in all_strategies().items():
-        says = (settings.__doc__ or "").strip().partition("\n")[0]
-        schema = settings.model_json_schema()
-        for kind in schema.get("properties", {}).keys() & set(FILES):
-            described = schema["properties"][kind]
-            described["enum"] = [*heads, *([None] if "default" in described else [])]
-        cards.append(
-            {
-                "name": name,
-                "lossless": _lossless(settings),
-                "says": says,
-                "settings": schema,
-            }
-        )
-    return cards
-
-
-def _lossless(settings: type[StrategySettings]) -> bool | None:
-    """Whether the method keeps the model's own law at its default settings; None where it has none."""
-    try:
-        return settings().build().lossless
-    except (pydantic.ValidationError, PunaError):
-        return None
 
 
 def _state_bounds(properties: dict[str, Any], house: House) -> None:

@@ -132,7 +132,7 @@ def let_go(catalog: Catalog) -> None:
     """Free the matrices that adapters were added to, where the kernels run on packed copies of them."""
     from puna.model.weights import set_parameter
 
-    loaded = [(served.parent, each) for served in catalog.values() for each in served.engine.models]
+    loaded = [(served.parent, each) for served in catalog.values() for each in served.engine.models.values()]
     kept = {
         id(parameter)
         for parent, each in loaded

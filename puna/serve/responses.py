@@ -240,6 +240,10 @@ class StrategyCard(Answer):
     lossless: bool | None
     """At its default settings; nothing for one that must be given settings."""
     says: str
+    missing: list[str]
+    """What this server lacks for it: models and files, each with the option that gives it."""
+    example: dict[str, str]
+    """Settings to begin with, where it has a use for files that the server was given."""
     settings: dict[str, Any]
     """JSON schema of its settings."""
 

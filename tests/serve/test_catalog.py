@@ -58,7 +58,7 @@ def test_what_an_adapter_was_added_to_is_let_go_once_it_is_packed(saved: dict[st
         {"base": saved["base"]}, {"dutch": saved["adapter"]}, {"draft": saved["base"]}, **OPEN
     )
     for served in catalog.values():
-        target, draft = served.engine.models
+        target, draft = served.engine.models.values()
         gone = {name for name, parameter in target.model.named_parameters() if parameter.is_meta}
         adapted = {name for name, _ in target.model.named_parameters() if "_proj." in name}
         packed = served.parent is not None and served.engine.kernels == "native"
@@ -100,6 +100,9 @@ def test_a_strategy_uses_its_companion_and_its_head(saved: dict[str, str], tmp_p
     head = save_head(Head(HeadSpec(48), about={"kind": KIND}), tmp_path / "head.safetensors")
     catalog = open_catalog({"base": saved["base"]}, {}, {"draft": saved["base"]}, **OPEN)
     with live(catalog, heads={"accept": str(head)}) as server:
+        cards = {card["name"]: card for card in server.http.get("/v1/strategies").json()["data"]}
+        assert {name for name, card in cards.items() if card["missing"]} == {"entropy-switching", "nudging"}
+        assert cards["specdec-pp"]["example"] == {"head": "accept"}
         plain = server.completion(model="base", max_tokens=12)["choices"][0]
         for chosen in (
             "speculative",

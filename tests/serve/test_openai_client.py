@@ -203,6 +203,30 @@ def test_a_request_opens_no_file_by_its_path(client: openai.OpenAI, server: Live
     assert cards["specdec-pp"]["lossless"] is None
 
 
+def test_strategies_tell_what_they_lack_here(server: Live) -> None:
+    cards = {card["name"]: card for card in server.http.get("/v1/strategies").json()["data"]}
+    usable = {name for name, card in cards.items() if not card["missing"]}
+    assert usable == {"plain", "best-of", "rapid", "feed-forward-skip"}
+    assert cards["speculative"]["missing"] == ["the model 'draft' (--companion draft=MODEL)"]
+    assert len(cards["judge-decoding"]["missing"]) == 2  # a draft and a head
+    assert cards["rapid"]["settings"]["properties"]["draft"]["enum"] == ["target"]
+    for name in usable - {"feed-forward-skip"}:  # whose settings depend on the model
+        found = server.completion(strategy=name, max_tokens=4)["choices"][0]["puna"]
+        assert found["strategy"] == name
+
+
+def test_no_setting_of_a_strategy_is_a_file_that_the_server_does_not_know_of(server: Live) -> None:
+    from puna.decode.strategy import all_strategies
+    from puna.serve.house import FILES
+
+    words = {"question", "base_prompt", "begin", "end"}  # texts that the method writes or looks for
+    for name, settings in all_strategies().items():
+        for key, described in settings.model_json_schema().get("properties", {}).items():
+            kinds = described.get("anyOf", [described])
+            if any(kind.get("type") == "string" and "enum" not in kind for kind in kinds):
+                assert key in {*settings.companions, *FILES, *words}, f"{name}: {key}"
+
+
 def test_embeddings_are_of_length_1_and_alike_for_like_texts(client: openai.OpenAI) -> None:
     texts = ["the cat sat on the mat", "the cat sat on that mat", "0123456789 ?!"]
     found = client.embeddings.create(model="tiny", input=texts)

@@ -124,6 +124,20 @@ def test_what_models_and_runs_say_is_never_markup(page: Any) -> None:
     assert opened.value.text_content("p") == "report"
 
 
+def test_strategies_that_lack_something_are_not_offered(page: Any) -> None:
+    offered = page.locator("#chat-strategy option").all_text_contents()
+    assert "best-of" in offered and "speculative" not in offered and "specdec-pp" not in offered
+    page.click(".lacking summary")
+    assert "--companion draft=MODEL" in page.text_content(".lacking")
+    page.select_option("#chat-strategy", "best-of")
+    page.fill("#chat-settings", '{"samples": 2}')
+    page.fill("#max-tokens", "4")
+    page.fill("#chat-input", "the cat")
+    page.press("#chat-input", "Enter")
+    page.wait_for_selector(".said.assistant .foot")
+    assert "best-of" in page.text_content(".said.assistant .who")
+
+
 def test_mistakes_are_shown_and_the_question_is_kept(page: Any) -> None:
     page.fill("#max-tokens", "1000000")
     page.fill("#chat-input", "the cat")

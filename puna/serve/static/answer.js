@@ -7,21 +7,23 @@ export class Chooser {
   constructor(id, known, chosen) {
     this.known = known;
     this.model = make("select", { id: `${id}-model` }, ...known.models.map((model) => make("option", { value: model.id, text: model.id })));
-    this.strategy = make("select", { id: `${id}-strategy`, onchange: () => this.show() },
-      make("option", { value: "", text: "plain" }), ...known.strategies.filter((strategy) => strategy.name !== "plain").map((strategy) => make("option", { value: strategy.name, text: strategy.name })));
+    const offered = known.strategies.filter((strategy) => strategy.name !== "plain" && !strategy.missing.length);
+    this.strategy = make("select", { id: `${id}-strategy`, onchange: () => this.show(true) },
+      make("option", { value: "", text: "plain" }), ...offered.map((strategy) => make("option", { value: strategy.name, text: strategy.name })));
     this.settings = make("input", { id: `${id}-settings`, placeholder: "{}", spellcheck: "false" });
     this.says = make("p", { class: "says" });
     this.settingsLabel = make("label", { class: "wide", text: "Settings of the strategy, as JSON" }, this.settings);
     this.element = make("div", { class: "choose" }, make("label", { text: "Model" }, this.model),
-      make("label", { text: "Strategy" }, this.strategy), this.settingsLabel, this.says);
+      make("label", { text: "Strategy" }, this.strategy), this.settingsLabel, this.says, lacking(known.strategies));
     if (chosen && known.models.some((model) => model.id === chosen)) this.model.value = chosen;
     this.show();
   }
 
-  show() {
+  show(anew) {
     const strategy = this.known.strategies.find((one) => one.name === this.strategy.value);
     this.settingsLabel.hidden = !strategy;
     this.says.hidden = !strategy;
+    if (anew) this.settings.value = strategy && Object.keys(strategy.example).length ? JSON.stringify(strategy.example) : "";
     if (strategy) this.says.textContent = `${strategy.says} ${strategy.lossless === null ? "" : strategy.lossless ? "Lossless." : "Not lossless."}`;
   }
 
@@ -36,6 +38,13 @@ export class Chooser {
   get title() {
     return this.strategy.value ? `${this.model.value} · ${this.strategy.value}` : this.model.value;
   }
+}
+
+// What cannot be chosen, and what the server would have to be started with.
+function lacking(strategies) {
+  const lines = strategies.filter((strategy) => strategy.missing.length).map((strategy) => make("li", {}, make("code", { text: strategy.name }), ` needs ${strategy.missing.join(" and ")}`));
+  if (!lines.length) return null;
+  return make("details", { class: "says lacking" }, make("summary", { text: `Not offered here: ${lines.length}` }), make("ul", {}, ...lines));
 }
 
 export function sampling() {
