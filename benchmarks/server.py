@@ -3,9 +3,11 @@
     python -m benchmarks.server             # 200 streams, 2,000 requests, on a tiny Llama made on the spot
     python -m benchmarks.server --quick     # 40 streams, 300 requests
     python -m benchmarks.server --model smollm2-135m-instruct --only streams --only sigterm
+    python -m benchmarks.server --llama-server PATH       # speed against llama.cpp's server instead
 
 The server is ``puna serve`` in a process of its own; everything goes over this machine's loopback. Prints a
-table; the exit code is 1 if a demand was not met.
+table; the exit code is 1 if a demand was not met. The case of lm_eval runs where that command is found
+(``LM_EVAL`` may name it), and says so where it is not.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import sys
@@ -24,8 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import server_lm_eval as harness
 from benchmarks.faults_setting import tiny_model
-from benchmarks.server_client import Answer, Server
+from benchmarks.server_client import CACHE_TOKENS, MODEL, Answer, Server
 
 WORDS = "the cat and other sat on that mat in then it went red moon".split()  # noqa: SIM905 - to be read
 BODY_BYTES = 256 * 1024
@@ -272,6 +276,7 @@ async def growth(drill: Drill) -> None:
         for start in range(0, count, 20):
             await asyncio.gather(*(fates[place % 8]() for place in range(start, min(start + 20, count))))
 
+    await _fill(server)
     await batch(drill.requests // 4)  # what is made once and kept: pools, caches of the tokenizer
     await server.client.idle()
     before = server.status()
@@ -314,6 +319,44 @@ async def sigterm(drill: Drill) -> None:
     drill.judge("sigterm", f"SIGTERM while {len(bodies)} texts were made", "all whole; exit code 0", failures)
 
 
+async def lm_eval(drill: Drill) -> None:
+    """The evaluation harness as a client: its log-likelihoods are those of forward passes."""
+    done = f"lm_eval --model local-completions on {len(harness.QUESTIONS)} questions, chosen and written"
+    command = harness.program()
+    if command is None:
+        drill.judge("lm_eval", done, "lm_eval is not installed, so this was left out", [])
+        return
+    from puna.run.machine import choose_dtype
+    from puna.text.pretrained import load
+
+    server, folder = drill.server(), drill.folder / "lm_eval"
+    model = load(drill.model, dtype=choose_dtype("auto", "cpu"))
+    assert model.tokenizer is not None
+    folder.mkdir()
+    model.tokenizer.save(folder / "tokenizer")
+    try:
+        await harness.run(command, folder, server.client.port, MODEL, folder / "tokenizer")
+    except RuntimeError as error:
+        drill.judge("lm_eval", done, "it failed", [str(error)])
+        return
+    found, expected = harness.log_likelihoods(folder), harness.expected(model)
+    pairs = [
+        pair for one, other in zip(found, expected, strict=True) for pair in zip(one, other, strict=True)
+    ]
+    furthest = max(abs(one - other) for one, other in pairs)
+    failures = [] if furthest <= harness.NATS else [f"log-likelihoods {furthest:.2f} nats from those here"]
+    for (asked, _, _), text in zip(harness.QUESTIONS, harness.written(folder), strict=True):
+        body = {"prompt": asked, "max_tokens": harness.TOKENS, "temperature": 0, "stop": ["\n\n"]}
+        said = (await server.client.ask(body)).text
+        failures += [] if text.strip() == said.strip() else [f"it wrote {text!r}, the server says {said!r}"]
+    failures += _left(await server.client.idle())
+    seen = (
+        f"{len(pairs)} log-likelihoods at most {furthest:.3f} nats from forward passes; "
+        f"{harness.chosen_rightly(found)} of {len(found)} questions right"
+    )
+    drill.judge("lm_eval", done, seen, failures)
+
+
 CASES: dict[str, Callable[[Drill], Awaitable[None]]] = {
     "streams": streams,
     "slow": slow_readers,
@@ -324,10 +367,20 @@ CASES: dict[str, Callable[[Drill], Awaitable[None]]] = {
     "overload": overload,
     "growth": growth,
     "sigterm": sigterm,
+    "lm_eval": lm_eval,
 }
 
 
 # ---- helpers --------------------------------------------------------------------------------------------
+
+
+async def _fill(server: Server) -> None:
+    """Use every block of the cache once: memory that is touched later is no growth."""
+    card = json.loads((await server.client.ask(b"", f"/v1/models/{MODEL}", method="GET")).body)
+    length = min(int(card["max_model_len"]), CACHE_TOKENS) - 32
+    prompts = [[place + 4] * length for place in range(-(-CACHE_TOKENS // length))]
+    await asyncio.gather(*(server.client.ask({"prompt": prompt, "max_tokens": 8}) for prompt in prompts))
+    await server.client.idle()
 
 
 async def _leaving(server: Server, body: dict[str, Any], seconds: float) -> None:
@@ -387,8 +440,15 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=0, help="of prompts and moments, drawn at random")
     arguments.add_argument("--model", help="an asset or folder; a tiny Llama is made otherwise")
     arguments.add_argument("--only", action="append", choices=CASES, default=[], help="repeatable")
+    arguments.add_argument("--llama-server", type=Path, help="llama.cpp's server: compare speeds instead")
+    arguments.add_argument("--runs", type=int, default=3, help="of each server, in turn")
+    arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each server")
     given = arguments.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its servers are ended with it
+    if given.llama_server is not None:
+        from benchmarks.server_peer import compare
+
+        return compare(given.llama_server, runs=given.runs, threads=given.threads)
     streams = given.streams or (40 if given.quick else 200)
     requests = given.requests or (300 if given.quick else 2000)
     with tempfile.TemporaryDirectory(prefix="puna-server-") as folder:

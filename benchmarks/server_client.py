@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "drill"
+CACHE_TOKENS = 8192  # of a server's cache: soon in use as a whole, so that what grows then is something else
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Client:
         )
         return {name.decode(): float(value) for name, value in pairs}
 
-    async def idle(self, seconds: float = 20.0) -> dict[str, float]:
+    async def idle(self, seconds: float = 120.0) -> dict[str, float]:
         """The engine's figures once nothing runs or waits; those of the last look if that takes too long."""
         end = time.monotonic() + seconds
         while True:
@@ -180,8 +181,7 @@ class Server:
             "--device",
             "cpu",
         ]
-        # A cache that is soon in use as a whole: what grows afterwards is something else.
-        words += ["--cache-tokens", "8192"]
+        words += ["--cache-tokens", str(CACHE_TOKENS)]
         for key, value in settings.items():
             words += ["--set", f"{key}={value}"]
         self.log = log
