@@ -293,19 +293,19 @@ def chat(
     from puna.decode.chat import named_strategy
     from puna.decode.sampling import Sampling
     from puna.run.machine import choose_device, choose_dtype
-    from puna.text.pretrained import load
+    from puna.text.pretrained import load_merged
 
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     beside = named_paths(companions or (), "--companion").items()
     talk(
-        load(model, dtype=kind, device=where),
+        load_merged(model, dtype=kind, device=where),
         sampling=Sampling(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
         ),
         system=system,
         strategy=named_strategy(strategy),
-        models={name: load(source, dtype=kind, device=where) for name, source in beside},
+        models={name: load_merged(source, dtype=kind, device=where) for name, source in beside},
         layout={"quantize": quantize, "kernels": kernels},
         compare=compare,
     )

@@ -101,7 +101,8 @@ class Chat:
         self._model = model
         self._models = models
         self._layout = layout or {}
-        self.sides = [self._side(model)]
+        self.sides: list[Side] = []
+        self.sides.append(self._side(model))
         self.reset()
 
     @property
@@ -130,10 +131,10 @@ class Chat:
         """Let the model ``name`` answer too, from the same conversation on; without a name no longer."""
         del self.sides[1:]
         if name:
-            from puna.text.pretrained import load
+            from puna.text.pretrained import load_merged
 
             kind, where = self._model.dtype, str(self._model.device)
-            other = self._side(load(name, dtype=kind, device=where), name)
+            other = self._side(load_merged(name, dtype=kind, device=where), name)
             other.messages = list(self.messages)
             self.sides.append(other)
 
@@ -142,7 +143,8 @@ class Chat:
             raise PunaError(
                 "the model has no chat template", where=model.source, fix="use a model that was tuned to chat"
             )
-        engine = Engine(model, models=self._models, **self._layout)
+        like = self.sides[0].engine if self.sides else None
+        engine = Engine(model, models=self._models, like=like, **self._layout)
         return Side(name or Path(str(model.source or "model")).name, engine)
 
     # ---- answers ---------------------------------------------------------------------------------
@@ -220,12 +222,16 @@ class Chat:
         if name == "/system":
             self.system = argument or None
             self.reset()
+            self._aside("a new conversation, " + ("with" if argument else "without") + " a system message")
         elif name == "/reset":
             self.reset()
+            self._aside("a new conversation")
         elif name == "/compare":
             self.compare(argument)
+            self._aside(f"answering: {', '.join(side.name for side in self.sides)}")
         elif name == "/strategy":
             self.strategy = resolve(named_strategy(argument))
+            self._aside(f"decoding: {self.strategy.name}")
         elif name == "/save":
             self._save(argument)
         elif name == "/help":
@@ -317,7 +323,10 @@ def chat(
     if compare:
         conversation.compare(compare)
     interactive = lines is None and sys.stdin.isatty()
-    for line in _typed() if interactive else (sys.stdin if lines is None else lines):
+    engine = conversation.sides[0].engine
+    form = (layout or {}).get("quantize") or str(model.dtype).removeprefix("torch.")
+    told = f"{conversation.sides[0].name}, {form}, {engine.kernels} kernels"
+    for line in _typed(told) if interactive else (sys.stdin if lines is None else lines):
         text = line.strip()
         if not text:
             continue
@@ -333,10 +342,10 @@ def chat(
     return conversation.messages
 
 
-def _typed() -> Iterable[str]:
+def _typed(told: str) -> Iterable[str]:
     """Lines as they are typed; the arrow keys bring back those of this chat and of earlier ones."""
     with _history():
-        print("Type a message, or /help.", file=sys.stderr)
+        print(f"{told}. Type a message, or /help.", file=sys.stderr)
         while True:
             try:
                 yield input("> ")

@@ -98,8 +98,7 @@ def open_catalog(
     these alone; the rest of the model is held once, as companions are.
     """
     from puna.model.adapter_files import merged_copy
-    from puna.model.adapters import merge_lora
-    from puna.text.pretrained import load, read_tokenizer, settle_tokens
+    from puna.text.pretrained import load_merged, read_tokenizer, settle_tokens
     from puna.text.template import find_template
 
     if not models:
@@ -107,13 +106,11 @@ def open_catalog(
     twice = sorted(set(models) & set(adapters))
     if twice:
         raise PunaError("a model and an adapter have the same name", found=twice[0], fix="NAME=path")
-    beside = {name: load(source, dtype=dtype, device=device) for name, source in companions.items()}
+    beside = {name: load_merged(source, dtype=dtype, device=device) for name, source in companions.items()}
     catalog = Catalog()
     like = None
     for name, source in models.items():
-        model = load(source, dtype=dtype, device=device)
-        if model.adapter is not None:
-            merge_lora(model)
+        model = load_merged(source, dtype=dtype, device=device)
         catalog[name] = serve_model(name, model, beside, engine, like=like)
         like = like or catalog[name].engine
     first = next(iter(models))
