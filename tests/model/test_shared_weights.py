@@ -97,7 +97,7 @@ def test_packed_matrices_are_shared_and_give_the_same_bits(name: str, quantize: 
     whole = NativeStepper(base, quantize=quantize, cache_tokens=64, like=first)
     assert (alone.shared_bytes, shared.weight_bytes) == (0, alone.weight_bytes)
     # Of the packed matrices only that of queries, keys and values is another one.
-    assert 0.5 * alone.weight_bytes < shared.shared_bytes < whole.shared_bytes
+    assert 0.4 * alone.weight_bytes < shared.shared_bytes < whole.shared_bytes
     ids = ids_of(model.spec, 40)
     del first  # what is shared lives on
     assert torch.equal(hidden_of(shared, ids, [40]), hidden_of(alone, ids, [40]))
