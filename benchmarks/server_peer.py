@@ -35,8 +35,8 @@ from benchmarks.server_client import ROOT
 ASSET = "smollm2-135m-instruct"
 SLOTS = 16
 CONTEXT = 1024  # tokens of a slot; the longest request has 64 + 447 + 255
-RATES = (4, 6, 8, 12, 16, 24)  # requests a second that are tried, from below
-COUNT = 40  # requests of a load by rate
+RATES = (0.5, 1.0, 1.5, 2.0, 4.0, 6.0, 8.0)  # requests a second that are tried, from below
+SECONDS = 12  # of a load by rate, which has twelve requests at least
 console = Console(width=int(os.environ.get("COLUMNS", "150")))
 
 
@@ -66,10 +66,10 @@ class Load:
         return found
 
 
-def by_rate(rate: int, offset: int) -> Load:
+def by_rate(rate: float, offset: int) -> Load:
     """So many requests a second, evenly."""
-    shapes = tuple((64 + 173 * i % 448, 32, i / rate) for i in range(COUNT))
-    return Load(f"{rate} requests a second", shapes, offset)
+    shapes = tuple((64 + 173 * i % 448, 32, i / rate) for i in range(max(SECONDS, round(SECONDS * rate))))
+    return Load(f"{rate:g} requests a second", shapes, offset)
 
 
 MIXED = Load(f"{SLOTS} at once", tuple((64 + 173 * i % 448, 64 + 89 * i % 192, 0.0) for i in range(SLOTS)), 0)
@@ -228,7 +228,7 @@ def token_ids(gguf: Path) -> list[int]:
 
     tokenizer = load(gguf).tokenizer
     assert tokenizer is not None
-    return tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))[:200_000])
+    return tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))[:250_000])
 
 
 Start = Callable[[Path, Path, int], Peer]
@@ -246,14 +246,14 @@ def run(
         peer.end()
 
 
-def highest(start: Start, ids: Sequence[int], gguf: Path, log: Path, threads: int) -> int:
-    """The highest of the rates that a server bears, in one process; 2 if it bears none of them."""
+def highest(start: Start, ids: Sequence[int], gguf: Path, log: Path, threads: int) -> float:
+    """The highest of the rates that a server bears, in one process; 0 if it bears none of them."""
     peer = start(gguf, log, threads)
-    found = 2
+    found = 0.0
     try:
         asyncio.run(serve(peer, [Request(tuple(ids[-64:]), 8, 0.0)]))
         for number, rate in enumerate(RATES):
-            if not asyncio.run(serve(peer, by_rate(rate, 3000 * number).requests(ids))).borne:
+            if not asyncio.run(serve(peer, by_rate(rate, 6000 * number).requests(ids))).borne:
                 break
             found = rate
     finally:
@@ -273,14 +273,10 @@ def compare(program: Path, *, runs: int, threads: int) -> int:
     with tempfile.TemporaryDirectory(prefix="puna-server-") as folder:
         log = Path(folder) / "server.log"
         rates = {name: highest(start, ids, gguf, log, threads) for name, start in sides.items()}
-        console.print(
-            "requests a second borne: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())
-        )
-        loads = [
-            by_rate(2, 3000),
-            *([by_rate(min(rates.values()), 9000)] if min(rates.values()) > 2 else []),
-            MIXED,
-        ]
+        told = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        console.print(f"requests a second borne: {told}")
+        both = min(rates.values())
+        loads = [by_rate(2, 0), *([by_rate(both, 10_000)] if both not in (0, 2) else []), MIXED]
         found: dict[str, list[list[Result]]] = {name: [] for name in sides}
         for number in range(runs):
             for name, start in sides.items():
