@@ -72,7 +72,9 @@ def by_rate(rate: float, offset: int) -> Load:
     return Load(f"{rate:g} requests a second", shapes, offset)
 
 
-MIXED = Load(f"{SLOTS} at once", tuple((64 + 173 * i % 448, 64 + 89 * i % 192, 0.0) for i in range(SLOTS)), 0)
+MIXED = Load(
+    f"{SLOTS} at once", tuple((64 + 173 * i % 448, 64 + 89 * i % 192, 0.0) for i in range(SLOTS)), 20_000
+)
 
 
 @dataclass(frozen=True)
