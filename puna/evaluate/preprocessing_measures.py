@@ -11,7 +11,7 @@ from puna.core.errors import PunaError
 from puna.core.files import write_text
 from puna.core.stage import Context, Outcome
 from puna.data.tables.questions import NO, YES, Question, read
-from puna.data.tables.rows import parse, render
+from puna.data.tables.rows import render
 from puna.evaluate import table_scores
 from puna.evaluate.askers import Asker, EndpointAsker, EngineAsker
 from puna.evaluate.preprocessing import Answered, preprocess
@@ -39,7 +39,6 @@ def run(context: Context, parameters: AskTables) -> Outcome:
         labelled = [question for question in questions if question.role == "example"]
         if not asked:
             raise PunaError("the file holds no question to ask", where=path, fix="give one the role asked")
-        metrics[f"broken_rows.{name}"] = float(broken_rows(questions))
         found = {
             way: preprocess(asker, asked, labelled, settings, context.seed)
             for way, settings in parameters.ways.items()
@@ -65,12 +64,6 @@ def run(context: Context, parameters: AskTables) -> Outcome:
     answers = context.out / "answers.jsonl"
     write_text(answers, "".join(lines))
     return Outcome({"answers": answers}, metrics)
-
-
-def broken_rows(questions: Sequence[Question]) -> int:
-    """Rows that are not given back, columns in order, by rendering and parsing."""
-    rows = [row for question in questions for row in question.records]
-    return sum(list(parse(render(row)).items()) != list(row.items()) for row in rows)
 
 
 def _asker(context: Context, parameters: AskTables) -> Asker:

@@ -10,7 +10,7 @@ from puna.core.stage import Context, Cost, Input, Outcome, Parameters, PlanOnly,
 from puna.data.tables.grouping import Grouping
 from puna.data.tables.prompts import ROLE
 
-_TOKENS_A_QUESTION = 80  # for plans only
+_TOKENS_A_QUESTION = 120  # for plans only
 
 
 class Way(Parameters):
@@ -79,7 +79,7 @@ class AskTables(Parameters):
     quantize: Literal["int8", "int4"] | None = None
     """How the engine lays the model's weights out; null as they are."""
     expected_questions: Annotated[int, PlanOnly()] = pydantic.Field(400, ge=1)
-    """How many questions all files hold together: what a plan goes by."""
+    """How many questions all ways ask together: what a plan goes by."""
 
     @pydantic.model_validator(mode="after")
     def _known(self) -> AskTables:
@@ -91,7 +91,7 @@ class AskTables(Parameters):
 
 def _cost(parameters: AskTables, shapes: Any) -> Cost:
     """A prompt's examples are read once, since prompts that begin alike share what is stored of that."""
-    tokens = float(len(parameters.ways) * parameters.expected_questions * _TOKENS_A_QUESTION)
+    tokens = float(parameters.expected_questions * _TOKENS_A_QUESTION)
     weights = max((spec.parameter_count() for spec in shapes.models.values()), default=0)
     return Cost(tokens=tokens, flops=2.0 * tokens * weights, memory=6.0 * weights)
 

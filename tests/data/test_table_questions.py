@@ -240,5 +240,6 @@ def test_the_stage_writes_questions_and_counts_them(tmp_path: Path) -> None:
         task="entity_matching", table=str(file), questions=20, examples=4, noise_columns=2, share=0.25
     )
     outcome = get_stage("table_questions").function(Context("q", tmp_path, {}, seed=1), parameters)
-    assert outcome.metrics == {"asked": 20.0, "examples": 4.0, "yes": pytest.approx(0.2)}
+    counts = {"asked": 20.0, "examples": 4.0, "rows": 120.0 + 48.0, "broken_rows": 0.0}
+    assert outcome.metrics == {**counts, "yes": pytest.approx(0.2)}
     assert len(read(outcome.outputs["questions"])) == 24

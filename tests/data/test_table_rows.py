@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
-from puna.data.tables import table
+from puna.data.tables import rows, table
 from puna.data.tables.rows import parse, render
 
 CELLS = (
@@ -108,3 +108,10 @@ def test_any_other_text_is_refused_and_what_is_read_is_rendered_alike(text: str)
     except PunaError:
         return
     assert parse(render(row)) == row
+
+
+def test_rows_that_do_not_come_back_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = [{"a": "x"}, {"a": None}, {"b": "x"}]
+    assert rows.broken(some) == 0
+    monkeypatch.setattr(rows, "render", lambda row: '[a: "x"]')
+    assert rows.broken(some) == 2

@@ -10,18 +10,21 @@ from puna.core.errors import PunaError
 from puna.core.stage import Context, Outcome
 from puna.data.tables import planting
 from puna.data.tables.questions import Question, write
-from puna.data.tables.rows import render
+from puna.data.tables.rows import broken, render
 from puna.data.tables.settings import TableQuestions
 from puna.data.tables.table import Table, febrl, r_table, read_file
 
 
 def run(context: Context, parameters: TableQuestions) -> Outcome:
     """Write the questions and count them."""
-    questions = make(parameters, context.seed)
+    table = load(parameters)
+    questions = make(parameters, context.seed, table)
     path = context.out / "questions.jsonl"
     write(questions, path)
     asked = [question for question in questions if question.role == "asked"]
+    rows = [*table.rows, *(row for question in questions for row in question.records)]
     metrics = {"asked": float(len(asked)), "examples": float(len(questions) - len(asked))}
+    metrics |= {"rows": float(len(rows)), "broken_rows": float(broken(rows))}
     known = [question for question in asked if question.answer is not None]
     if known:
         metrics["yes"] = sum(question.answer == "Yes" for question in known) / len(known)
@@ -35,9 +38,9 @@ def run(context: Context, parameters: TableQuestions) -> Outcome:
     return Outcome({"questions": path}, metrics)
 
 
-def make(parameters: TableQuestions, seed: int) -> list[Question]:
-    """The questions, examples first."""
-    table = load(parameters)
+def make(parameters: TableQuestions, seed: int, table: Table | None = None) -> list[Question]:
+    """The questions, examples first; of ``table`` if it is loaded already."""
+    table = load(parameters) if table is None else table
     return _planted(parameters, table, seed) if parameters.planted else _as_it_is(parameters, table, seed)
 
 

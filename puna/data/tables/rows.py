@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from json.decoder import scanstring  # type: ignore[attr-defined]  # as documented as JSONDecoder is
 
 from puna.core.errors import PunaError
@@ -49,6 +49,11 @@ def parse(text: str) -> dict[str, str | None]:
         if text[place:] == "]":
             return row
         place = _expect(text, place, _SEPARATOR)
+
+
+def broken(rows: Iterable[Row]) -> int:
+    """How many rows do not come back as they were, columns in order; 0, or :func:`render` is wrong."""
+    return sum(list(parse(render(row)).items()) != list(row.items()) for row in rows)
 
 
 def _name(name: str) -> str:
