@@ -126,18 +126,23 @@ class Segments:
 
     def stripped(self, character_class: str = "white_space") -> Segments:
         """The same segments without characters of a class at their ends, as ``str.strip`` does."""
-        solid = self.texts.shared(
-            ("places outside", character_class),
-            lambda texts: numpy.flatnonzero(~texts.is_class(character_class)),
-        )
-        if not len(solid):
-            return Segments(self.texts, self.starts, self.starts, self.document)
-        first = numpy.searchsorted(solid, self.starts)
-        last = numpy.searchsorted(solid, self.ends) - 1
+        texts = self.texts
+        if character_class == "white_space":
+            solid = texts.words("white_space")
+        else:
+            key = ("runs outside", character_class)
+            solid = texts.shared(key, lambda batch: batch.runs(~batch.is_class(character_class)))
+        if not solid.count:
+            return Segments(texts, self.starts, self.starts, self.document)
+        # The first run that ends behind a segment's start, and the last that starts before its end.
+        first = numpy.searchsorted(solid.ends, self.starts, side="right")
+        last = numpy.searchsorted(solid.starts, self.ends) - 1
         filled = first <= last
-        starts = numpy.where(filled, solid[numpy.minimum(first, len(solid) - 1)], self.starts)
-        ends = numpy.where(filled, solid[numpy.maximum(last, 0)] + 1, self.starts)
-        return Segments(self.texts, starts, ends, self.document)
+        starts = numpy.maximum(self.starts, solid.starts[numpy.minimum(first, solid.count - 1)])
+        ends = numpy.minimum(self.ends, solid.ends[numpy.maximum(last, 0)])
+        starts = numpy.where(filled, starts, self.starts)
+        ends = numpy.where(filled, ends, self.starts)
+        return Segments(texts, starts, ends, self.document)
 
     def ngrams(self, n: int) -> Segments:
         """``n`` neighbours of one document each, from the first's start to the last's end.

@@ -48,8 +48,10 @@ def words(texts: Texts, settings: NoSettings) -> Signals:
 
 def word_count(texts: Texts) -> NDArray[numpy.int64]:
     """[count] fastText's words that begin with a letter or digit."""
-    found = texts.words("fasttext")
-    return found.total(texts.is_class("alphanumeric")[found.starts])
+    begins = numpy.ones(len(texts.codes), dtype=bool)
+    begins[1:] = texts.is_class("fasttext_space")[:-1]
+    begins[texts.bounds[:-1][texts.lengths > 0]] = True
+    return texts.total(begins & texts.is_class("alphanumeric"))
 
 
 @score(

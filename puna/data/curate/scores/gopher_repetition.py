@@ -45,8 +45,8 @@ class RepetitionSettings(Parameters):
 def extra(texts: Texts, settings: RepetitionSettings) -> Signals:
     """Shares of lines, paragraphs and runs of words that have come before."""
     signals: dict[str, NDArray[numpy.float64]] = {}
-    paragraphs = texts.view("stripped", str.strip).lines("paragraph")
-    for name, segments in (("line", texts.lines("broken")), ("paragraph", paragraphs)):
+    for name, kind in (("line", "broken"), ("paragraph", "paragraph_of_stripped")):
+        segments = texts.lines(kind)
         copies = segments.duplicated()
         signals[f"extra_{name}_share"] = segments.mean(copies)
         signals[f"extra_{name}_characters"] = ratio(segments.total(segments.lengths * copies), texts.lengths)
@@ -69,3 +69,15 @@ def _broken(texts: Texts) -> Segments:
     kept[found.bounds[:-1]] = True
     kept[found.bounds[1:] - 1] = True
     return found.where(kept)
+
+
+@lines("paragraph_of_stripped")
+def _paragraph_of_stripped(texts: Texts) -> Segments:
+    r"""What ``re.split(r"\n{2,}", text.strip())`` gives."""
+    found, inner = texts.lines("paragraph"), texts.whole().stripped()
+    starts = numpy.maximum(found.starts, inner.starts[found.document])
+    ends = numpy.minimum(found.ends, inner.ends[found.document])
+    # A text of white space alone has one paragraph, an empty one.
+    kept = starts < ends
+    kept[found.bounds[:-1][inner.lengths == 0]] = True
+    return Segments(texts, starts[kept], numpy.maximum(starts, ends)[kept], found.document[kept])

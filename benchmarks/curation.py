@@ -1,0 +1,211 @@
+"""Curation: puna and its peers over the same documents, in turn, shard by shard.
+
+    python -m benchmarks.curation [WORK ...] [--shards 8] [--workers 1] [--peers /path/to/python]
+
+Peers live in an environment of their own (``pip install datatrove[processing] spacy`` there); its
+interpreter is given as ``--peers`` or ``PUNA_PEERS``. Every figure is a fresh process that reads JSON lines,
+filters, and writes the survivors. What is compared is documents per second of processor time, which others
+at work on the machine change little; wall time is told beside it. Both sides take one shard after another
+in turns, so that a change of the machine's pace meets both. Survivors are compared text by text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.curation_texts import shards
+
+SIDE = Path(__file__).parent / "peers" / "curation.py"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done by puna's pipeline and by each peer, given what the peer's side needs to know."""
+
+    name: str
+    says: str
+    pipeline: Any
+    peers: dict[str, dict[str, Any]]
+
+
+@dataclass
+class Row:
+    """What one side took in all, over its shards."""
+
+    documents: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    processor: float = 0.0
+    peak: int = 0
+    steps: Counter[str] = field(default_factory=Counter)
+    survivors: Counter[bytes] = field(default_factory=Counter)
+
+
+DATATROVE = {
+    "datatrove": {"side": "datatrove", "words": "spacy"},
+    "datatrove, str.split": {"side": "datatrove", "words": "white_space"},
+}
+WORKS = [
+    Work(
+        "gopher",
+        "Gopher's quality and repetition rules as datatrove reads them",
+        str(Path(__file__).parent / "curation_gopher.yaml"),
+        DATATROVE,
+    ),
+    Work(
+        "dclm",
+        "DCLM-Baseline's rules about pages, with its own counts, at the same thresholds",
+        "dclm-pages",
+        DATATROVE,
+    ),
+]
+
+
+def main() -> None:
+    """Run the works and print a table of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("works", nargs="*", default=[work.name for work in WORKS])
+    parser.add_argument("--shards", type=int, default=len(shards()))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--peers", default=os.environ.get("PUNA_PEERS"))
+    parser.add_argument("--out", type=Path, help="also write all figures there, as JSON")
+    given = parser.parse_args()
+    told = {}
+    done: dict[tuple[str, str, str], Row] = {}
+    for work in (work for work in WORKS if work.name in given.works):
+        rows = run(work, shards()[: given.shards], given.workers, given.peers, done)
+        show(work, rows)
+        told[work.name] = {name: _plain(row) for name, row in rows.items()}
+    if given.out is not None:
+        given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def run(
+    work: Work, files: list[Path], workers: int, peers: str | None, done: dict[tuple[str, str, str], Row]
+) -> dict[str, Row]:
+    """All sides over all files; ``done`` remembers what peers did, since works may share them."""
+    sides = {"puna": {"side": "puna", "pipeline": work.pipeline}}
+    sides |= work.peers if peers else {}
+    rows = {name: Row() for name in sides}
+    for file in _groups(files, workers):
+        for name, settings in sides.items():
+            key = (name, json.dumps(settings, sort_keys=True), str(file))
+            if key not in done:
+                interpreter = sys.executable if name == "puna" else str(peers)
+                done[key] = measure(interpreter, settings, file, workers)
+            _add(rows[name], done[key])
+    return rows
+
+
+def _groups(files: list[Path], workers: int) -> Iterator[list[Path]]:
+    for at in range(0, len(files), workers):
+        yield files[at : at + workers]
+
+
+def measure(interpreter: str, settings: dict[str, Any], files: list[Path], workers: int) -> Row:
+    """One side over some files in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "in").mkdir()
+        for file in files:
+            (place / "in" / file.name).symlink_to(file)
+        job = {
+            **settings,
+            "files": [str(place / "in" / file.name) for file in files],
+            "out": str(place / "out"),
+            "workers": workers,
+        }
+        (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        command = [interpreter, str(SIDE), str(place / "job.json"), str(place / "result.json")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        if interpreter != sys.executable:
+            environment.pop("PYTHONPATH", None)
+        made = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if made.returncode:
+            raise SystemExit(f"{settings['side']} failed:\n{made.stderr[-3000:]}")
+        result = json.loads((place / "result.json").read_text(encoding="utf-8"))
+        sizes = [file.stat().st_size for file in files]
+        lines = sum(file.read_bytes().count(b"\n") for file in files)
+        return Row(
+            lines,
+            sum(sizes),
+            result["seconds"],
+            result["processor"],
+            result["peak"],
+            Counter(result["steps"]),
+            Counter(_survivors(place / "out")),
+        )
+
+
+def _survivors(folder: Path) -> Iterator[bytes]:
+    """Hashes of the texts that a side has kept, out of JSON lines or parquet below its folder."""
+    for file in sorted((folder / "kept").glob("**/*.jsonl")):
+        with file.open(encoding="utf-8") as lines:
+            yield from (_hash(json.loads(line)["text"]) for line in lines)
+    for file in sorted((folder / "corpus").glob("**/*.parquet")):
+        import pyarrow.parquet
+
+        column = pyarrow.parquet.read_table(file, columns=["text"]).column("text")
+        yield from map(_hash, column.to_pylist())
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+
+
+def _add(row: Row, other: Row) -> None:
+    row.documents += other.documents
+    row.bytes += other.bytes
+    row.seconds += other.seconds
+    row.processor += other.processor
+    row.peak = max(row.peak, other.peak)
+    row.steps += other.steps
+    row.survivors += other.survivors
+
+
+def show(work: Work, rows: dict[str, Row]) -> None:
+    """Print what each side took, how many times longer than puna, and whose survivors are whose."""
+    from rich.console import Console
+    from rich.table import Table
+
+    puna = rows["puna"]
+    table = Table(title=f"{work.name}: {work.says}; {puna.documents} documents, {puna.bytes / 1e6:.0f} MB")
+    for heading in ("", "docs/s per core", "MB/s per core", "times", "wall s", "peak MB", "kept", "as puna"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, row in rows.items():
+        same = (row.survivors & puna.survivors).total() / max((row.survivors | puna.survivors).total(), 1)
+        table.add_row(
+            name,
+            f"{row.documents / row.processor:.0f}",
+            f"{row.bytes / 1e6 / row.processor:.2f}",
+            f"{row.processor / puna.processor:.2f}",
+            f"{row.seconds:.1f}",
+            f"{row.peak / 1e6:.0f}",
+            str(row.survivors.total()),
+            f"{same:.2%}",
+        )
+    console = Console(width=140)
+    console.print(table)
+    for name, row in rows.items():
+        steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in row.steps.items())
+        console.print(f"{name}: {steps}")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    numbers = {key: value for key, value in vars(row).items() if key not in ("survivors", "steps")}
+    return {**numbers, "kept": row.survivors.total(), "steps": dict(row.steps)}
+
+
+if __name__ == "__main__":
+    main()

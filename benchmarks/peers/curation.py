@@ -1,0 +1,140 @@
+"""One side of the curation benchmark in a process of its own: it curates the files of a job.
+
+    python benchmarks/peers/curation.py JOB.json RESULT.json
+
+It runs under the interpreter of the peer, which knows nothing of puna: what a side needs is imported in it.
+A job names the side, the work, the JSON lines to read, a folder to write to and how many workers may run.
+What is written is what the work took, from the first document read to the last survivor written: seconds,
+seconds of processor time (of this process and of its workers), peak memory (of the largest process, and of
+all at once as far as they are started one by one), and seconds of each step as the side itself tells them.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Steps = dict[str, float]
+Side = Callable[[dict[str, Any]], Callable[[], Steps]]
+
+
+def puna(job: dict[str, Any]) -> Callable[[], Steps]:
+    """The stage ``curate``, as a user has it, up to the corpus of survivors."""
+    from puna.data.curate.account import account, corpus_of
+    from puna.data.curate.curation import CurateParameters, Curation
+    from puna.data.curate.operator import all_operators
+    from puna.data.curate.pool import Pool  # noqa: F401  (imported before the clock runs)
+
+    all_operators()
+    folder = Path(job["out"])
+    parameters = CurateParameters(
+        sources=[{"format": "jsonl", "path": file, "name": Path(file).stem} for file in job["files"]],
+        pipeline=job["pipeline"],
+        executor="here" if job["workers"] == 1 else "processes",
+        workers=job["workers"],
+    )
+
+    def run() -> Steps:
+        pool = Curation(parameters, folder / "pool").run()
+        counts = account(pool)
+        corpus_of(pool, folder / "corpus", counts)
+        return {}
+
+    return run
+
+
+def datatrove(job: dict[str, Any]) -> Callable[[], Steps]:
+    """datatrove's pipeline on its local executor, with spaCy's words or, patched in, those of str.split."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter, gopher_quality_filter
+    from datatrove.pipeline.filters import gopher_repetition_filter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.text import split_into_words
+
+    if job["words"] == "white_space":
+        for module in (gopher_quality_filter, gopher_repetition_filter):
+            module.split_into_words = lambda text, language: text.split()
+    else:
+        split_into_words("Words are split once before the clock runs.", "eng")
+    folder = Path(job["files"][0]).parent
+    out = Path(job["out"])
+    executor = LocalPipelineExecutor(
+        pipeline=[
+            JsonlReader(str(folder), glob_pattern="*.jsonl", text_key="text", id_key="id"),
+            GopherQualityFilter(),
+            GopherRepetitionFilter(),
+            JsonlWriter(str(out / "kept"), compression=None),
+        ],
+        tasks=len(job["files"]),
+        workers=job["workers"],
+        logging_dir=str(out / "logs"),
+    )
+
+    def run() -> Steps:
+        stats = executor.run()
+        return {step.name: step.time_stats.total for step in stats.stats}
+
+    return run
+
+
+SIDES: dict[str, Side] = {"puna": puna, "datatrove": datatrove}
+
+
+def _used() -> tuple[float, float]:
+    """Wall and processor seconds so far, those of finished children included."""
+    each = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in each)
+
+
+def _resident() -> int:
+    """Bytes that this process and its children hold now."""
+    total, todo = 0, [str(threading.main_thread().native_id)]
+    while todo:
+        process = todo.pop()
+        try:
+            total += int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
+            for thread in Path(f"/proc/{process}/task").iterdir():
+                todo += (thread / "children").read_text().split()
+        except OSError:  # it has ended meanwhile
+            continue
+    return total
+
+
+def main() -> None:
+    """Do the job and write the result."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    run = SIDES[job["side"]](job)
+    before = _resident()
+    peak, done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.1):
+            peak = max(peak, _resident())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    wall, processor = _used()
+    steps = run()
+    wall_after, processor_after = _used()
+    done.set()
+    watcher.join()
+    result = {
+        "seconds": wall_after - wall,
+        "processor": processor_after - processor,
+        "peak": peak,
+        "before": before,
+        "steps": steps,
+    }
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
