@@ -15,6 +15,7 @@ from puna.core.errors import PunaError
 from puna.options import Companions, Device, Dtype, Kernels, Quantized, named_paths
 from puna.options import parse_settings as _settings
 from puna.options import show as _print
+from puna.pools import data_app
 from puna.serve.verbs import serve, ui
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ assets_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Models and texts that puna can fetch."
 )
 app.add_typer(assets_app, name="assets")
+app.add_typer(data_app, name="data")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="NAME|RECIPE.yaml", help="A system, a recipe, a run folder.")

@@ -64,19 +64,22 @@ def clear_leftovers(folder: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def write_aside(path: Path | str) -> Iterator[Path]:
+def write_aside(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
     """Yield a path beside ``path``; when the block ends well, its file takes the name at once.
 
-    A crash leaves the old file, or none: never half a file.
+    A crash leaves the old file, or none: never half a file. Without ``sync`` that holds for a crash of the
+    process, not of the machine: for many files that can be made again.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield aside
-        _sync(aside)
+        if sync:
+            _sync(aside)
         os.replace(aside, target)
-        _sync(target.parent)
+        if sync:
+            _sync(target.parent)
     finally:
         aside.unlink(missing_ok=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,24 +131,70 @@ def write_corpus(
                 "no row is left to write", where=folder, fix="see the ledger for what was dropped"
             )
         counted = ledger.as_json() if isinstance(ledger, Ledger) else dict(ledger)
-        wrong = unbalanced(counted)
-        if wrong is not None:
-            raise PunaError(f"the counts of step {wrong!r} do not add up", where=folder, found=counted[wrong])
-        licences = sorted({str(entry.get("licence", "unknown")) for entry in provenance})
-        meta = {
-            "format": _FORMAT,
-            "kind": known,
-            "schema": COLUMNS[known],
-            "counts": dict(writer.counts["", ""]),
-            "sources": writer.counts_by(0),
-            "languages": writer.counts_by(1),
-            "licences": licences,
-            "provenance": [dict(entry) for entry in provenance],
-            "ledger": counted,
-            "shards": writer.shards,
-        }
-        write_json(aside / META, meta)
+        _describe(aside, known, writer, provenance, counted)
     return Corpus.open(folder)
+
+
+def assemble_corpus(
+    folder: Path | str,
+    kind: str,
+    shards: Iterable[tuple[Path, Mapping[tuple[str, str], Mapping[str, int]]]],
+    *,
+    provenance: Sequence[Mapping[str, Any]],
+    ledger: Mapping[str, Any],
+) -> Corpus:
+    """Make a corpus of Parquet files that hold checked rows of the kind, with their counts.
+
+    Counts are by (source, language), with "" for all of them, as rows, words and bytes. The files are
+    linked where that is possible, and copied elsewhere.
+    """
+    known = known_kind(kind, where=folder)
+    with folder_aside(folder) as aside:
+        writer = _Writer(aside, known)
+        for path, counts in shards:
+            rows = counts.get(("", ""), {}).get("rows", 0)
+            if not rows:
+                continue
+            file = aside / f"rows-{len(writer.shards):05d}.parquet"
+            try:
+                os.link(path, file)
+            except OSError:
+                shutil.copy2(path, file)
+            size = file.stat().st_size
+            writer.shards.append({"file": file.name, "rows": rows, "bytes": size, "sha256": sha256_of(file)})
+            for key, count in counts.items():
+                for unit, number in count.items():
+                    writer.counts[key][unit] += number
+        if not writer.shards:
+            raise PunaError("no row is left", where=folder, fix="see the ledger for what was dropped")
+        _describe(aside, known, writer, provenance, ledger)
+    return Corpus.open(folder)
+
+
+def _describe(
+    folder: Path,
+    kind: Kind,
+    writer: _Writer,
+    provenance: Sequence[Mapping[str, Any]],
+    ledger: Mapping[str, Any],
+) -> None:
+    """Write ``corpus.json`` about what a writer has written."""
+    wrong = unbalanced(ledger)
+    if wrong is not None:
+        raise PunaError(f"the counts of step {wrong!r} do not add up", where=folder, found=ledger[wrong])
+    meta = {
+        "format": _FORMAT,
+        "kind": kind,
+        "schema": COLUMNS[kind],
+        "counts": dict(writer.counts["", ""]),
+        "sources": writer.counts_by(0),
+        "languages": writer.counts_by(1),
+        "licences": sorted({str(entry.get("licence", "unknown")) for entry in provenance}),
+        "provenance": [dict(entry) for entry in provenance],
+        "ledger": dict(ledger),
+        "shards": writer.shards,
+    }
+    write_json(folder / META, meta)
 
 
 class _Writer:

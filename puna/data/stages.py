@@ -1,4 +1,5 @@
-"""The stages of this room: ``corpus`` (sources -> corpus), ``sample`` (corpus -> part of it),
+"""The stages of this room: ``corpus`` (sources -> corpus), ``curate`` (sources -> pool of documents with
+signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
 (documents -> questions whose answer is known) and ``table_questions`` (a table -> questions about it)."""
 
@@ -8,6 +9,7 @@ from typing import Any
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
+from puna.data.curate.settings import CurateParameters
 from puna.data.settings import (
     CorpusParameters,
     InstructionsParameters,
@@ -22,6 +24,8 @@ from puna.data.tables.settings import TableQuestions
 _BYTES_PER_TOKEN = 4
 _BYTES_PER_DRAWN_TOKEN = 2.5  # text in a language the tokenizer was not made for
 _TOKENS_PER_SECOND = 30_000
+_CURATED_TOKENS_PER_SECOND = 500_000
+_CURATION_MEMORY = 1.5e9  # bytes, two processes
 _SIDES: dict[str, Kind] = {"train": "corpus", "held_out": "corpus"}
 
 
@@ -211,5 +215,33 @@ def table_questions(context: Context, parameters: TableQuestions) -> Outcome:
     One JSON line a question, for the stage ``ask_tables``. Time and memory grow linearly with the table.
     """
     from puna.data.tables.making import run
+
+    return run(context, parameters)
+
+
+def _curate_cost(parameters: CurateParameters, shapes: Any) -> Cost:
+    """As many tokens as plain files hold, before anything is dropped, or as the corpus that goes in."""
+    sizes = [file.stat().st_size for file in parameters.files() if file.suffix != ".yaml"]
+    tokens = sum(sizes) / _BYTES_PER_TOKEN or shapes.tokens
+    seconds = tokens / _CURATED_TOKENS_PER_SECOND
+    return Cost(tokens=tokens, seconds=seconds, memory=_CURATION_MEMORY, kind="documents")
+
+
+@stage(
+    "curate",
+    parameters=CurateParameters,
+    inputs={"corpus": Input("corpus", optional=True), "pool": Input("state", optional=True)},
+    outputs={"corpus": "corpus", "pool": "state"},
+    plan=_curate_cost,
+    reads=CurateParameters.files,
+    resumes="work",
+)
+def curate(context: Context, parameters: CurateParameters) -> Outcome:
+    """Take documents through a pipeline of operators and gates; what passes is a corpus.
+
+    Time grows linearly with the text, and with the processes that share it; memory is that of a batch for
+    each, plus what global operators say they need.
+    """
+    from puna.data.curate.stage import run
 
     return run(context, parameters)

@@ -200,7 +200,15 @@ def test_the_stage_says_which_files_it_reads(write: Any, wheel: Any) -> None:
 
 def test_the_room_registers_its_stages() -> None:
     stages = {name for name, stage in all_stages().items() if stage.function.__module__ == "puna.data.stages"}
-    assert stages == {"corpus", "instructions", "planted", "preferences", "sample"}
+    assert stages == {
+        "corpus",
+        "curate",
+        "instructions",
+        "planted",
+        "preferences",
+        "sample",
+        "table_questions",
+    }
 
 
 def test_a_corpus_is_described_with_counts_lengths_and_first_rows(make: Any, two: Any) -> None:

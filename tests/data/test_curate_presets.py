@@ -206,7 +206,7 @@ def test_a_threshold_from_both_sides(preset, family):
     texts = Texts([make(k) for k in numbers_])
     done = execute(load_pipeline(preset).steps, texts, everything=True)
     assert not done.failed
-    values = reduced(gate, done.signals[gate.signal], texts.lengths)
+    values = reduced(gate, done.signals, texts.count)
     inside = numpy.ones(len(values), dtype=bool)
     if least is not None:
         inside &= values >= least

@@ -16,12 +16,13 @@ import numpy
 from numpy.typing import NDArray
 
 from puna.core.errors import PunaError
-from puna.data.curate.gates import Found, passes
+from puna.data.curate.gates import Found, characters_of, passes
 from puna.data.curate.guard import Guard
 from puna.data.curate.operator import BadDocument, Mapped, Spans, apply_map, apply_score
 from puna.data.curate.pipeline import Step
 from puna.data.curate.texts import Texts
 
+FAILED = "failed: "
 _GATHER_BELOW = 0.5
 _MOST_MAY_FAIL = 16  # documents of a batch, before it is the step that is told to be at fault
 Stored = dict[str, "NDArray[numpy.float64] | Spans"]
@@ -56,8 +57,10 @@ class Pages:
 class Done:
     """What steps made of a batch, by row.
 
-    ``texts`` and ``languages`` hold None where nothing changed; ``dropped`` holds the name of the gate or
-    "" and ``failed`` the reason by row; ``counts`` are those of each step by its label.
+    ``texts`` and ``languages`` hold None where nothing changed. ``dropped`` holds why a document is not
+    kept: the name of a gate, or "failed: " with step and reason; "" if it is. ``failed`` holds what failed
+    at which step by row, of documents that a gate had dropped before, too, if they were worked on.
+    ``counts`` are those of each step by its label.
     """
 
     texts: list[str | None]
@@ -85,21 +88,24 @@ class _Work:
     languages: list[str | None]
     dropped: list[str]
     first: int
+    everything: bool
     failed: dict[int, str] = field(default_factory=dict)
     counts: dict[str, Count] = field(default_factory=dict)
 
     def gather(self) -> None:
-        """Leave documents behind that are not kept."""
-        if not self.alive.all():
+        """Leave documents behind that are not kept, unless all are worked on."""
+        if not self.everything and not self.alive.all():
             self.texts = self.texts.take(self.alive)
             self.rows = self.rows[self.alive]
             self.alive = numpy.ones(len(self.rows), dtype=bool)
 
     def fail(self, failed: Mapping[int, str], label: str) -> None:
         for place, reason in failed.items():
+            row = int(self.rows[place])
+            self.failed.setdefault(row, f"{label}: {reason}")
             if self.alive[place]:
                 self.alive[place] = False
-                self.failed[int(self.rows[place])] = f"{label}: {reason}"
+                self.dropped[row] = f"{FAILED}{self.failed[row]}"
 
     def store(self, name: str, values: NDArray[numpy.float64] | Spans) -> None:
         """Keep a signal of the documents that are worked on, by their rows."""
@@ -110,7 +116,7 @@ class _Work:
             column[self.rows] = values
             self.signals[name] = column
 
-    def put(self, mapped: Mapped) -> None:
+    def put(self, mapped: Mapped, label: str) -> None:
         """Take edited texts over, and leave behind what is not kept: a new batch is made in any case."""
         for place, tag in enumerate(mapped.languages or ()):
             if tag is not None:
@@ -120,12 +126,12 @@ class _Work:
         for place in changed:
             text = mapped.texts[place]
             assert text is not None
-            if not self.alive[place]:
+            if not (self.alive[place] or self.everything):
                 continue
             try:
                 self.sizes[self.rows[place]] = len(text.encode("utf-8"))
             except UnicodeEncodeError:
-                self.fail({place: "the text holds half a surrogate pair"}, "map")
+                self.fail({place: "the text holds half a surrogate pair"}, label)
                 continue
             self.edited[self.rows[place]] = text
         if changed:
@@ -165,6 +171,7 @@ def execute(
         [None] * count,
         [""] * count,
         first,
+        everything,
     )
     guard = guard or Guard()
     if pages is not None:
@@ -188,6 +195,7 @@ def execute(
         tally.seconds = time.perf_counter() - started
         if not everything and remaining and kept < _GATHER_BELOW * len(work.rows):
             work.gather()
+    work.everything = False
     work.gather()
     stored = {name: values for name, values in work.signals.items() if name not in (earlier or {})}
     return Done(
@@ -198,12 +206,10 @@ def execute(
 def _gate(work: _Work, step: Step, found: Mapping[str, Found]) -> None:
     gate = step.gate
     assert gate is not None
-    lengths = numpy.zeros(work.count, dtype=numpy.int64)
-    lengths[work.rows] = work.texts.lengths
     languages = [""] * work.count
     for row, language in zip(work.rows.tolist(), work.texts.languages, strict=True):
         languages[row] = language
-    passing = passes(gate, work.signals, languages, lengths, found.get(gate.name))[work.rows]
+    passing = passes(gate, work.signals, languages, found.get(gate.name))[work.rows]
     for row in work.rows[work.alive & ~passing].tolist():
         work.dropped[row] = gate.name
     work.alive &= passing
@@ -232,9 +238,11 @@ def _operate(work: _Work, step: Step, guard: Guard) -> None:
     mapped = _joined(parts, whole.count, step)
     for name, values in mapped.signals.items():
         work.store(f"{step.label}.{name}", values)  # type: ignore[arg-type]
+    if operator.spans:
+        work.store(characters_of(step.label), whole.lengths.astype(numpy.float64))
     work.fail(failed, step.label)
     if operator.kind == "map":
-        work.put(mapped)
+        work.put(mapped, step.label)
 
 
 def _joined(parts: Sequence[tuple[int, int, Mapped]], count: int, step: Step) -> Mapped:
@@ -293,7 +301,7 @@ def _extract(work: _Work, steps: Sequence[Step], pages: Pages, guard: Guard) -> 
         kept = len(places) - len(failed)
         work.counts[step.label] = Count(len(places), kept, 0, len(failed), time.perf_counter() - started)
     if raw:
-        work.put(Mapped(made))
+        work.put(Mapped(made), "extract")
     for step in steps:
         rows = [place for place in raw if made[place] is not None and by_media[pages.media[place]] is step]
         work.counts[step.label].bytes = int(work.sizes[rows].sum())

@@ -93,7 +93,9 @@ class Gate(Condition):
 
     def signals(self) -> list[str]:
         """Full names of the signals it reads."""
-        return [self.signal, *([self.when.signal] if self.when is not None else [])]
+        read = [self, *([self.when] if self.when is not None else [])]
+        beside = [characters_of(c.signal.rpartition(".")[0]) for c in read if c.reduce == "share"]
+        return [condition.signal for condition in read] + beside
 
 
 Found = Mapping[str, Mapping[str, float]]
@@ -104,17 +106,19 @@ def passes(
     gate: Gate,
     signals: Mapping[str, NDArray[numpy.float64] | Spans],
     languages: Sequence[str],
-    lengths: NDArray[numpy.int64],
     found: Found | None = None,
 ) -> NDArray[numpy.bool_]:
-    """[count] whether each document passes; ``found`` are the bounds of a gate by quantiles."""
-    values = reduced(gate, signals[gate.signal], lengths)
-    passing = numpy.ones(len(lengths), dtype=bool)
+    """[count] whether each document passes; ``found`` are the bounds of a gate by quantiles.
+
+    Beside a signal of spans there are the characters of each document as its step saw them.
+    """
+    values = reduced(gate, signals, len(languages))
+    passing = numpy.ones(len(languages), dtype=bool)
     for mask, bounds in _by_language(gate, languages, found or {}):
         passing[mask] = _within(values[mask], bounds)
     passing[numpy.isnan(values)] = gate.null == "keep"
     if gate.when is not None:
-        asked = reduced(gate.when, signals[gate.when.signal], lengths)
+        asked = reduced(gate.when, signals, len(languages))
         passing |= ~(_within(asked, gate.when.given()) & ~numpy.isnan(asked))
     return passing
 
@@ -153,15 +157,20 @@ def quantile_bounds(gate: Gate, values: NDArray[numpy.float64], languages: NDArr
     return found
 
 
+def characters_of(label: str) -> str:
+    """The name under which the characters of documents are stored as the step ``label`` saw them."""
+    return f"{label}#characters"
+
+
 def reduced(
-    condition: Condition, values: NDArray[numpy.float64] | Spans, lengths: NDArray[numpy.int64]
+    condition: Condition, signals: Mapping[str, NDArray[numpy.float64] | Spans], count: int
 ) -> NDArray[numpy.float64]:
     """[count] one number per document of a signal; spans are reduced as the condition says."""
+    values = signals[condition.signal]
     if not isinstance(values, Spans):
         return values
     known = ~numpy.isnan(values.values)
     document, numbers = values.document[known], values.values[known]
-    count = len(lengths)
     filled = numpy.bincount(document, minlength=count)
     if condition.reduce == "count":
         return filled.astype(numpy.float64)
@@ -171,6 +180,8 @@ def reduced(
         return result
     if condition.reduce == "share":
         covered = (values.ends - values.starts)[known] * numbers
+        lengths = signals[characters_of(condition.signal.rpartition(".")[0])]
+        assert not isinstance(lengths, Spans)
         return ratio(numpy.bincount(document, covered, minlength=count), lengths)
     total = numpy.bincount(document, numbers, minlength=count)
     if condition.reduce == "mean":

@@ -28,7 +28,11 @@ class StepTimeout(Exception):  # noqa: N818  (an event more than an error: what 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`StepTimeout` in the block after ``seconds``; without effect outside the main thread."""
+    """Raise :class:`StepTimeout` in the block after ``seconds`` of processor time.
+
+    Processor time, so that a busy machine fails nothing; what waits without working is left to whoever
+    started this process. Without effect outside the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -36,13 +40,13 @@ def time_limit(seconds: float) -> Iterator[None]:
     def ring(number: int, frame: object) -> None:
         raise StepTimeout
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Guard:
 
     seconds: float = 120.0
     deadly: frozenset[Range] = frozenset()
-    tell: Callable[[Range], None] = field(default=lambda work: None)
+    tell: Callable[[Range, float], None] = field(default=lambda work, seconds: None)
 
     def run(
         self, label: str, rows: Sequence[int], work: Callable[[int, int], Result]
@@ -92,7 +96,7 @@ class _Run(Generic[Result]):
         if range_ in self.guard.deadly:
             self._halve(start, stop, seconds, "the process died or hung")
             return
-        self.guard.tell(range_)
+        self.guard.tell(range_, seconds)
         try:
             with time_limit(seconds):
                 made = self.work(start, stop)
@@ -101,7 +105,7 @@ class _Run(Generic[Result]):
         except BadDocument as error:
             self._halve(start, stop, seconds, str(error))
         except StepTimeout:
-            self._halve(start, stop, seconds, f"took longer than {seconds:g} s")
+            self._halve(start, stop, seconds, f"took more than {seconds:g} s of processor time")
         except Exception as error:
             self._halve(start, stop, seconds, f"{type(error).__name__}: {error}"[:300])
         else:

@@ -23,7 +23,7 @@ import yaml
 from puna.core.errors import PunaError, nearest, unknown_name
 from puna.core.files import fingerprint
 from puna.core.stage import Parameters, validate
-from puna.data.curate.gates import Condition, Gate
+from puna.data.curate.gates import Condition, Gate, characters_of
 from puna.data.curate.operator import Kind, Operator, get_operator
 
 PRESETS = Path(__file__).parent / "presets"
@@ -68,6 +68,11 @@ class Step:
             return {}
         numbers = {f"{self.label}.{name}": False for name in self.operator.signals}
         return numbers | {f"{self.label}.{name}": True for name in self.operator.spans}
+
+    def columns(self) -> dict[str, bool]:
+        """Like :meth:`signals`, with the documents' characters that are stored beside spans."""
+        beside = {characters_of(self.label): False} if self.operator and self.operator.spans else {}
+        return self.signals() | beside
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ _BY_SUFFIX = {
 }
 
 
-def _with_format(value: Any) -> Any:
+def with_format(value: Any) -> Any:
     """A source's mapping with its ``format``, which the name of its file may tell."""
     if not isinstance(value, Mapping) or "format" in value:
         return value
@@ -58,8 +58,8 @@ AnySource = Annotated[
     | HuggingfaceSettings
     | ChatterbotSettings,
     pydantic.Field(discriminator="format"),
-    pydantic.BeforeValidator(_with_format),
+    pydantic.BeforeValidator(with_format),
 ]
 """Settings of any source, for the parameters of stages; ``format`` may be left out where a name tells it."""
 
-__all__ = ["SOURCES", "AnySource", "Item", "Reading", "Source", "SourceSettings"]
+__all__ = ["SOURCES", "AnySource", "Item", "Reading", "Source", "SourceSettings", "with_format"]

@@ -45,21 +45,21 @@ def line_chart(
     legend = 20 if len(lines) > 1 else 0
     x_scale = _Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, left, width - 14)
     y_scale = _Scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), height - 40, 28 + legend)
-    parts = [_text(0, 12, y, "axis")]
+    parts = [draw_text(0, 12, y, "axis")]
     for tick in y_ticks:
         place = y_scale(tick)
-        parts.append(_line(left, place, width - 14, place, "grid"))
-        parts.append(_text(left - 8, place + 4, short(tick), "tick", anchor="end"))
+        parts.append(draw_line(left, place, width - 14, place, "grid"))
+        parts.append(draw_text(left - 8, place + 4, short(tick), "tick", anchor="end"))
     for tick in (tick for tick in x_ticks if min(xs) <= tick <= max(xs)):
-        parts.append(_line(x_scale(tick), height - 40, x_scale(tick), height - 35, "rule"))
-        parts.append(_text(x_scale(tick), height - 21, short(tick), "tick", anchor="middle"))
-    parts.append(_line(left, height - 40, width - 14, height - 40, "rule"))
-    parts.append(_text((left + width - 14) / 2, height - 4, x, "axis", anchor="middle"))
+        parts.append(draw_line(x_scale(tick), height - 40, x_scale(tick), height - 35, "rule"))
+        parts.append(draw_text(x_scale(tick), height - 21, short(tick), "tick", anchor="middle"))
+    parts.append(draw_line(left, height - 40, width - 14, height - 40, "rule"))
+    parts.append(draw_text((left + width - 14) / 2, height - 4, x, "axis", anchor="middle"))
     if legend:
         parts.append(_legend(list(lines), left))
     for number, (name, points) in enumerate(lines.items()):
         parts.append(_path(name, points, x_scale, y_scale, number))
-    return _svg(parts, width, height, f"{y} over {x}")
+    return draw_frame(parts, width, height, f"{y} over {x}")
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,19 @@ def interval_chart(rows: Sequence[Row], *, x: str, zero: str, width: int = 1020)
     bottom = height - 40
     parts: list[Markup] = []
     for tick in x_ticks:
-        parts.append(_line(scale(tick), 24, scale(tick), bottom, "rule zero" if tick == 0 else "grid"))
-        parts.append(_text(scale(tick), bottom + 16, _percent(tick), "tick", anchor="middle"))
-    parts.append(_text(scale(0), 14, zero, "axis", anchor="middle"))
-    parts.append(_text((left + right) / 2, height - 4, x, "axis", anchor="middle"))
+        parts.append(draw_line(scale(tick), 24, scale(tick), bottom, "rule zero" if tick == 0 else "grid"))
+        parts.append(draw_text(scale(tick), bottom + 16, _percent(tick), "tick", anchor="middle"))
+    parts.append(draw_text(scale(0), 14, zero, "axis", anchor="middle"))
+    parts.append(draw_text((left + right) / 2, height - 4, x, "axis", anchor="middle"))
     place = 24.0
     for group in groups:
         place += 24
-        parts.append(_text(0, place, group, "group"))
+        parts.append(draw_text(0, place, group, "group"))
         place += 4
         for row in (row for row in rows if row.group == group):
             place += 22
             parts.append(_interval(row, scale, place - 4, right))
-    return _svg(parts, width, height, f"{x}, with 95% intervals")
+    return draw_frame(parts, width, height, f"{x}, with 95% intervals")
 
 
 def _interval(row: Row, scale: _Scale, place: float, right: float) -> Markup:
@@ -110,13 +110,13 @@ def _interval(row: Row, scale: _Scale, place: float, right: float) -> Markup:
     colour = "unclear"
     if known:
         colour = "better" if row.high < 0 else "worse" if row.low > 0 else "unclear"  # type: ignore[operator]
-    parts = [_text(12, place + 4, row.label, "label")]
+    parts = [draw_text(12, place + 4, row.label, "label")]
     if known:
-        parts.append(_line(scale(row.low), place, scale(row.high), place, f"whisker {colour}"))  # type: ignore[arg-type]
+        parts.append(draw_line(scale(row.low), place, scale(row.high), place, f"whisker {colour}"))  # type: ignore[arg-type]
     parts.append(
         Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4.5" class="{}"/>').format(scale(row.value), place, colour)
     )
-    parts.append(_text(right, place + 4, _figures(row), "figures"))
+    parts.append(draw_text(right, place + 4, _figures(row), "figures"))
     return Markup("<g><title>{}: {}</title>{}</g>").format(row.label, _figures(row), Markup("").join(parts))
 
 
@@ -183,21 +183,24 @@ def _legend(names: Sequence[str], left: float) -> Markup:
                 place, number % _SERIES + 1
             )
         )
-        parts.append(_text(place + 15, 33, name, "label"))
+        parts.append(draw_text(place + 15, 33, name, "label"))
         place += 15 + _CHARACTER * len(name) + 18
     return Markup("").join(parts)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+def draw_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    """A line; ``kind`` is its class in the page's style."""
     drawn = Markup('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" class="{}"/>')
     return drawn.format(x1, y1, x2, y2, kind)
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> Markup:
+def draw_text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> Markup:
+    """A text; ``kind`` is its class in the page's style."""
     drawn = Markup('<text x="{:.1f}" y="{:.1f}" class="{}" text-anchor="{}">{}</text>')
     return drawn.format(x, y, kind, anchor, text)
 
 
-def _svg(parts: Sequence[Markup], width: int, height: float, title: str) -> Markup:
+def draw_frame(parts: Sequence[Markup], width: int, height: float, title: str) -> Markup:
+    """The parts of a chart as one SVG; ``title`` says what it shows to those who cannot see it."""
     drawn = Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}" style="max-width:{}px">{}</svg>')
     return drawn.format(width, height, escape(title), width, Markup("").join(parts))

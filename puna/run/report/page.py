@@ -30,11 +30,12 @@ def write_report(run_folder: Path | str) -> Path:
 
 def render(view: View) -> str:
     """The page as HTML."""
-    return _environment().get_template("report.html.j2").render(view=view, samples=_by_label(view))
+    return environment().get_template("report.html.j2").render(view=view, samples=_by_label(view))
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates of pages, with their filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
