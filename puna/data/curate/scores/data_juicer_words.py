@@ -44,8 +44,9 @@ class WordRepetitionSettings(WordSettings):
 class WordListSettings(WordSettings):
     """A list of words."""
 
-    words: str
-    """File with one word a line, or a JSON file: a list of words, or lists by language."""
+    words: str | None = None
+    """File with one word a line, or a JSON file: a list of words, or lists by language. Null: there is no
+    list, and the ratio is null."""
     language: str | None = None
     """Which list of a JSON file with lists by language; "all" for all of them."""
     groups: list[pydantic.PositiveInt] = pydantic.Field(default_factory=list)
@@ -58,6 +59,20 @@ class WordListSettings(WordSettings):
 def _words(texts: Texts) -> Segments:
     """What stands between spaces, tabs and line breaks, without special characters at its ends."""
     return _refined(texts.runs(~texts.is_class("data_juicer_separator")))
+
+
+@words("without_punctuation")
+def _without_punctuation(texts: Texts) -> Segments:
+    r"""What spaces part once Unicode's punctuation is taken out: members of Data-Juicer's SimHash."""
+    bare = texts.shared(("view", "without punctuation"), _bare)
+    return bare.runs(bare.codes != ord(" "))
+
+
+def _bare(texts: Texts) -> Texts:
+    kept = ~texts.is_class("unicode_punctuation")
+    joined = texts.codes[kept].tobytes().decode("utf-32-le", "surrogatepass")
+    bounds = numpy.concatenate([[0], numpy.cumsum(texts.total(kept))]).tolist()
+    return Texts([joined[first:last] for first, last in pairwise(bounds)])
 
 
 def _refined(found: Segments) -> Segments:
@@ -128,6 +143,8 @@ def flagged_words(texts: Texts, settings: WordListSettings) -> Signals:
 
 
 def _listed(texts: Texts, settings: WordListSettings) -> NDArray[numpy.float64]:
+    if settings.words is None:
+        return numpy.full(texts.count, numpy.nan)
     found = _words_of(texts, settings.tokenizer, lower=True)
     listed = hashes_of_list(Path(settings.words), settings.language)
     part, whole = found.total(found.among(listed)), found.counts

@@ -53,7 +53,7 @@ def detected(texts: Texts, settings: DetectorSettings) -> Signals:
 )
 def data_juicer_language(texts: Texts, settings: LanguageSettings) -> Signals:
     """What lid.176 says of the text in lower case (``language_id_score_filter``)."""
-    lines = [text.lower().replace("\n", " ") for text in texts.texts]
+    lines = [text.replace("\n", " ") for text in texts.lower.texts]
     return _signals(fasttext_languages(lines), settings.languages)
 
 
