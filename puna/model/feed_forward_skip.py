@@ -155,13 +155,13 @@ def plan_skip(
     cosines: Tensor,
     *,
     share: float = 0.25,
-    cold_layers: int = 4,
+    cold: tuple[int, int] = (4, 4),
     percentile: float = 75.0,
     saturated: float = 0.9,
 ) -> SkipPlan:
     """Choose middle, threshold and budget from ``cosines`` [layers, tokens] of a pass without skipping.
 
-    The first and last ``cold_layers`` are cold, and so are the layers next to them whose mean cosine is
+    ``cold`` layers at the beginning and at the end never skip, nor do those next to them whose mean cosine is
     below ``saturated``. The threshold is the ``percentile`` of the cosines in what is left, the
     budget the smallest with which the calibration tokens leave out ``share`` of all feed-forwards.
     If they cannot even without a budget, the threshold goes down to where they can; if no threshold
@@ -169,7 +169,7 @@ def plan_skip(
     """
     layers = len(cosines)
     means = tuple(float(mean) for mean in cosines.double().mean(1))
-    middle = [layer for layer in range(cold_layers, layers - cold_layers) if means[layer] >= saturated]
+    middle = [layer for layer in range(cold[0], layers - cold[1]) if means[layer] >= saturated]
     if len(middle) < 2:
         return SkipPlan(None, 0.0, means, f"no two layers in the middle reach a mean cosine of {saturated:g}")
     first, last = middle[0], middle[-1]

@@ -341,9 +341,10 @@ class _Turns:
                     for rows, length in zip(wanted, self._lengths, strict=True)
                 ]
             ).to(hidden.device)
+            if not bool(running.any()):
+                return hidden
             after = hidden.clone()
-            if bool(running.any()):
-                after[:, running] = block.feed(hidden[:, running])
+            after[:, running] = block.feed(hidden[:, running])
         parts = (torch.split(tensor[0], self._lengths) for tensor in (hidden, after))
         for turn, rows, old, new in zip(self._turns, wanted, *parts, strict=True):
             if turn is not None:

@@ -120,21 +120,21 @@ def saturating(tokens: int = 400) -> Tensor:
 
 def test_the_planner_keeps_cold_ends_and_hits_the_share_on_the_calibration_tokens() -> None:
     cosines = saturating()
-    plan = plan_skip(cosines, share=0.25, cold_layers=1)
+    plan = plan_skip(cosines, share=0.25, cold=(1, 1))
     assert plan.skip is not None
     assert (plan.skip.first, plan.skip.last) == (2, 9)  # 1 and 10 are not saturated
     assert plan.expected_share >= 0.25
     passing = plan.skip.begin(cosines.shape[1])
     through(passing, cosines)
     assert passing.skipped / cosines.numel() == pytest.approx(plan.expected_share)
-    smaller = plan_skip(cosines, share=0.1, cold_layers=1)
+    smaller = plan_skip(cosines, share=0.1, cold=(1, 1))
     assert smaller.skip is not None and smaller.skip.budget < plan.skip.budget
 
 
 def test_the_planner_lowers_the_threshold_when_the_percentile_leaves_out_too_little() -> None:
     cosines = saturating()
-    strict = plan_skip(cosines, share=0.1, cold_layers=1)
-    wide = plan_skip(cosines, share=0.5, cold_layers=1)
+    strict = plan_skip(cosines, share=0.1, cold=(1, 1))
+    wide = plan_skip(cosines, share=0.5, cold=(1, 1))
     assert strict.skip is not None and wide.skip is not None
     assert wide.skip.threshold < strict.skip.threshold
     assert wide.expected_share >= 0.5
@@ -142,7 +142,7 @@ def test_the_planner_lowers_the_threshold_when_the_percentile_leaves_out_too_lit
 
 @pytest.mark.parametrize(("cosines", "share"), [(torch.full((12, 50), 0.6), 0.25), (saturating(), 0.7)])
 def test_the_planner_may_answer_nothing_to_skip(cosines: Tensor, share: float) -> None:
-    plan = plan_skip(cosines, share=share, cold_layers=1)
+    plan = plan_skip(cosines, share=share, cold=(1, 1))
     assert plan.skip is None
     assert plan.expected_share == 0.0
     assert plan.reason

@@ -89,6 +89,15 @@ struct Model {
   }
 };
 
+// Which feed-forwards a row may leave out: of the layers first to last, behind one whose cosine of the stream before
+// and behind it is above the threshold, so many at most. By default none.
+struct Skip {
+  int first = 0;
+  int last = -1;
+  int budget = 0;
+  float threshold = 0.0f;
+};
+
 // Tokens of one text to be read.
 struct Read {
   const std::int32_t* ids;
@@ -96,6 +105,8 @@ struct Read {
   int start;                          // position of the first
   int outputs;                        // final hidden states wanted, of the last tokens
   const std::int32_t* const* tables;  // one block table for each group of layers
+  Skip skip;
+  std::int32_t* skipped;  // counts the feed-forwards that are left out
 };
 
 // All tokens of all reads through all layers; final hidden states [sum of outputs, hidden] in the order of reads.

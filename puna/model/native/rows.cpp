@@ -1,5 +1,6 @@
 #include "rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -54,6 +55,17 @@ void normalise(const float* row, const float* weight, int count, int padded, flo
   for (int i = 0; i < padded; i += lanes) squares = fused(load(row + i), load(row + i), squares);
   const Floats inverse = broadcast(1.0f / std::sqrt(sum(squares) / static_cast<float>(count) + epsilon));
   for (int i = 0; i < padded; i += lanes) store(target + i, load(row + i) * inverse * load(weight + i));
+}
+
+float cosine(const float* a, const float* b, int padded) {
+  Floats product = broadcast(0.0f), first = product, second = product;
+  for (int i = 0; i < padded; i += lanes) {
+    const Floats x = load(a + i), y = load(b + i);
+    product = fused(x, y, product);
+    first = fused(x, x, first);
+    second = fused(y, y, second);
+  }
+  return sum(product) / std::max(std::sqrt(sum(first)) * std::sqrt(sum(second)), 1e-8f);
 }
 
 void rotate_and_store(const Storing& storing, const Run& run, int kv_head) {

@@ -9,6 +9,9 @@ namespace puna {
 // target = row / sqrt(mean of squares + epsilon) * weight; `padded` numbers, zero beyond `count`.
 void normalise(const float* row, const float* weight, int count, int padded, float epsilon, float* target);
 
+// Cosine between two rows of `padded` numbers.
+float cosine(const float* a, const float* b, int padded);
+
 // Tokens of one read that lie in one block of its text.
 struct Run {
   int first_row, last_row;

@@ -7,6 +7,7 @@
 #include "plan.h"
 #include "pool.h"
 #include "rows.h"
+#include "skipping.h"
 #include "vectors.h"
 
 namespace puna {
@@ -46,6 +47,7 @@ class Pieces {
 struct Prepared {
   const std::uint8_t* rows;
   std::size_t stride;
+  int count;
 };
 
 // A team of threads that prepares rows and multiplies them.
@@ -70,26 +72,26 @@ class Team {
   void wait() { barrier_.wait(); }
   float* own_row(int thread) const { return own_rows_ + thread * row_stride_; }
 
-  // Prepares the rows that source(row) gives for a product with the matrix.
+  // Prepares the `count` rows that source(row) gives for a product with the matrix.
   template <class Source>
-  Prepared prepared(const Matrix& matrix, int thread, Source source) {
+  Prepared prepared(const Matrix& matrix, int count, int thread, Source source) {
     const std::size_t stride = activation_bytes(matrix.format, matrix.groups());
-    if (rows_ <= few_rows) {
+    if (count <= few_rows) {
       std::uint8_t* target = own_activations_ + thread * few_rows * activation_stride_;
-      for (int row = 0; row < rows_; row++)
+      for (int row = 0; row < count; row++)
         prepare(matrix.format, matrix.groups(), source(row), target + row * stride);
-      return {target, stride};
+      return {target, stride, count};
     }
-    for (int row = share(rows_, thread); row < share(rows_, thread + 1); row++)
+    for (int row = share(count, thread); row < share(count, thread + 1); row++)
       prepare(matrix.format, matrix.groups(), source(row), activations_ + row * stride);
     wait();
-    return {activations_, stride};
+    return {activations_, stride, count};
   }
 
   // This thread's share of the outputs; returns when all have theirs.
   void multiply_share(const Matrix& matrix, Prepared prepared, Finish finish, float* target, std::size_t stride,
                       int thread, int room = 0) {
-    const Product product{&matrix, prepared.rows, prepared.stride, rows_, finish, target, stride,
+    const Product product{&matrix, prepared.rows, prepared.stride, prepared.count, finish, target, stride,
                           room ? room : static_cast<int>(stride)};
     multiply(product, share(matrix.panels(), thread), share(matrix.panels(), thread + 1));
     wait();
@@ -112,6 +114,7 @@ class Pass {
         rows_(static_cast<int>(plan.rows.size())),
         threads_(threads),
         team_(rows_, threads),
+        skipping_(plan),
         next_task_(model.layers.size()) {}
 
   void run() {
@@ -130,7 +133,8 @@ class Pass {
   void embed(int thread);
   void attention(std::size_t number, int thread);
   void attend_all(std::size_t number, int thread);
-  void feed_forward(const Layer& layer, int thread);
+  void feed_forward(int number, int thread);
+  void feed(const Layer& layer, int count, const int* rows, int thread);
   void finish(int thread);
   const float* mixed_row(const AttentionPlan& plan, const Layer& layer, int row, float* own) const;
 
@@ -139,10 +143,12 @@ class Pass {
   float* const hidden_;
   const int rows_, threads_;
   Team team_;
+  Skipping skipping_;
   std::vector<std::atomic<int>> next_task_;  // one a layer
 
   std::size_t projected_stride_ = 0, mixed_stride_ = 0, gated_stride_ = 0, query_bytes_ = 0, scratch_bytes_ = 0;
   float *residual_ = nullptr, *projected_ = nullptr, *mixed_ = nullptr, *gated_ = nullptr, *partials_ = nullptr;
+  float *before_ = nullptr, *fed_ = nullptr;  // of rows that skip
   std::uint8_t *queries_ = nullptr, *scratch_ = nullptr;
 };
 
@@ -170,6 +176,8 @@ void Pass::lay_out(Pieces& pieces) {
   pieces.take(mixed_, rows * mixed_stride_);
   pieces.take(gated_, rows * gated_stride_);
   pieces.take(partials_, plan_.partial_numbers);
+  pieces.take(before_, skipping_.any() ? rows * model_.padded_hidden() : 0);
+  pieces.take(fed_, skipping_.any() ? rows * model_.padded_hidden() : 0);
   pieces.take(queries_, rows * query_bytes_);
   pieces.take(scratch_, threads_ * scratch_bytes_);
 }
@@ -178,7 +186,7 @@ void Pass::work(int thread) {
   embed(thread);
   for (std::size_t number = 0; number < model_.layers.size(); number++) {
     if (model_.layers[number].heads) attention(number, thread);
-    if (model_.layers[number].width) feed_forward(model_.layers[number], thread);
+    if (model_.layers[number].width) feed_forward(static_cast<int>(number), thread);
   }
   finish(thread);
 }
@@ -205,7 +213,7 @@ void Pass::attention(std::size_t number, int thread) {
   const AttentionPlan& plan = plan_.attention[plan_.attention_of_layer[number]];
   const int padded = model_.padded_hidden();
   float* own = team_.own_row(thread);
-  const Prepared normed = team_.prepared(layer.qkv, thread, [&](int row) {
+  const Prepared normed = team_.prepared(layer.qkv, rows_, thread, [&](int row) {
     const float* residual = residual_ + static_cast<std::size_t>(row) * padded;
     normalise(residual, layer.attention_norm, model_.hidden, padded, model_.epsilon, own);
     return own;
@@ -218,7 +226,7 @@ void Pass::attention(std::size_t number, int thread) {
     rotate_and_store(storing, plan_.runs[unit / layer.kv_heads], unit % layer.kv_heads);
   team_.wait();
   attend_all(number, thread);
-  const Prepared mixed = team_.prepared(layer.out, thread, [&](int row) { return mixed_row(plan, layer, row, own); });
+  const Prepared mixed = team_.prepared(layer.out, rows_, thread, [&](int row) { return mixed_row(plan, layer, row, own); });
   team_.multiply_share(layer.out, mixed, Finish::add, residual_, padded, thread);
 }
 
@@ -252,18 +260,44 @@ const float* Pass::mixed_row(const AttentionPlan& plan, const Layer& layer, int 
   return own;
 }
 
-void Pass::feed_forward(const Layer& layer, int thread) {
+void Pass::feed_forward(int number, int thread) {
+  const Layer& layer = model_.layers[number];
+  if (!skipping_.concerns(number)) return feed(layer, rows_, nullptr, thread);
+  if (thread == 0) skipping_.settle(number);
+  team_.wait();
+  const std::vector<int>& running = skipping_.running();
+  const int count = static_cast<int>(running.size()), padded = model_.padded_hidden();
+  if (count == 0) return;
+  const auto each_watched = [&](auto act) {
+    for (int i = team_.share(count, thread); i < team_.share(count, thread + 1); i++)
+      if (skipping_.watches(running[i], number))
+        act(running[i], before_ + static_cast<std::size_t>(i) * padded,
+            residual_ + static_cast<std::size_t>(running[i]) * padded);
+  };
+  each_watched([&](int, float* before, const float* row) { std::memcpy(before, row, sizeof(float) * padded); });
+  feed(layer, count, count == rows_ ? nullptr : running.data(), thread);
+  each_watched([&](int row, const float* before, const float* after) { skipping_.saw(row, cosine(before, after, padded)); });
+  team_.wait();
+}
+
+// The feed-forward of `count` rows: those of `rows`, or all.
+void Pass::feed(const Layer& layer, int count, const int* rows, int thread) {
   const int padded = model_.padded_hidden();
   float* own = team_.own_row(thread);
-  const Prepared normed = team_.prepared(layer.gate_up, thread, [&](int row) {
-    const float* residual = residual_ + static_cast<std::size_t>(row) * padded;
-    normalise(residual, layer.feed_forward_norm, model_.hidden, padded, model_.epsilon, own);
+  const auto residual = [&](int i) { return residual_ + static_cast<std::size_t>(rows ? rows[i] : i) * padded; };
+  const Prepared normed = team_.prepared(layer.gate_up, count, thread, [&](int i) {
+    normalise(residual(i), layer.feed_forward_norm, model_.hidden, padded, model_.epsilon, own);
     return own;
   });
   team_.multiply_share(layer.gate_up, normed, Finish::gate, gated_, gated_stride_, thread);
-  const Prepared gated =
-      team_.prepared(layer.down, thread, [&](int row) { return gated_ + static_cast<std::size_t>(row) * gated_stride_; });
-  team_.multiply_share(layer.down, gated, Finish::add, residual_, padded, thread);
+  const Prepared gated = team_.prepared(layer.down, count, thread,
+                                        [&](int i) { return gated_ + static_cast<std::size_t>(i) * gated_stride_; });
+  if (rows == nullptr) return team_.multiply_share(layer.down, gated, Finish::add, residual_, padded, thread);
+  // The rows do not lie side by side: what is added to them comes apart first.
+  team_.multiply_share(layer.down, gated, Finish::store, fed_, padded, thread);
+  for (int i = team_.share(count, thread); i < team_.share(count, thread + 1); i++)
+    for (int k = 0; k < model_.hidden; k++) residual(i)[k] += fed_[static_cast<std::size_t>(i) * padded + k];
+  team_.wait();
 }
 
 void Pass::finish(int thread) {
@@ -281,13 +315,14 @@ void Pass::finish(int thread) {
 // Logits of rows of hidden states.
 struct Head {
   const Model& model;
+  const int count;
   const float* hidden;
   float* target;
   Team team;
 
   void work(int thread) {
     float* own = team.own_row(thread);
-    const Prepared rows = team.prepared(model.head, thread, [&](int row) {
+    const Prepared rows = team.prepared(model.head, count, thread, [&](int row) {
       std::memcpy(own, hidden + static_cast<std::size_t>(row) * model.hidden, sizeof(float) * model.hidden);
       std::memset(own + model.hidden, 0, sizeof(float) * (model.padded_hidden() - model.hidden));
       return own;
@@ -314,7 +349,7 @@ void step(const Model& model, const std::vector<Read>& reads, float* hidden, int
       const int count = std::min(read.count - done, most_rows - rows);
       const int later = read.count - done - count;  // tokens of the read after this part
       const int wanted = std::max(0, std::min(count, read.outputs - later));
-      parts.push_back({read.ids + done, count, read.start + done, wanted, read.tables});
+      parts.push_back({read.ids + done, count, read.start + done, wanted, read.tables, read.skip, read.skipped});
       first_output.push_back(outputs);
       outputs += wanted;
       done += count;
@@ -327,7 +362,7 @@ void step(const Model& model, const std::vector<Read>& reads, float* hidden, int
 
 void logits(const Model& model, const float* hidden, int rows, float* target, int threads) {
   const std::lock_guard<std::mutex> guard(turn);
-  Head head{model, hidden, target, {rows, threads}};
+  Head head{model, rows, hidden, target, {rows, threads}};
   head.team.widen(model.head);
   Pieces counting(nullptr);
   head.team.lay_out(counting);

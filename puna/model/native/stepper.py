@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
+from puna.model.feed_forward_skip import FeedForwardSkip
 from puna.model.native.build import LayerDescription, Library, ModelDescription, load
 from puna.model.native.weights import HEAD, Place, Quantize, check_model, fill, formats, sources
 from puna.model.paged import BLOCK, BlockPool, CachePolicy, PagedSequence, blocks_of
@@ -112,13 +113,16 @@ class NativeStepper:
         outputs = [read.outputs for read in reads]
         hidden = torch.empty(sum(outputs), self.spec.hidden_size)
         addresses = [numbers.buffer_info()[0] for numbers in (ids, shapes, tables, starts)]
+        middles, thresholds = _skips(reads)
+        skipped = array("i", bytes(4 * len(reads)))
+        skips = [numbers.buffer_info()[0] if numbers else 0 for numbers in (middles, thresholds, skipped)]
         groups = len(self._groups)
         self._library.call(
-            "step", self._handle, len(reads), *addresses, groups, hidden.data_ptr(), self.threads
+            "step", self._handle, len(reads), *addresses, groups, *skips, hidden.data_ptr(), self.threads
         )
         for read in reads:
             read.sequence.advance(len(read.ids))
-        self.skipped = [0] * len(reads)
+        self.skipped = skipped.tolist()
         return list(torch.split(hidden.to(self.dtype), outputs))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -213,9 +217,7 @@ class NativeStepper:
         """Refuse what the kernels would not notice, or not survive."""
         for read in reads:
             if read.skip is not None:
-                raise PunaError(
-                    "the native kernels skip no feed-forwards", fix="open the engine with kernels='plain'"
-                )
+                _saturation(read.skip).check(len(self.spec.blocks))
             if read.sequence.pool is not self.pool:
                 raise PunaError("a text of another stepper was given to read")
             if not 0 <= read.outputs <= len(read.ids) or not read.ids:
@@ -234,6 +236,29 @@ class NativeStepper:
 def _references(parameters: Sequence[nn.Parameter]) -> tuple[weakref.ref[nn.Parameter], ...]:
     """What tells whether a parameter is the same one, without keeping it."""
     return tuple(weakref.ref(parameter) for parameter in parameters)
+
+
+def _skips(reads: Sequence[Read]) -> tuple[array[int], array[float]]:
+    """Of each read the middle's ends and the budget, and the threshold; empty if none skips."""
+    middles, thresholds = array("i"), array("f")
+    if all(read.skip is None for read in reads):
+        return middles, thresholds
+    for read in reads:
+        skip = None if read.skip is None else _saturation(read.skip)
+        middles.extend((0, -1, 0) if skip is None else (skip.first, skip.last, skip.budget))
+        thresholds.append(0.0 if skip is None else skip.threshold)
+    return middles, thresholds
+
+
+def _saturation(skip: object) -> FeedForwardSkip:
+    """The settings of a skip, if it is of the rule that the kernels know."""
+    if not isinstance(skip, FeedForwardSkip) or skip.rule != "saturation":
+        raise PunaError(
+            "the native kernels skip feed-forwards by saturation alone",
+            found=getattr(skip, "rule", type(skip).__name__),
+            fix="read with the plain stepper",
+        )
+    return skip
 
 
 def _embedding(model: Llama) -> Tensor:
