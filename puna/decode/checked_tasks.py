@@ -1,7 +1,9 @@
 """Short questions whose answers a program can check: rewards without a reward model.
 
-Lists of so many things, and the larger of two numbers, after worked examples. The rewards
-lie between 0 and 1. Small models get some of them right, which is what self-evaluation needs.
+Lists of so many things, the larger of two numbers, a thing that begins with a letter, after worked
+examples. The rewards lie between 0 and 1; small models get some of them right, which is what
+self-evaluation needs. A quarter of all questions is held out: no question is both trained and judged on,
+whatever the seeds.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from puna.core.seeds import numpy_generator
+from puna.core.seeds import derive, numpy_generator
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-Kind = Literal["list", "larger"]
+Kind = Literal["list", "larger", "begins"]
 Messages = list[dict[str, str]]
 TOPICS = (
     "animals",
@@ -46,6 +48,7 @@ _SYSTEM = "Answer briefly."
 _EXAMPLES: dict[Kind, tuple[tuple[str, str], ...]] = {
     "list": (("List 3 birds.", "robin, eagle, owl"), ("List 2 metals.", "iron, gold")),
     "larger": (("Larger of 12 and 45?", "45"),),
+    "begins": (("animals, with d?", "dog"), ("colors, with g?", "green")),
 }
 
 
@@ -58,16 +61,23 @@ class Task:
     reward: Callable[[str], float]
 
 
-def make_tasks(kinds: Sequence[Kind], count: int, seed: int, purpose: str) -> list[Task]:
-    """``count`` questions, the kinds in turn; drawn by ``seed`` and ``purpose``, none of them twice."""
-    generator = numpy_generator(seed, "checked tasks", purpose)
+def make_tasks(kinds: Sequence[Kind], count: int, seed: int, *, held_out: bool) -> list[Task]:
+    """``count`` questions or fewer if there are no more, the kinds in turn; none of them twice."""
+    generator = numpy_generator(seed, "checked tasks")
     found: dict[str, Task] = {}
     for place in range(100 * count):
         if len(found) == count:
             break
         task = _MAKERS[kinds[place % len(kinds)]](generator)
-        found.setdefault(task.messages[-1]["content"], task)
+        question = task.messages[-1]["content"]
+        if is_held_out(question) == held_out:
+            found.setdefault(question, task)
     return list(found.values())
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a question is one to judge on, not to train on."""
+    return derive(0, "held-out questions", question) % 4 == 0
 
 
 def _asked(kind: Kind, question: str) -> Messages:
@@ -78,7 +88,7 @@ def _asked(kind: Kind, question: str) -> Messages:
 
 
 def _list(generator: Generator) -> Task:
-    count, topic = int(generator.integers(2, 8)), TOPICS[int(generator.integers(len(TOPICS)))]
+    count, topic = int(generator.integers(2, 6)), TOPICS[int(generator.integers(len(TOPICS)))]
     return Task("list", _asked("list", f"List {count} {topic}."), lambda text: list_reward(text, count))
 
 
@@ -90,7 +100,15 @@ def _larger(generator: Generator) -> Task:
     )
 
 
-_MAKERS: dict[Kind, Callable[[Generator], Task]] = {"list": _list, "larger": _larger}
+def _begins(generator: Generator) -> Task:
+    topic = TOPICS[int(generator.integers(len(TOPICS)))]
+    letter = _LETTERS[int(generator.integers(len(_LETTERS)))]
+    return Task(
+        "begins", _asked("begins", f"{topic}, with {letter}?"), lambda text: begins_reward(text, letter)
+    )
+
+
+_MAKERS: dict[Kind, Callable[[Generator], Task]] = {"list": _list, "larger": _larger, "begins": _begins}
 
 
 def list_reward(text: str, count: int) -> float:
@@ -109,5 +127,14 @@ def list_reward(text: str, count: int) -> float:
     return worth if "\n" not in said and not re.search(r"\d", said) else worth / 2
 
 
+def begins_reward(text: str, letter: str) -> float:
+    """1 for one short thing that begins with the letter, half for more than that, else 0."""
+    said = text.strip().lower()
+    if not said.startswith(letter):
+        return 0.0
+    return 1.0 if _ITEM.fullmatch(said.rstrip(".")) and said.count(" ") <= 1 else 0.5
+
+
+_LETTERS = "abcdefghlmoprstw"
 _BETWEEN = re.compile(r",|\n+")
 _ITEM = re.compile(r"[a-z][a-z' -]{1,24}")

@@ -28,7 +28,7 @@ def run(context: Context, parameters: SelfEvaluationData) -> Outcome:
     model = pretrained.load(context.inputs["model"], dtype=context.dtype, device=context.device)
     engine = Engine(model)
     seed = derive(context.seed, context.name)
-    tasks = make_tasks(parameters.tasks, parameters.questions, seed, "training")
+    tasks = make_tasks(parameters.tasks, parameters.questions, seed, held_out=False)
     sampling = Sampling(
         max_tokens=parameters.max_tokens, temperature=parameters.temperature, seed=seed % 2**31
     )

@@ -159,7 +159,7 @@ def run(context: Context, parameters: SelfEvaluationStage) -> Outcome:
         for name in ("model", "untrained")
     )
     seed = derive(context.seed, context.name)
-    tasks = make_tasks(parameters.tasks, parameters.questions, seed, "held out")
+    tasks = make_tasks(parameters.tasks, parameters.questions, seed, held_out=True)
     sampling = Sampling(
         max_tokens=parameters.max_tokens, temperature=parameters.temperature, seed=seed % 2**31
     )

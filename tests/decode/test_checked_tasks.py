@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from puna.decode.checked_tasks import list_reward, make_tasks
+from puna.decode.checked_tasks import Kind, begins_reward, list_reward, make_tasks
 
 
 @pytest.mark.parametrize(
@@ -26,20 +26,45 @@ def test_a_list_is_worth_what_it_holds(text: str, count: int, reward: float) -> 
     assert list_reward(text, count) == pytest.approx(reward)
 
 
-def test_questions_depend_on_seed_and_purpose_and_are_all_different() -> None:
-    tasks = make_tasks(("list", "larger"), 40, 1, "training")
-    asked = [task.messages[-1]["content"] for task in tasks]
-    assert len(set(asked)) == 40
-    assert asked == [
-        task.messages[-1]["content"] for task in make_tasks(("list", "larger"), 40, 1, "training")
-    ]
-    other = [task.messages[-1]["content"] for task in make_tasks(("list", "larger"), 40, 1, "held out")]
-    assert asked != other
-    assert {task.kind for task in tasks} == {"list", "larger"}
+def asked(kinds: tuple[Kind, ...], count: int, seed: int, *, held_out: bool) -> list[str]:
+    tasks = make_tasks(kinds, count, seed, held_out=held_out)
+    assert {task.kind for task in tasks} == set(kinds)
+    return [task.messages[-1]["content"] for task in tasks]
+
+
+def test_questions_depend_on_the_seed_and_are_all_different() -> None:
+    found = asked(("list", "larger", "begins"), 45, 1, held_out=False)
+    assert len(set(found)) == 45
+    assert found == asked(("list", "larger", "begins"), 45, 1, held_out=False)
+    assert found != asked(("list", "larger", "begins"), 45, 2, held_out=False)
+
+
+def test_no_question_is_both_trained_and_judged_on() -> None:
+    kinds: tuple[Kind, ...] = ("list", "begins")
+    trained = {question for seed in range(5) for question in asked(kinds, 60, seed, held_out=False)}
+    judged = {question for seed in range(5) for question in asked(kinds, 30, seed, held_out=True)}
+    assert len(trained) > 150
+    assert len(judged) > 50
+    assert not trained & judged
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("dog", 1.0),
+        (" Dog.", 1.0),
+        ("cat", 0.0),
+        ("dog, duck, deer", 0.5),
+        ("dogs are my dear friends", 0.5),
+        ("", 0.0),
+    ],
+)
+def test_a_thing_that_begins_with_the_letter_is_worth_1_if_it_stands_alone(text: str, reward: float) -> None:
+    assert begins_reward(text, "d") == reward
 
 
 def test_the_larger_number_is_worth_1_and_anything_else_nothing() -> None:
-    for task in make_tasks(("larger",), 20, 2, "x"):
+    for task in make_tasks(("larger",), 20, 2, held_out=False):
         numbers = [
             int(word.strip("?")) for word in task.messages[-1]["content"].split() if word.strip("?").isdigit()
         ]
