@@ -57,6 +57,8 @@ class NudgingSettings(StrategySettings):
     """Nudges of an answer at most."""
     same_nudges: int = pydantic.Field(3, ge=1)
     """The answer ends when the same nudge has come so many times more."""
+    repeat_rule: bool = True
+    """The base hands back where it would repeat itself."""
     base_prompt: str = "Question: {question}\nAnswer:\n"
     """How the base, which has no chat template, is asked a user's message."""
 
@@ -110,8 +112,7 @@ def _base_turn(
         burst = yield from base.write(
             text + said, settings.burst_tokens, confidence=settings.confidence, first=start
         )
-        circles = burst.ended == "full" and burst.text in said
-        if not burst.text or circles or _repeats(burst, text + said):
+        if not burst.text or (settings.repeat_rule and _repeats(burst, said, text)):
             return said
         said += burst.text
         if write("base", burst.pieces):
@@ -143,9 +144,14 @@ def _confident(piece: Piece, settings: NudgingSettings) -> bool:
     return piece.probability >= settings.confidence
 
 
-def _repeats(burst: Written, text: str) -> bool:
-    """Whether more than a few words are in the answer already, so that the base goes in circles."""
-    return len(burst.text.split(" ")) > _FEW_WORDS and burst.text in text
+def _repeats(burst: Written, said: str, text: str) -> bool:
+    """Whether the base goes in circles.
+
+    A whole burst that it has ``said`` in this turn is one, and more than a few words that are in the answer,
+    ``text`` and what was said.
+    """
+    circles = burst.ended == "full" and burst.text in said
+    return circles or (len(burst.text.split(" ")) > _FEW_WORDS and burst.text in text + said)
 
 
 def without_trailing_repeats(text: str) -> str:

@@ -90,22 +90,24 @@ class Bench:
 
         The comparison goes as far as the base would go on itself.
         """
-        same = 0
+        prompts, forced = [], []
         for conversation, completion in zip(self.conversations, found.completions, strict=True):
             sources = [row.source for row in completion.trace]
-            forced = next((place for place, source in enumerate(sources) if source == "base"), len(sources))
-            prompt = [*self.base.encode(self._plain(conversation)), *completion.ids[:forced]]
-            rest = completion.ids[forced:]
-            if not rest:
-                same += 1
-                continue
-            (greedy,) = self.base.generate([prompt], Sampling(max_tokens=len(rest)))
-            count = len(greedy.ids) - (greedy.finish_reason == "stop")
-            same += greedy.ids[:count] == rest[:count] and set(sources[forced : forced + count]) <= {"base"}
-        return same / len(found.completions)
+            forced.append(sources.index("base") if "base" in sources else len(sources))
+            prompts.append([*self.base.encode(self._plain(conversation)), *completion.ids[: forced[-1]]])
+        greedy = self.base.generate(prompts, Sampling(max_tokens=self.tokens))
+        return sum(map(_goes_on_as, found.completions, forced, greedy)) / len(prompts)
 
     def _plain(self, conversation: Messages) -> str:
         return plain_prompt(conversation, self.settings.base_prompt)
+
+
+def _goes_on_as(found: Completion, forced: int, own: Completion) -> bool:
+    """Whether ``found`` holds the base's ``own`` tokens behind ``forced`` ones, and tells them as its."""
+    rest = found.ids[forced:]
+    count = min(len(rest), len(own.ids) - (own.finish_reason == "stop"))
+    writers = {row.source for row in found.trace[forced : forced + count]}
+    return own.ids[:count] == rest[:count] and writers <= {"base"}
 
 
 def same_text(found: Sequence[Completion], own: Sequence[Completion]) -> float:
@@ -145,8 +147,13 @@ def run(context: Context, parameters: NudgingStage) -> Outcome:
     corpus = Corpus.open(context.inputs["corpus"])
     rows = open_messages(corpus, None)
     require_rows(len(rows), parameters.rows, corpus.path)
-    settings = NudgingSettings(base_prompt=parameters.base_prompt)
-    conversations = [asked(row) for row in rows[: parameters.rows]]
+    settings = NudgingSettings(
+        base_prompt=parameters.base_prompt,
+        nudge_tokens=parameters.nudge_tokens,
+        repeat_rule=parameters.repeat_rule,
+    )
+    before = [{"role": "system", "content": parameters.instruction}] if parameters.instruction else []
+    conversations = [[*before, *asked(row)] for row in rows[: parameters.rows]]
     bench = Bench(base, nudger, conversations, settings, parameters.max_tokens)
     plain, own = bench.plain(), bench.own()
     metrics = {"stops.base": stops(plain), "stops.nudger": stops(own)}
@@ -163,7 +170,7 @@ def run(context: Context, parameters: NudgingStage) -> Outcome:
     )
     judged = found[parameters.judged_at]
     metrics |= {"share": judged.share, "stops": judged.stops}
-    metrics["forced_then_greedy"] = bench.forced_then_greedy(bench.nudged(confidence=0.0))
+    metrics["forced_then_greedy"] = bench.forced_then_greedy(bench.nudged(confidence=0.0, repeat_rule=False))
     always = bench.nudged(confidence=1.1, prefix_rule=False, same_nudges=1000)
     metrics["nudgers_own"] = same_text(always.completions, own)
     vocabularies = [model.tokenizer for model in (base, nudger) if model.tokenizer is not None]

@@ -79,6 +79,7 @@ class LaneVoice:
         self._lane, self._prompt = lane, list(prompt)
         self._stop_ids = tokenizer.stop_ids
         self._view = TextView(tokenizer)
+        self._foretold: tuple[str, list[Piece]] = ("", [])  # what the model would write behind a text
 
     def room(self, text: str) -> int:
         """Tokens that the model's context has room for behind ``text``."""
@@ -96,8 +97,11 @@ class LaneVoice:
         """See :meth:`Voice.write`."""
         self._view.follow(text)
         before = len(self._view.ids)
+        ahead = self._ahead(text)
         pieces: list[Piece] = []
-        piece = first if first is not None else (yield from self._read())
+        piece = (yield from self._following(ahead)) if first is None else first
+        if first is not None:
+            del ahead[:1]
         while True:
             ended: Ended | None = None
             if piece.token is None:
@@ -109,8 +113,30 @@ class LaneVoice:
                 pieces.append(piece)
                 ended = "full" if len(pieces) >= tokens else None
             if ended is not None:
+                self._foretold = text, [*pieces, *([] if ended == "full" else [piece]), *ahead]
                 return Written(pieces[: self._view.whole() - before], ended)
-            piece = yield from self._read()
+            piece = yield from self._following(ahead)
+
+    def _ahead(self, text: str) -> list[Piece]:
+        """What is known already of what the model would write behind ``text``, it being greedy.
+
+        That is where others took over the beginning of what it wrote, and no more.
+        """
+        start, pieces = self._foretold
+        if not text.startswith(start):
+            return []
+        rest = text[len(start) :]
+        for place, piece in enumerate(pieces):
+            if not rest:
+                return pieces[place:]
+            if not piece.text or not rest.startswith(piece.text):
+                return []
+            rest = rest[len(piece.text) :]
+        return []
+
+    def _following(self, ahead: list[Piece]) -> Steps[Piece]:
+        """The next piece: known already, or read."""
+        return ahead.pop(0) if ahead else (yield from self._read())
 
     def _read(self) -> Steps[Piece]:
         result = yield from self._lane.catch_up([*self._prompt, *self._view.ids])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from puna.core.errors import PunaError
 from puna.decode.engine import Completion, Engine
 from puna.decode.nudging import NudgingSettings, converse, plain_prompt, without_trailing_repeats
+from puna.decode.request import Running
 from puna.decode.sampling import Sampling
 from puna.decode.trace import TraceRow
-from puna.decode.voices import Piece, Written
+from puna.decode.voices import LaneVoice, Piece, Written
 from puna.text.encode import encode_prompt
 from puna.text.template import CHATML, Template
 from puna.text.tokenizer import Tokenizer
@@ -193,6 +194,16 @@ def test_a_base_that_goes_in_circles_hands_back() -> None:
     assert [source for source, _ in written[:4]] == ["nudge", "base", "nudge", "base"]
 
 
+def test_without_the_repeat_rule_it_goes_on_in_circles() -> None:
+    def base(text: str) -> tuple[str | None, float]:
+        return " na", 1.0
+
+    written = answer(
+        base, recite(["Oh", *[f" w{i}" for i in range(30)]]), limit=400, burst_tokens=4, repeat_rule=False
+    )
+    assert {source for source, _ in written[1:-1]} == {"base"}
+
+
 def test_the_same_nudge_again_and_again_ends_the_answer() -> None:
     def stuck(text: str) -> tuple[str | None, float]:
         return " so", 1.0
@@ -307,6 +318,30 @@ def test_lanes_catch_up_and_never_read_the_text_anew(base: Any, nudger: Any) -> 
     anew = rounds * len(completion.ids)  # of one of the two, were it to begin each round with the prompt
     assert rounds > 3
     assert engine.statistics.tokens_read < anew
+
+
+class Twice:
+    """Writes eight pieces, takes over three of them, and writes eight behind these."""
+
+    name: ClassVar[str] = "twice"
+    lossless: ClassVar[bool] = False
+    pieces: tuple[list[Piece], list[Piece]]
+
+    def run(self, request: Running) -> Any:
+        voice = LaneVoice(request.lane, request.prompt, request.tokenizer)
+        first = yield from voice.write("", 8)
+        second = yield from voice.write("".join(piece.text for piece in first.pieces[:3]), 8)
+        self.pieces = first.pieces, second.pieces
+
+
+def test_what_a_model_wrote_is_not_written_anew_where_its_beginning_was_taken_over(base: Any) -> None:
+    engine, twice = Engine(base, kernels="plain"), Twice()
+    prompt = engine.encode("the cat and the mat")
+    engine.generate([prompt], Sampling(max_tokens=30), twice)
+    first, second = twice.pieces
+    assert len(first) == len(second) == 8
+    assert second[:5] == first[3:]
+    assert engine.statistics.tokens_read == len(prompt) + 7 + 3
 
 
 def test_prompts_that_are_no_conversation_are_the_bases_as_they_are(base: Any, nudger: Any) -> None:
