@@ -39,6 +39,8 @@ class Respond(Drawing):
     """Lay the weights out in integers: quicker, and not quite the model's own answers."""
     kernels: Kernels = "auto"
     """What runs the model."""
+    answers_per_document: int | None = pydantic.Field(None, ge=1)
+    """Leave documents instead of conversations: so many answers, one behind the other, without turns."""
     expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
     """How many tokens the conversations will hold, where that is known: what a plan goes by."""
 
@@ -55,7 +57,8 @@ def _plan_respond(parameters: Respond, shapes: Any) -> Cost:
     tokens = float(parameters.expected_tokens or rows * (_USUAL_PROMPT + parameters.max_tokens))
     weights = _weights(shapes, "model")
     seconds = tokens * weights / _WEIGHTS_PER_SECOND
-    return Cost(tokens=tokens, memory=4.0 * weights, seconds=seconds, kind="messages")
+    kind = "messages" if parameters.answers_per_document is None else "documents"
+    return Cost(tokens=tokens, memory=4.0 * weights, seconds=seconds, kind=kind)
 
 
 @stage(
@@ -68,8 +71,9 @@ def _plan_respond(parameters: Respond, shapes: Any) -> Cost:
 def respond(context: Context, parameters: Respond) -> Outcome:
     """Let a model answer conversations anew: its own texts, to learn from or to look at.
 
-    A conversation's last turn, if it is the assistant's, gives way to the model's answer. Time grows
-    with the tokens of all answers.
+    A conversation's last turn, if it is the assistant's, gives way to the model's answer. With
+    ``answers_per_document`` the answers alone are left, strung together: text of a model that has
+    learnt no turns. Time grows with the tokens of all answers.
     """
     from puna.decode.respond import respond as answer
 

@@ -70,10 +70,12 @@ def respond(context: Context, parameters: Respond) -> Outcome:
     found = engine.generate([asked(row) for row in rows], sampling)
     ledger = Ledger()
     about = {"source": str(model.source), "licence": "that of the model"}
+    answered = _answered(rows, found, ledger)
+    count = parameters.answers_per_document
     made = write_corpus(
         context.out / "corpus",
-        "messages",
-        _answered(rows, found, ledger),
+        "messages" if count is None else "documents",
+        answered if count is None else _strung(answered, count, ledger),
         provenance=[*source.meta["provenance"], about],
         ledger=ledger,
     )
@@ -87,7 +89,7 @@ def respond(context: Context, parameters: Respond) -> Outcome:
         {"corpus": made.path},
         {
             "rows": float(made.count),
-            "dropped": float(len(rows) - made.count),
+            "dropped": float(ledger.dropped().total()),
             "tokens": float(tokens),
             "ended": ended / len(found),
         },
@@ -105,3 +107,12 @@ def _answered(
             continue
         tally.keep()
         yield {**row, "messages": [*asked(row), {"role": "assistant", "content": text}]}
+
+
+def _strung(rows: Iterator[dict[str, Any]], count: int, ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Documents of up to ``count`` answers each, a blank between two; nothing tells where one ends."""
+    tally = ledger.step("documents", "documents")
+    while part := list(itertools.islice(rows, count)):
+        text = " ".join(row["messages"][-1]["content"] for row in part)
+        tally.keep()
+        yield {"id": part[0]["id"], "text": text, "source": part[0]["source"], "language": part[0]["language"]}

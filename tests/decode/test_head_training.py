@@ -278,6 +278,11 @@ def test_a_model_answers_conversations_anew(places: dict[str, Path], tmp_path: P
     assert more and not {row["id"] for row in rows} & {row["id"] for row in more}
     with pytest.raises(PunaError, match="no question is left"):
         run("respond", tmp_path / "none", inputs, skip=12)
+    strung, _ = run("respond", tmp_path / "strung", inputs, max_tokens=6, rows=5, answers_per_document=3)
+    texts = [row["text"] for row in Corpus.open(strung.outputs["corpus"]).rows()]
+    said = [row["messages"][-1]["content"] for row in rows]
+    assert texts == [" ".join(said[:3]), *([" ".join(said[3:])] if said[3:] else [])]
+    assert strung.metrics["dropped"] == outcome.metrics["dropped"]
     with pytest.raises(PunaError, match="corpus of messages"):
         run("respond", tmp_path / "two", {**inputs, "corpus": places["documents"]})
 
