@@ -85,6 +85,12 @@ class NudgingStage(Parameters):
     """The one of them at which proper stops are counted."""
     base_prompt: str = "Question: {question}\nAnswer:\n"
     """How the base is asked."""
+    nudge_tokens: int = pydantic.Field(16, ge=1)
+    """Tokens of a nudge at most."""
+    repeat_rule: bool = True
+    """The base hands back where it would repeat itself."""
+    instruction: str | None = None
+    """A system message before every conversation."""
     round_trips: int = pydantic.Field(200, ge=1)
     """Texts of the corpus that go back and forth between the vocabularies."""
 
@@ -118,7 +124,7 @@ def nudging(context: Context, parameters: NudgingStage) -> Outcome:
     return run(context, parameters)
 
 
-TaskKind = Literal["list", "larger"]
+TaskKind = Literal["list", "larger", "begins"]
 
 
 class Asking(Parameters):
@@ -209,8 +215,11 @@ class FeedForwardSkipStage(Parameters):
 
     share: float = pydantic.Field(0.25, gt=0, lt=1)
     """Share of all feed-forwards that is to be left out."""
-    cold_layers: int = pydantic.Field(4, ge=0)
-    """Layers at each end that never skip, at least."""
+    cold_ends: tuple[tuple[pydantic.NonNegativeInt, pydantic.NonNegativeInt], ...] = pydantic.Field(
+        ((4, 4),), min_length=1
+    )
+    """Candidates for how many layers at the beginning and at the end never skip, at least; the best on the
+    calibration texts is taken. Random skips, the baseline, keep to the first."""
     percentiles: tuple[float, ...] = pydantic.Field((75.0,), min_length=1)
     """Candidates for the threshold, percentiles of the calibration cosines; the best on them is taken."""
     saturated: float = pydantic.Field(0.9, ge=-1, le=1)
@@ -223,8 +232,12 @@ class FeedForwardSkipStage(Parameters):
     """Conversations to calibrate on; what is measured is measured on the others."""
     rows: int = pydantic.Field(12, ge=2)
     """Conversations in all, from the corpus's beginning."""
-    timed_tokens: int = pydantic.Field(48, ge=4)
-    """Tokens of one answer that are timed step by step, with and without skipping in turn."""
+    timed_rows: int = pydantic.Field(4, ge=1)
+    """Conversations whose tokens are timed."""
+    timed_tokens: int = pydantic.Field(16, ge=4)
+    """Tokens of an answer that are timed step by step, with and without skipping in turn."""
+    kernels: Literal["auto", "native", "plain"] = "auto"
+    """What runs the steps that are timed; losses are read with the plain stepper."""
     timed_rounds: int = pydantic.Field(3, ge=1)
     """Times that they are."""
 

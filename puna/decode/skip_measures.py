@@ -7,6 +7,7 @@ attention runs, reading a text's tokens together gives each what it would get on
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from puna.model.stepper import Read
 if TYPE_CHECKING:
     from puna.model.llama import Llama
     from puna.model.stepper import FeedForwardSkip as Skip
+    from puna.model.stepper import Stepper
 
 
 Text = tuple[Sequence[int], int]
@@ -187,23 +189,30 @@ def operations_error(model: Llama, ids: Sequence[int], start: int, skip: FeedFor
 
 
 def step_times(
-    model: Llama, ids: Sequence[int], start: int, skips: Sequence[Skip | None], rounds: int
+    stepper: Stepper, texts: Sequence[Text], tokens: int, skips: Sequence[Skip | None], rounds: int
 ) -> list[float]:
-    """Median seconds of a batch-1 step with each of ``skips``, the ways taken in turn token by token.
+    """Mean seconds of a batch-1 step with each of ``skips``, the ways taken in turn token by token.
 
-    Each way has its own cache and reads ``ids`` from ``start`` on, one token a step, again every round.
+    Of each text up to ``tokens`` are read from its start on, one a step; each way has its own keys. Of a
+    token's times in all rounds the least counts, which leaves out what else the machine did, and then
+    their mean, since tokens differ in what they leave out.
     """
-    stepper = PlainStepper(model, cache_tokens=len(skips) * (len(ids) + 16))
-    sequences = [stepper.sequence() for _ in skips]
-    for sequence in sequences:
-        stepper.step([Read(sequence, ids[:start], 0)])
-    times: list[list[float]] = [[] for _ in skips]
-    for _ in range(rounds):
-        for token in ids[start:]:
-            for sequence, skip, taken in zip(sequences, skips, times, strict=True):
-                begun = time.perf_counter()
-                stepper.logits(stepper.step([Read(sequence, [token], 1, skip)])[0])
-                taken.append(time.perf_counter() - begun)
+    best: list[list[float]] = [[] for _ in skips]
+    for ids, start in texts:
+        sequences = [stepper.sequence() for _ in skips]
         for sequence in sequences:
-            sequence.crop(start)
-    return [statistics.median(taken) for taken in times]
+            stepper.step([Read(sequence, ids[:start], 0)])
+        timed = ids[start : start + tokens]
+        found = [[math.inf] * len(timed) for _ in skips]
+        for _ in range(rounds):
+            for place, token in enumerate(timed):
+                for sequence, skip, taken in zip(sequences, skips, found, strict=True):
+                    begun = time.perf_counter()
+                    stepper.logits(stepper.step([Read(sequence, [token], 1, skip)])[0])
+                    taken[place] = min(taken[place], time.perf_counter() - begun)
+            for sequence in sequences:
+                sequence.crop(start)
+        for sequence, taken, every in zip(sequences, found, best, strict=True):
+            sequence.free()
+            every += taken
+    return [statistics.mean(taken) for taken in best]

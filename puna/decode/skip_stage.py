@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +26,8 @@ from puna.decode.skip_measures import (
     without_blocks,
 )
 from puna.model.feed_forward_skip import FeedForwardSkip, SkipPlan, plan_skip
+from puna.model.paged import BLOCK
+from puna.model.steppers import make_stepper
 from puna.text import pretrained
 from puna.text.encode import encode_prompt
 
@@ -34,8 +39,8 @@ if TYPE_CHECKING:
 def run(context: Context, parameters: FeedForwardSkipStage) -> Outcome:
     """Calibrate, choose, compare, time."""
     model = pretrained.load(context.inputs["model"], dtype=context.dtype, device=context.device).eval()
-    texts = _texts(context, parameters, model)
-    calibration, held_out = texts[: parameters.calibration_rows], texts[parameters.calibration_rows :]
+    every = _texts(context, parameters, model)
+    calibration, held_out = every[: parameters.calibration_rows], every[parameters.calibration_rows :]
     cosines = calibrate(model, calibration)
     candidate, cost = _candidate(model, calibration, cosines, parameters)
     plan = _judged(candidate, cost, parameters)
@@ -49,9 +54,11 @@ def run(context: Context, parameters: FeedForwardSkipStage) -> Outcome:
         metrics["calibration_rise"] = cost
         metrics |= _compare(model, calibration, held_out, candidate.skip, parameters, table)
         metrics |= _exact(model, held_out, candidate.skip)
-        ids, start = held_out[0]
-        timed = ids[: start + parameters.timed_tokens]
-        full, skipping = step_times(model, timed, start, [None, candidate.skip], parameters.timed_rounds)
+        texts = held_out[: parameters.timed_rows]
+        skips = [None, candidate.skip]
+        room = 2 * max(len(ids) + BLOCK for ids, _ in texts)
+        stepper = make_stepper(model, cache_tokens=room, kernels=parameters.kernels)
+        full, skipping = step_times(stepper, texts, parameters.timed_tokens, skips, parameters.timed_rounds)
         metrics |= {"seconds.full": full, "seconds.skip": skipping, "time_saved": 1 - skipping / full}
     context.report["tables"] = [_table(table), _layers(plan)]
     return Outcome({"plan": write_plan(plan, context.out / "plan.json")}, metrics)
@@ -76,23 +83,44 @@ def _texts(context: Context, parameters: FeedForwardSkipStage, model: Llama) -> 
 def _candidate(
     model: Llama, texts: list[Text], cosines: torch.Tensor, parameters: FeedForwardSkipStage
 ) -> tuple[SkipPlan, float]:
-    """The threshold that costs least on the calibration texts, and what it costs there in nats a token."""
+    """Cold ends and threshold that cost least on the calibration texts, and that cost in nats a token."""
     full = read_texts(model, texts, None).loss
     found: list[tuple[float, SkipPlan]] = []
-    for percentile in parameters.percentiles:
+    for cold, percentile in itertools.product(parameters.cold_ends, parameters.percentiles):
         plan = plan_skip(
             cosines,
             share=parameters.share,
-            cold_layers=parameters.cold_layers,
+            cold=cold,
             percentile=percentile,
             saturated=parameters.saturated,
         )
-        cost = 0.0 if plan.skip is None else read_texts(model, texts, plan.skip).loss - full
-        found.append((cost, plan))
-    best = min(
-        (each for each in found if each[1].skip is not None), default=found[0], key=lambda each: each[0]
-    )
-    return best[1], best[0]
+        if plan.skip is None:
+            found.append((math.inf, plan))
+        elif (reached := _reaching(model, texts, plan, parameters.share)) is not None:
+            found.append((reached[1].loss - full, reached[0]))
+    cost, best = min(found, key=lambda each: each[0], default=(math.inf, _unreachable(cosines, parameters)))
+    return best, cost
+
+
+def _reaching(
+    model: Llama, texts: list[Text], plan: SkipPlan, share: float
+) -> tuple[SkipPlan, Reading] | None:
+    """The plan with the smallest budget that leaves out nine tenths of the share; None if none does.
+
+    What is skipped changes the cosines behind it, so that the plan's own expectation is often missed.
+    """
+    assert plan.skip is not None
+    for budget in range(plan.skip.budget, plan.skip.last - plan.skip.first + 1):
+        skip = replace(plan.skip, budget=budget)
+        reading = read_texts(model, texts, skip)
+        if reading.share >= 0.9 * share:
+            return replace(plan, skip=skip, expected_share=reading.share), reading
+    return None
+
+
+def _unreachable(cosines: torch.Tensor, parameters: FeedForwardSkipStage) -> SkipPlan:
+    means = tuple(float(mean) for mean in cosines.double().mean(1))
+    return SkipPlan(None, 0.0, means, f"no threshold leaves out a share of {parameters.share:g} of all")
 
 
 def _judged(candidate: SkipPlan, cost: float, parameters: FeedForwardSkipStage) -> SkipPlan:
@@ -118,8 +146,11 @@ def _compare(
     layers = len(model.spec.blocks)
     table["skipping"] = read_texts(model, held_out, skip)
     share = table["skipping"].share
-    middle = skip.last - skip.first + 1
-    random = FeedForwardSkip(skip.first, skip.last, rule="random", share=min(1.0, share * layers / middle))
+    before, behind = parameters.cold_ends[0]
+    middle = layers - before - behind
+    random = FeedForwardSkip(
+        before, layers - behind - 1, rule="random", share=min(1.0, share * layers / middle)
+    )
     table["random skips"] = read_texts(model, held_out, random)
     count = max(1, int(share * layers))  # the fewest whole layers: the baseline's advantage
     turned = block_cosines(model, [ids for ids, _ in calibration])

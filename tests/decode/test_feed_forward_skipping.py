@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,19 @@ def test_prompt_and_first_tokens_are_read_in_full_and_costs_say_what_was_skipped
     (plain,) = engine.generate(["the cat"], sampling)
     assert one.ids[:5] == plain.ids[:5]
     assert not one.lossless
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_the_engines_own_kernels_skip_too(model: Any, quantize: Any) -> None:
+    """Whatever runs here: a compiler may be missing."""
+    engine = Engine(model, quantize=quantize)
+    sampling = Sampling(max_tokens=12, ignore_eos=True)
+    full = engine.generate(PROMPTS, sampling)
+    never = engine.generate(PROMPTS, sampling, skipping(threshold=1.5))
+    assert [one.ids for one in never] == [one.ids for one in full]
+    share = feed_forward_share(model.spec)
+    for one in engine.generate(PROMPTS, sampling, skipping(warm_up=4)):
+        assert [row.cost for row in one.trace] == pytest.approx([1.0] * 5 + [1 - 3 * share] * 7)
 
 
 @pytest.mark.parametrize("skip", [None, FeedForwardSkip(0, 5, -2.0), FeedForwardSkip(1, 4, 0.5, 2)])
@@ -159,8 +173,11 @@ def test_the_blocks_that_turn_the_stream_least_are_the_candidates_to_drop(model:
 
 def test_steps_are_timed_for_each_way(model: Any) -> None:
     ids = model.tokenizer.encode("the cat and the other cat sat")
-    times = step_times(model, ids, 4, [None, FeedForwardSkip(1, 4, -2.0)], rounds=2)
-    assert len(times) == 2 and all(taken > 0 for taken in times)
+    texts = [(ids, 4), (ids[:6], 2)]
+    times = step_times(
+        PlainStepper(model, cache_tokens=64), texts, 3, [None, FeedForwardSkip(1, 4, -2.0)], rounds=2
+    )
+    assert len(times) == 2 and all(0 < taken < math.inf for taken in times)
 
 
 def test_a_plan_is_written_and_read_and_may_say_nothing_to_skip(tmp_path: Path, model: Any) -> None:
@@ -196,5 +213,3 @@ def test_wrong_settings_and_plans_are_told(tmp_path: Path, model: Any) -> None:
         run({"plan": str(tmp_path / "z.json")})
     with pytest.raises(PunaError, match="beyond the decoder"):
         run(skipping(last=6))
-    with pytest.raises(PunaError, match="native kernels skip no feed-forwards"):
-        Engine(model, kernels="native").generate(["a"], Sampling(max_tokens=3), skipping(warm_up=0))

@@ -112,6 +112,11 @@ def test_nudging_counts_shares_and_stops_and_keeps_its_invariants(
     assert found["broken_round_trips"] == 0 and found["round_trips"] == 8
     assert found["share.0.1"] <= found["share.0.9"]
     assert found["share"] == found["share.0.3"]
+    other = run(
+        tmp_path, "nudging", inputs, rows=3, max_tokens=24, instruction="the cat", nudge_tokens=2
+    ).metrics
+    assert other["share"] != found["share"]
+    assert other["forced_then_greedy"] == other["nudgers_own"] == 1
     with pytest.raises(PunaError, match="is none of the confidences"):
         run(tmp_path, "nudging", inputs, judged_at=0.2)
 
@@ -181,7 +186,7 @@ def test_self_evaluation_checks_the_strategy_on_the_way(
 
 
 def answers(scores: list[float], rewards: list[float]) -> Answers:
-    (task,) = make_tasks(("larger",), 1, 0, "test")
+    (task,) = make_tasks(("larger",), 1, 0, held_out=True)
     return Answers(task, scores=scores, half_scores=scores[::-1], rewards=rewards)
 
 
@@ -209,7 +214,7 @@ def test_a_plan_comes_out_of_calibration_and_is_compared_on_other_answers(
     settings = {
         "rows": 4,
         "calibration_rows": 2,
-        "cold_layers": 1,
+        "cold_ends": [[1, 1], [2, 1]],
         "saturated": -1.0,
         "percentiles": [75.0, 25.0],
         "warm_up": 3,
