@@ -112,11 +112,12 @@ def test_nudging_counts_shares_and_stops_and_keeps_its_invariants(
     assert found["broken_round_trips"] == 0 and found["round_trips"] == 8
     assert found["share.0.1"] <= found["share.0.9"]
     assert found["share"] == found["share.0.3"]
-    other = run(
-        tmp_path, "nudging", inputs, rows=3, max_tokens=24, instruction="the cat", nudge_tokens=2
-    ).metrics
-    assert other["share"] != found["share"]
-    assert other["forced_then_greedy"] == other["nudgers_own"] == 1
+    easy = {"rows": 3, "max_tokens": 24, "confidences": [0.001], "judged_at": 0.001}
+    shares = [
+        run(tmp_path, "nudging", inputs, **easy, **changed).metrics["share"]
+        for changed in ({}, {"instruction": "in the end it went in again"}, {"nudge_tokens": 3})
+    ]
+    assert len(set(shares)) == 3
     with pytest.raises(PunaError, match="is none of the confidences"):
         run(tmp_path, "nudging", inputs, judged_at=0.2)
 
