@@ -1,7 +1,8 @@
 """The stages of this room: ``corpus`` (sources -> corpus), ``curate`` (sources -> pool of documents with
 signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
-(documents -> questions whose answer is known) and ``table_questions`` (a table -> questions about it)."""
+(documents -> questions whose answer is known), ``table_questions`` (a table -> questions about it),
+``quality_classifier`` and ``importance_model`` (corpora -> models that score documents)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
+from puna.data.curate.learned.settings import ImportanceParameters, QualityClassifierParameters
 from puna.data.curate.settings import CurateParameters
 from puna.data.settings import (
     CorpusParameters,
@@ -245,3 +247,63 @@ def curate(context: Context, parameters: CurateParameters) -> Outcome:
     from puna.data.curate.stage import run
 
     return run(context, parameters)
+
+
+def _learned_cost(parameters: Any, shapes: Any) -> Cost:
+    """The texts are read and learned from some times over."""
+    times = getattr(parameters, "epochs", 1)
+    return Cost(tokens=shapes.tokens, seconds=times * shapes.tokens / _TOKENS_PER_SECOND)
+
+
+@stage(
+    "quality_classifier",
+    parameters=QualityClassifierParameters,
+    inputs={"wanted": Input("corpus", many=True), "other": Input("corpus", many=True)},
+    outputs={"model": "file"},
+    plan=_learned_cost,
+)
+def quality_classifier(context: Context, parameters: QualityClassifierParameters) -> Outcome:
+    """Train a fastText classifier that tells wanted texts from others, for ``quality.fasttext``.
+
+    Time grows linearly with the texts; memory holds the texts of both sides and 4 bytes for each bucket
+    and dimension.
+    """
+    from puna.data.corpus import Corpus
+    from puna.data.curate.learned.quality_classifier import train
+
+    wanted, other = (
+        [Corpus.open(path) for path in context.inputs[side].values()] for side in ("wanted", "other")
+    )
+    context.out.mkdir(parents=True, exist_ok=True)
+    model, metrics = train(wanted, other, parameters, context.out, seed=context.seed)
+    path = context.out / "model.safetensors"
+    model.save(path)
+    return Outcome({"model": path}, metrics)
+
+
+@stage(
+    "importance_model",
+    parameters=ImportanceParameters,
+    inputs={"target": Input("corpus", many=True), "source": Input("corpus", many=True)},
+    outputs={"model": "file"},
+    plan=_learned_cost,
+)
+def importance_model(context: Context, parameters: ImportanceParameters) -> Outcome:
+    """Estimate the distributions of words of a target domain and a source, for ``dsir.importance``.
+
+    Time grows linearly with the texts; memory holds those drawn and a count for each bucket.
+    """
+    from puna.core.seeds import numpy_generator
+    from puna.data.corpus import Corpus
+    from puna.data.curate.learned.importance import ImportanceModel
+    from puna.data.curate.learned.quality_classifier import drawn, texts_of_corpora
+
+    def texts_of_side(side: str) -> list[str]:
+        texts = texts_of_corpora(Corpus.open(path) for path in context.inputs[side].values())
+        return drawn(texts, parameters.rows, numpy_generator(context.seed, side))
+
+    model = ImportanceModel.fit(texts_of_side("target"), texts_of_side("source"), parameters)
+    path = context.out / "model.safetensors"
+    model.save(path)
+    metrics = {"target.words": model.target_length, "source.words": model.source_length}
+    return Outcome({"model": path}, metrics)

@@ -4,8 +4,8 @@ The rules look at a character and its neighbours only, so a whole batch is split
 neighbouring classes are looked up in a table, and just those pairs that depend on a third character (the
 apostrophe in "don't", the point in "3.14") are looked at again.
 
-Simplified: pairs of regional indicators (flags) and runs of spaces are left apart, since a word that is
-wanted here begins with a letter or a digit.
+Simplified: the two characters of some line ends are left apart, since no word that is wanted here is white
+space.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ _CLASSES = {
     "middle": ("MidNumLet",),
     "middle_letter": ("MidLetter",),
     "middle_number": ("MidNum",),
+    "regional": ("Regional_Indicator",),
+    "space": ("WSegSpace",),
 }
 _CODE = {name: code for code, name in enumerate(_CLASSES, start=1)}
 _KINDS = len(_CLASSES) + 1
@@ -86,12 +88,12 @@ def _pair_table() -> NDArray[numpy.uint8]:
     put(_DEPENDS, solid, middles)
     put(_DEPENDS, middles, solid)
     put(_TOGETHER, ("hebrew",), ("single_quote",))
+    put(_TOGETHER, ("space",), ("space",))
     return table.reshape(-1)
 
 
-@words("unicode")
-def _unicode(texts: Texts) -> Segments:
-    """Words by the boundaries of UAX #29, those that begin with a letter or a digit."""
+def _runs(texts: Texts) -> Segments:
+    """What lies between the boundaries of UAX #29: every character is in one run."""
     codes = texts.codes
     kinds = _class_table()[codes]
     places = _bases(kinds, texts)
@@ -101,12 +103,34 @@ def _unicode(texts: Texts) -> Segments:
     together = numpy.zeros(len(kinds), dtype=bool)
     if len(kinds) > 1:
         together[1:] = _joined(kinds, first)
+        # Spaces are one run unless something between them was passed over.
+        together[1:] &= (kinds[1:] != _CODE["space"]) | (numpy.diff(places) == 1)
         _join_pictures(together, places, texts)
+        _join_flags(together, kinds, first)
         together &= ~first
     starts = places[~together]
     ends = numpy.append(starts[1:], len(codes)) if len(starts) else starts
-    wanted = table_of("alphanumeric")[codes[starts]]
-    return Segments(texts, starts[wanted], ends[wanted])
+    return Segments(texts, starts, ends)
+
+
+@words("unicode")
+def _unicode(texts: Texts) -> Segments:
+    """Words by the boundaries of UAX #29, those that begin with a letter or a digit."""
+    runs = texts.shared("unicode runs", _runs)
+    return _where(runs, table_of("alphanumeric")[texts.codes[runs.starts]])
+
+
+@words("unicode_solid")
+def _unicode_solid(texts: Texts) -> Segments:
+    """Words by the boundaries of UAX #29, those that are not white space: punctuation counts, too."""
+    runs = texts.shared("unicode runs", _runs)
+    # A run that begins with white space may end with what extends a character.
+    space = table_of("white_space")
+    return _where(runs, ~(space[texts.codes[runs.starts]] & space[texts.codes[runs.ends - 1]]))
+
+
+def _where(runs: Segments, wanted: NDArray[numpy.bool_]) -> Segments:
+    return Segments(runs.texts, runs.starts[wanted], runs.ends[wanted])
 
 
 def _bases(kinds: NDArray[numpy.uint8], texts: Texts) -> NDArray[numpy.int64]:
@@ -164,6 +188,19 @@ def _join_pictures(together: NDArray[numpy.bool_], places: NDArray[numpy.int64],
         return
     pictures = joiners[texts.is_class("pictographic")[joiners + 1]] + 1
     together[numpy.searchsorted(places, pictures)] = True
+
+
+def _join_flags(
+    together: NDArray[numpy.bool_], kinds: NDArray[numpy.uint8], first: NDArray[numpy.bool_]
+) -> None:
+    """Regional indicators make flags two by two, counted from the first of a run."""
+    places = numpy.flatnonzero(kinds == _CODE["regional"])
+    if not len(places):
+        return
+    begins = numpy.concatenate([[True], (numpy.diff(places) != 1) | first[places[1:]]])
+    numbers = numpy.arange(len(places))
+    numbers -= numpy.maximum.accumulate(numpy.where(begins, numbers, 0))
+    together[places[numbers % 2 == 1]] = True
 
 
 @character_class("fasttext_space")

@@ -13,7 +13,7 @@ import numpy
 from numpy.typing import NDArray
 
 from puna.data.curate.segments import Segments
-from puna.data.curate.texts import Texts, lines
+from puna.data.curate.texts import Texts, lines, words
 
 DECIMALS = 8
 """RedPajama rounds its scores to 8 decimals."""
@@ -48,6 +48,7 @@ def normalised_lines(texts: Texts) -> Segments:
     return texts.shared("redpajama normalised lines", make)
 
 
+@words("normalised")
 def normalised_words(texts: Texts) -> Segments:
     """Words of the normalised batch."""
     return normalised(texts).words("white_space")

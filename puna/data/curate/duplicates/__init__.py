@@ -1,0 +1,1 @@
+"""Pure functions over arrays that global operators share: signatures, bands, clusters, filters, tables."""

@@ -1,0 +1,1 @@
+"""What operators learn from corpora before they score: classifiers, importance, language models."""
