@@ -1,11 +1,12 @@
 """Decoding on the CPU: puna against transformers, llama.cpp and openvino-genai on the same token ids.
 
-    python -m benchmarks.decoding [--work decode-4bit ...] [--runs 3] [--threads 2] [--json FILE]
+    python -m benchmarks.decoding [--work decode-4bit ...] [--model FILE.gguf] [--runs 3] [--threads 2]
+                               [--json FILE]
     python -m benchmarks.decoding --quality
 
 Every run of a side is a fresh process that answers the same requests (benchmarks/peers/decoding.py); sides
-take turns, and ratios are medians over pairs of runs. puna and llama.cpp open the same GGUF of
-SmolLM2-135M-Instruct, with 4-bit layers and an 8-bit head; in bfloat16 both sides open the same weights.
+take turns, and ratios are medians over pairs of runs. puna and llama.cpp open the same GGUF, of
+SmolLM2-135M-Instruct if nothing else is said, with 4-bit layers and an 8-bit head; in bfloat16 both sides open the same weights.
 llama.cpp runs by its batch interface with a slot for each request, as its server does, without that server's
 HTTP in between: the Python package has a server that answers one request at a time, which would flatter puna.
 Peers that are not installed are left out and told. Memory is the most that a whole process had resident,
@@ -174,14 +175,14 @@ def run_side(side: Side, work: Work, ids: Sequence[int], paths: dict[str, str], 
     with tempfile.TemporaryDirectory(prefix="decoding-benchmark-") as name:
         job, result = Path(name) / "job.json", Path(name) / "result.json"
         content = {"side": side.name, "settings": side.settings, "threads": threads, "requests": requests}
-        job.write_text(json.dumps({**content, **paths, "model": MODEL, "result": str(result)}))
+        job.write_text(json.dumps({**content, **paths, "result": str(result)}))
         command = [sys.executable, "-m", "benchmarks.peers.decoding", str(job)]
         peak = run(command, threads)
         return Result(json.loads(result.read_text()), peak)
 
 
-def prepare(folder: Path) -> tuple[list[int], dict[str, str]]:
-    """Token ids of real text, and the checkpoints that peers open."""
+def prepare(name: str, folder: Path) -> tuple[list[int], dict[str, str]]:
+    """Token ids of real text, and the checkpoints that the sides open: of an asset or a GGUF file."""
     from pydoc_data.topics import topics
 
     import torch
@@ -189,11 +190,12 @@ def prepare(folder: Path) -> tuple[list[int], dict[str, str]]:
     from puna.core import assets
     from puna.text.pretrained import load, save
 
-    model = load(MODEL, dtype=torch.bfloat16)
+    model = load(name, dtype=torch.bfloat16)
     assert model.tokenizer is not None
     text = "\n\n".join(topics[name] for name in sorted(topics))[:120_000]
     save(model, folder / "bf16", format="hf")
-    return model.tokenizer.encode(text), {"folder": str(folder / "bf16"), "gguf": str(assets.fetch(MODEL))}
+    file = name if name.endswith(".gguf") else str(assets.fetch(name))
+    return model.tokenizer.encode(text), {"folder": str(folder / "bf16"), "gguf": file, "model": name}
 
 
 @dataclass(frozen=True)
@@ -251,9 +253,8 @@ def told(work: Work, result: Result) -> str:
     return f"{figure_of(work, result):.1f} tokens/s, {first}{memory}"
 
 
-def limit_of(work: Work, threads: int, bandwidth: float, peak: float) -> float | None:
+def limit_of(work: Work, file: str, threads: int, bandwidth: float, peak: float) -> float | None:
     """Tokens per second that memory or matrix products allow; None where neither says much."""
-    from puna.core import assets
     from puna.model.checkpoint import read_weights
     from puna.model.native.stepper import NativeStepper
 
@@ -261,7 +262,7 @@ def limit_of(work: Work, threads: int, bandwidth: float, peak: float) -> float |
         return None
     import torch
 
-    model = read_weights(assets.fetch(MODEL), dtype=torch.bfloat16)
+    model = read_weights(Path(file), dtype=torch.bfloat16)
     length, tokens, _ = work.requests[0]
     stepper = NativeStepper(
         model, quantize=work.puna.settings.get("quantize"), cache_tokens=16, threads=threads
@@ -275,9 +276,11 @@ def limit_of(work: Work, threads: int, bandwidth: float, peak: float) -> float |
     return peak / (products + keys)
 
 
-def summary(comparisons: Sequence[Comparison], limits: dict[str, float | None], runs: int) -> Table:
+def summary(
+    name: str, comparisons: Sequence[Comparison], limits: dict[str, float | None], runs: int
+) -> Table:
     """The table of ratios against the bars."""
-    table = Table(title=f"{MODEL}, medians of {runs} runs of fresh processes in turn")
+    table = Table(title=f"{Path(name).stem}, medians of {runs} runs of fresh processes in turn")
     columns = ("work", "tokens/s puna", "peer", "", "ratio", "at least", "first token ms puna", "peer")
     for column in (*columns, "peak GB puna", "peer", "of the limit: puna", "peer"):
         table.add_column(column)
@@ -321,6 +324,7 @@ def main() -> None:
     )
     names = [work.name for work in WORKS]
     parser.add_argument("--work", nargs="+", choices=names, default=names)
+    parser.add_argument("--model", default=MODEL, help="an asset or a .gguf file of a Llama")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path)
@@ -345,11 +349,11 @@ def main() -> None:
         f"memory read {bandwidth / 1e9:.1f} GB/s, matrix product {peak / 1e9:.0f} GFLOP/s in bfloat16"
     )
     with tempfile.TemporaryDirectory(prefix="decoding-benchmark-") as folder:
-        ids, paths = prepare(Path(folder))
+        ids, paths = prepare(chosen.model, Path(folder))
         works = [work for work in WORKS if work.name in chosen.work]
         comparisons = [compare(work, ids, paths, chosen.runs, chosen.threads) for work in works]
-    limits = {work.name: limit_of(work, chosen.threads, bandwidth, peak) for work in works}
-    console.print(summary(comparisons, limits, chosen.runs))
+    limits = {work.name: limit_of(work, paths["gguf"], chosen.threads, bandwidth, peak) for work in works}
+    console.print(summary(chosen.model, comparisons, limits, chosen.runs))
     if chosen.json:
         content = [
             {
