@@ -6,11 +6,11 @@
 
 Every run of a side is a fresh process that answers the same requests (benchmarks/peers/decoding.py); sides
 take turns, and ratios are medians over pairs of runs. puna and llama.cpp open the same GGUF, of
-SmolLM2-135M-Instruct if nothing else is said, with 4-bit layers and an 8-bit head; in bfloat16 both sides open the same weights.
-llama.cpp runs by its batch interface with a slot for each request, as its server does, without that server's
-HTTP in between: the Python package has a server that answers one request at a time, which would flatter puna.
-Peers that are not installed are left out and told. Memory is the most that a whole process had resident,
-imports included.
+SmolLM2-135M-Instruct if nothing else is said, with 4-bit layers and an 8-bit head; in bfloat16 both sides
+open the same weights. llama.cpp runs by its batch interface with a slot for each request, as its server
+does, without that server's HTTP in between: the Python package has a server that answers one request at a
+time, which would flatter puna. Peers that are not installed are left out and told. Memory is the most that
+a whole process had resident, imports included.
 
 The limit of decoding is what the memory gives: bytes of weights and stored keys that a step reads, over the
 read bandwidth that torch measures on a large array. What stays in the last cache between steps comes on top,
