@@ -28,8 +28,9 @@ def puna(job: dict[str, Any]) -> Callable[[], Steps]:
     """The stage ``curate``, as a user has it, up to the corpus of survivors."""
     from puna.data.curate.account import account, corpus_of
     from puna.data.curate.curation import CurateParameters, Curation
-    from puna.data.curate.operator import all_operators
     from puna.data.curate.pool import Pool  # noqa: F401  (imported before the clock runs)
+
+    from puna.data.curate.operator import all_operators
 
     all_operators()
     folder = Path(job["out"])
@@ -52,8 +53,12 @@ def puna(job: dict[str, Any]) -> Callable[[], Steps]:
 def datatrove(job: dict[str, Any]) -> Callable[[], Steps]:
     """datatrove's pipeline on its local executor, with spaCy's words or, patched in, those of str.split."""
     from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter, gopher_quality_filter
-    from datatrove.pipeline.filters import gopher_repetition_filter
+    from datatrove.pipeline.filters import (
+        GopherQualityFilter,
+        GopherRepetitionFilter,
+        gopher_quality_filter,
+        gopher_repetition_filter,
+    )
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.text import split_into_words
