@@ -135,7 +135,9 @@ class _Work:
                 continue
             self.edited[self.rows[place]] = text
         if changed:
-            self.texts = self.texts.replaced(mapped.texts)
+            whole = self.texts
+            self.texts = whole.replaced(mapped.texts)
+            whole.forget()
             self.gather()
 
 

@@ -36,7 +36,7 @@ class CurateParameters(Parameters):
     """Bounds of what one document or file may cost."""
     shard_bytes: pydantic.PositiveInt = 32 << 20
     """About how many bytes of text a shard holds: the unit of work, and of what is lost by a kill."""
-    batch_characters: pydantic.PositiveInt = 2 << 20
+    batch_characters: pydantic.PositiveInt = 1 << 19
     """About how many characters operators work on at once; memory grows with it."""
     batch_seconds: pydantic.PositiveFloat = 120.0
     """How much processor time a step may take over a batch (five times that by the clock) before it is

@@ -216,7 +216,9 @@ def _execute(pool: Pool, phase: Phase, shard: str, guard: Guard) -> None:
             guard=guard,
             first=start,
         )
-        done.current = Texts([])  # What operators shared of the batch is not needed any more.
+        for batch in (texts, done.current):  # What operators shared of the batch is not needed any more.
+            batch.forget()
+        done.current = Texts([])
         parts.append((start, stop, done))
     _store(pool, phase, shard, documents, parts)
 
@@ -328,6 +330,16 @@ def _decide(pool: Pool, phase: Phase, shard: str) -> None:
     _write_decisions(pool, phase, shard, reasons, counts)
 
 
+def _words(texts: Texts, characters: int) -> NDArray[numpy.int64]:
+    """[count] words between white space, counted batch by batch."""
+    words = numpy.zeros(texts.count, dtype=numpy.int64)
+    for start, stop in batches(texts.lengths, characters):
+        part = texts.take(numpy.arange(start, stop))
+        words[start:stop] = part.words("white_space").counts
+        part.forget()
+    return words
+
+
 def _survivors(pool: Pool, shard: str) -> None:
     """Write what is kept of a shard after all phases as rows of a corpus of documents."""
     file = pool.survivors_file(shard)
@@ -335,8 +347,8 @@ def _survivors(pool: Pool, shard: str) -> None:
         return
     documents = pool.documents(shard, len(pool.phases))
     texts = documents.texts
-    filled = texts.lengths > texts.count_of("white_space")
-    words = texts.words("white_space").counts
+    words = _words(texts, pool.meta["batch_characters"])
+    filled = words > 0
     counts: dict[str, dict[str, int]] = {}
     languages = [tag or UNDETERMINED for tag in texts.languages]
     for place in numpy.flatnonzero(filled).tolist():

@@ -54,6 +54,17 @@ class Texts:
             self._kept[key] = make(self)
         return cast(T, self._kept[key])
 
+    def forget(self) -> None:
+        """Let go of everything derived of this batch.
+
+        What is derived refers to its batch and so keeps it, until Python's collector comes by: too late
+        where one batch follows another.
+        """
+        kept, self._kept = self._kept, {}
+        for value in kept.values():
+            if isinstance(value, Texts):
+                value.forget()
+
     @property
     def joined(self) -> str:
         """All texts one after another, with nothing between them."""
