@@ -1,12 +1,13 @@
 """Curation: puna and its peers over the same documents, in turn, shard by shard.
 
-    python -m benchmarks.curation [WORK ...] [--shards 8] [--workers 1] [--peers /path/to/python]
+    python -m benchmarks.curation [WORK ...] [--shards 8] [--first 0] [--workers 2] [--peers /path/to/python]
 
 Peers live in an environment of their own (``pip install datatrove[processing] spacy`` there); its
 interpreter is given as ``--peers`` or ``PUNA_PEERS``. Every figure is a fresh process that reads JSON lines,
 filters, and writes the survivors. What is compared is documents per second of processor time, which others
 at work on the machine change little; wall time is told beside it. Both sides take one shard after another
-in turns, so that a change of the machine's pace meets both. Survivors are compared text by text.
+in turns, so that a change of the machine's pace meets both. Survivors are compared text by text. With
+``--kept FILE`` what was measured is kept there, so that a long measurement may be made in parts.
 """
 
 from __future__ import annotations
@@ -76,35 +77,54 @@ def main() -> None:
     """Run the works and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("works", nargs="*", default=[work.name for work in WORKS])
+    parser.add_argument("--first", type=int, default=0, help="the first shard that is measured")
     parser.add_argument("--shards", type=int, default=len(shards()))
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peers", default=os.environ.get("PUNA_PEERS"))
-    parser.add_argument("--out", type=Path, help="also write all figures there, as JSON")
+    parser.add_argument("--kept", type=Path, help="file of what was measured, read and written")
     given = parser.parse_args()
-    told = {}
-    done: dict[tuple[str, str, str], Row] = {}
+    done = Kept(given.kept)
+    files = shards()[given.first : given.first + given.shards]
     for work in (work for work in WORKS if work.name in given.works):
-        rows = run(work, shards()[: given.shards], given.workers, given.peers, done)
-        show(work, rows)
-        told[work.name] = {name: _plain(row) for name, row in rows.items()}
-    if given.out is not None:
-        given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        show(work, run(work, files, given.workers, given.peers, done))
 
 
-def run(
-    work: Work, files: list[Path], workers: int, peers: str | None, done: dict[tuple[str, str, str], Row]
-) -> dict[str, Row]:
-    """All sides over all files; ``done`` remembers what peers did, since works may share them."""
+class Kept:
+    """What was measured, by side and files: works may share peers, and a file remembers."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.rows: dict[str, Row] = {}
+        if file is not None and file.is_file():
+            self.rows = {key: _row(row) for key, row in json.loads(file.read_text("utf-8")).items()}
+
+    def add(self, key: str, row: Row) -> None:
+        self.rows[key] = row
+        if self.file is not None:
+            told = {
+                name: {**vars(kept), "survivors": {text.hex(): n for text, n in kept.survivors.items()}}
+                for name, kept in self.rows.items()
+            }
+            self.file.write_text(json.dumps(told), encoding="utf-8")
+
+
+def _row(told: dict[str, Any]) -> Row:
+    survivors = Counter({bytes.fromhex(text): n for text, n in told["survivors"].items()})
+    return Row(**{**told, "steps": Counter(told["steps"]), "survivors": survivors})
+
+
+def run(work: Work, files: list[Path], workers: int, peers: str | None, done: Kept) -> dict[str, Row]:
+    """All sides over all files in turns."""
     sides = {"puna": {"side": "puna", "pipeline": work.pipeline}}
     sides |= work.peers if peers else {}
     rows = {name: Row() for name in sides}
     for file in _groups(files, workers):
         for name, settings in sides.items():
-            key = (name, json.dumps(settings, sort_keys=True), str(file))
-            if key not in done:
+            key = json.dumps([settings, workers, *(part.name for part in file)], sort_keys=True)
+            if key not in done.rows:
                 interpreter = sys.executable if name == "puna" else str(peers)
-                done[key] = measure(interpreter, settings, file, workers)
-            _add(rows[name], done[key])
+                done.add(key, measure(interpreter, settings, file, workers))
+            _add(rows[name], done.rows[key])
     return rows
 
 
@@ -200,11 +220,6 @@ def show(work: Work, rows: dict[str, Row]) -> None:
     for name, row in rows.items():
         steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in row.steps.items())
         console.print(f"{name}: {steps}")
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    numbers = {key: value for key, value in vars(row).items() if key not in ("survivors", "steps")}
-    return {**numbers, "kept": row.survivors.total(), "steps": dict(row.steps)}
 
 
 if __name__ == "__main__":

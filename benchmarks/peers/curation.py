@@ -28,8 +28,6 @@ def puna(job: dict[str, Any]) -> Callable[[], Steps]:
     """The stage ``curate``, as a user has it, up to the corpus of survivors."""
     from puna.data.curate.account import account, corpus_of
     from puna.data.curate.curation import CurateParameters, Curation
-    from puna.data.curate.pool import Pool  # noqa: F401  (imported before the clock runs)
-
     from puna.data.curate.operator import all_operators
 
     all_operators()
@@ -37,6 +35,7 @@ def puna(job: dict[str, Any]) -> Callable[[], Steps]:
     parameters = CurateParameters(
         sources=[{"format": "jsonl", "path": file, "name": Path(file).stem} for file in job["files"]],
         pipeline=job["pipeline"],
+        shard_bytes=8 << 20,
         executor="here" if job["workers"] == 1 else "processes",
         workers=job["workers"],
     )
@@ -45,7 +44,7 @@ def puna(job: dict[str, Any]) -> Callable[[], Steps]:
         pool = Curation(parameters, folder / "pool").run()
         counts = account(pool)
         corpus_of(pool, folder / "corpus", counts)
-        return {}
+        return {label: count.seconds for label, count in counts.items() if count.seconds}
 
     return run
 
