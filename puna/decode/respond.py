@@ -115,4 +115,5 @@ def _strung(rows: Iterator[dict[str, Any]], count: int, ledger: Ledger) -> Itera
     while part := list(itertools.islice(rows, count)):
         text = " ".join(row["messages"][-1]["content"] for row in part)
         tally.keep()
-        yield {"id": part[0]["id"], "text": text, "source": part[0]["source"], "language": part[0]["language"]}
+        first = part[0]
+        yield {"id": first["id"], "text": text, "source": first["source"], "language": first["language"]}
