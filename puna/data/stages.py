@@ -10,6 +10,7 @@ from typing import Any
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
+from puna.data.curate.checks_settings import JuicerChecksParameters, SetuChecksParameters
 from puna.data.curate.learned.settings import ImportanceParameters, QualityClassifierParameters
 from puna.data.curate.settings import CurateParameters
 from puna.data.settings import (
@@ -307,3 +308,25 @@ def importance_model(context: Context, parameters: ImportanceParameters) -> Outc
     model.save(path)
     metrics = {"target.words": model.target_length, "source.words": model.source_length}
     return Outcome({"model": path}, metrics)
+
+
+@stage("juicer_checks", parameters=JuicerChecksParameters, inputs={"corpus": Input("corpus")})
+def juicer_checks(context: Context, parameters: JuicerChecksParameters) -> Outcome:
+    """Measure what Data-Juicer claims: orders, shared words, stored signals, Pareto's rule, duplicates.
+
+    Time grows with the documents times the orders; memory is that of the documents and a batch.
+    """
+    from puna.data.curate.checks_juicer import run
+
+    return run(context, parameters)
+
+
+@stage("setu_checks", parameters=SetuChecksParameters, inputs={"corpora": Input("corpus", many=True)})
+def setu_checks(context: Context, parameters: SetuChecksParameters) -> Outcome:
+    """Measure what Setu claims: limits by language from both sides, a vote on languages, boxes of pages.
+
+    Corpora are given under their languages' tags. Time grows linearly with the lines.
+    """
+    from puna.data.curate.checks_setu import run
+
+    return run(context, parameters)

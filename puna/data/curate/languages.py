@@ -17,16 +17,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
 from puna.core import assets
 from puna.core.errors import PunaError
+from puna.data.curate.detectors import Detector
 from puna.data.curate.texts import Texts
 
-Detector = Literal["fasttext", "langid", "cld3", "script"]
 LID = "lid-176"
 _OTHER_NAMES = {"iw": "he", "in": "id", "ji": "yi", "nb": "no", "und": "", "jw": "jv", "tl": "fil"}
 _INSTALL = "pip install 'puna[curate]'"

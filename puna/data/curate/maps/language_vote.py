@@ -11,7 +11,8 @@ import numpy
 import pydantic
 
 from puna.core.stage import Parameters
-from puna.data.curate.languages import Detector, code_of, detect, vote
+from puna.data.curate.detectors import Detector
+from puna.data.curate.languages import code_of, detect, vote
 from puna.data.curate.operator import Mapped, mapper
 from puna.data.curate.texts import Texts
 
@@ -19,7 +20,7 @@ from puna.data.curate.texts import Texts
 class VoteSettings(Parameters):
     """Who votes, and from which probability on."""
 
-    detectors: list[Detector] = pydantic.Field(["fasttext", "cld3", "langid", "script"], min_length=1)
+    detectors: list[Detector] = pydantic.Field(["fasttext", "cld3", "langid"], min_length=1)
     """Voters, in the order that decides between equals."""
     minimum: float = pydantic.Field(0.9, ge=0, le=1)
     """Probability from which on a detector's voice counts."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy
 
 from puna.core.stage import Parameters
-from puna.data.curate.languages import Detected, Detector, code_of, detect, fasttext_languages
+from puna.data.curate.detectors import Detector
+from puna.data.curate.languages import Detected, code_of, detect, fasttext_languages
 from puna.data.curate.operator import Signals, score
 from puna.data.curate.texts import Texts
 
