@@ -52,6 +52,36 @@ def trace(
     show(*_told(traced))
 
 
+@data_app.command()
+def tune(
+    pool: PoolFolder,
+    sigmas: Annotated[float, typer.Option(help="Standard deviations on both sides of the mean.")] = 3.0,
+) -> None:
+    """Print the gates' bounds anew, from what the pool stores."""
+    from puna.data.curate.pool import Pool
+    from puna.data.curate.tune import as_yaml, tuned_gates
+
+    typer.echo(as_yaml(tuned_gates(Pool.open(pool), sigmas)), nl=False)
+
+
+@data_app.command()
+def quality(
+    good: Annotated[Path, typer.Option(help="A corpus of documents of the good kind.")],
+    bad: Annotated[Path, typer.Option(help="A corpus of documents of the other kind.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The classifier's file, .safetensors.")],
+    most: Annotated[int, typer.Option(min=1, help="Most documents of each kind.")] = 100_000,
+) -> None:
+    """Train the classifier of hashed words for the score data_juicer.quality."""
+    from itertools import islice
+
+    from puna.data.corpus import Corpus
+    from puna.data.curate.hashed_classifier import train
+
+    kinds = [list(islice(Corpus.open(path, kind="documents").texts(), most)) for path in (good, bad)]
+    train(*kinds).save(out)
+    show(f"{out}: learned from {len(kinds[0]):,} good documents and {len(kinds[1]):,} others")
+
+
 def _told(traced: Traced) -> list[object]:
     from rich.table import Table
 

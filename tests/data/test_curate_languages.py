@@ -95,7 +95,7 @@ def test_the_vote_names_the_documents_languages():
     assert made.texts == [None] * 5
     assert made.languages == ["en", "nl", "hi", "ta", None]
     assert made.signals["wanted"].tolist() == [0, 0, 1, 1, 0]
-    assert made.signals["voices"][2] == 4
+    assert made.signals["voices"][2] == 3
     with pytest.raises(PunaError, match="among the detectors"):
         validate(operator.settings, {"detectors": ["cld3"], "always": ["langid"]}, where="test")
 

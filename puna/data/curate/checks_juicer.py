@@ -85,7 +85,7 @@ def _kept(steps: Sequence[Step], texts: Texts) -> NDArray[numpy.bool_]:
 
 def sharing_figures(batches: Sequence[Sequence[str]], listed: Path) -> dict[str, float]:
     """Documents per second of five scores of words that share words, and that do not."""
-    named = {
+    named: dict[str, dict[str, Any]] = {
         "words": {"score": "data_juicer.words"},
         "five": {"score": "data_juicer.word_repetition", "settings": {"n": 5}},
         "ten": {"score": "data_juicer.word_repetition", "settings": {"n": 10}},
@@ -107,6 +107,7 @@ def sharing_figures(batches: Sequence[Sequence[str]], listed: Path) -> dict[str,
         together += scored(lambda made=made: made)  # type: ignore[misc]
         apart += scored(lambda batch=batch: Texts(batch))  # type: ignore[misc]
     count = sum(map(len, batches))
+    together, apart = max(together, 1e-9), max(apart, 1e-9)
     return {
         "sharing.documents_per_second": count / together,
         "apart.documents_per_second": count / apart,
@@ -185,10 +186,11 @@ def duplicate_figures(texts: Sequence[str], planted: int, seed: int) -> dict[str
         copies.append(copy)
     batch = Texts([" ".join(row) for row in (*originals, *copies)])
     metrics = {}
-    for name, values in {
+    methods: dict[str, dict[str, Any]] = {
         "minhash": {"threshold": 0.7, "permutations": 256, "bands": 25, "rows": 10},
         "simhash": {"ngram": 6, "blocks": 6, "distance": 4},
-    }.items():
+    }
+    for name, values in methods.items():
         operator = get_operator("global", f"dedup.{name}")
         settings = operator.settings(**values)
         sketch = _Sketched(batch.count, operator.function.sketch(batch, settings))
