@@ -76,8 +76,9 @@ class Drill:
         return {**usual, "temperature": 1.0, **body}
 
     def judge(self, case: str, done: str, seen: str, failures: Sequence[str]) -> None:
-        """Note what became of a case."""
+        """Note what became of a case, and tell at once: the whole drill takes minutes."""
         self.verdicts.append(Verdict(case, done, seen, tuple(failures)))
+        print(f"{case}: {'; '.join(failures) or 'met'} ({seen})", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """End what still runs, and look into the logs: no server may have shown a traceback."""
