@@ -58,10 +58,10 @@ class Drill:
     verdicts: list[Verdict] = field(default_factory=list)
     _servers: list[Server] = field(default_factory=list)
 
-    def server(self, **settings: Any) -> Server:
+    def server(self, dtype: str = "auto", **settings: Any) -> Server:
         """A server with these settings, running until the drill ends."""
         log = self.folder / f"server-{len(self._servers)}.log"
-        made = Server(self.model, log, **{"max_body_bytes": BODY_BYTES, **settings})
+        made = Server(self.model, log, dtype=dtype, **{"max_body_bytes": BODY_BYTES, **settings})
         self._servers.append(made)
         return made
 
@@ -327,11 +327,10 @@ async def lm_eval(drill: Drill) -> None:
     if command is None:
         drill.judge("lm_eval", done, "lm_eval is not installed, so this was left out", [])
         return
-    from puna.run.machine import choose_dtype
     from puna.text.pretrained import load
 
-    server, folder = drill.server(), drill.folder / "lm_eval"
-    model = load(drill.model, dtype=choose_dtype("auto", "cpu"))
+    server, folder = drill.server(dtype="float32"), drill.folder / "lm_eval"
+    model = load(drill.model)
     assert model.tokenizer is not None
     folder.mkdir()
     model.tokenizer.save(folder / "tokenizer")
@@ -345,14 +344,14 @@ async def lm_eval(drill: Drill) -> None:
         pair for one, other in zip(found, expected, strict=True) for pair in zip(one, other, strict=True)
     ]
     furthest = max(abs(one - other) for one, other in pairs)
-    failures = [] if furthest <= harness.NATS else [f"log-likelihoods {furthest:.2f} nats from those here"]
+    failures = [] if furthest <= harness.NATS else [f"log-likelihoods {furthest:.4f} nats from those here"]
     for (asked, _, _), text in zip(harness.QUESTIONS, harness.written(folder), strict=True):
         body = {"prompt": asked, "max_tokens": harness.TOKENS, "temperature": 0, "stop": ["\n\n"]}
         said = (await server.client.ask(body)).text
         failures += [] if text.strip() == said.strip() else [f"it wrote {text!r}, the server says {said!r}"]
     failures += _left(await server.client.idle())
     seen = (
-        f"{len(pairs)} log-likelihoods at most {furthest:.3f} nats from forward passes; "
+        f"{len(pairs)} log-likelihoods at most {furthest:.4f} nats from forward passes; "
         f"{harness.chosen_rightly(found)} of {len(found)} questions right"
     )
     drill.judge("lm_eval", done, seen, failures)

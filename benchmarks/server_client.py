@@ -169,7 +169,7 @@ def _unchunked(body: bytes) -> bytes:
 class Server:
     """``puna serve`` in a process of its own."""
 
-    def __init__(self, model: str, log: Path, **settings: Any) -> None:
+    def __init__(self, model: str, log: Path, *, dtype: str = "auto", **settings: Any) -> None:
         words = [
             sys.executable,
             "-m",
@@ -181,7 +181,7 @@ class Server:
             "--device",
             "cpu",
         ]
-        words += ["--cache-tokens", str(CACHE_TOKENS)]
+        words += ["--cache-tokens", str(CACHE_TOKENS), "--dtype", dtype]
         for key, value in settings.items():
             words += ["--set", f"{key}={value}"]
         self.log = log
