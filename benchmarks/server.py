@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -357,7 +357,7 @@ async def lm_eval(drill: Drill) -> None:
     drill.judge("lm_eval", done, seen, failures)
 
 
-CASES: dict[str, Callable[[Drill], Awaitable[None]]] = {
+CASES: dict[str, Callable[[Drill], Coroutine[Any, Any, None]]] = {
     "streams": streams,
     "slow": slow_readers,
     "disconnects": disconnects,

@@ -230,7 +230,8 @@ def token_ids(gguf: Path) -> list[int]:
 
     tokenizer = load(gguf).tokenizer
     assert tokenizer is not None
-    return tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))[:250_000])
+    ids: list[int] = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))[:250_000])
+    return ids
 
 
 Start = Callable[[Path, Path, int], Peer]
