@@ -25,6 +25,11 @@ _SERVE = "import sys; from puna.data.curate.executors import serve; serve(int(sy
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+def _path() -> str:
+    """Where this process finds modules, for those that it starts."""
+    return os.pathsep.join(filter(None, sys.path))
+
+
 @dataclass(frozen=True)
 class Over:
     """A unit is over: done, failed with an ``error`` of the user's, or ``died`` with its process."""
@@ -118,7 +123,7 @@ class Processes:
             process = subprocess.Popen(
                 [sys.executable, "-c", _SERVE, str(there.fileno())],
                 pass_fds=[there.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **_ONE_THREAD},
+                env={**os.environ, "PYTHONPATH": _path(), **_ONE_THREAD},
             )
         return _Worker(process, Connection(here.detach()))
 
@@ -195,8 +200,11 @@ class Ray:
         self.slots = workers
         self._ours = not ray.is_initialized()
         if self._ours:
-            own = {} if address else {"num_cpus": workers, "include_dashboard": False}
-            ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+            own: dict[str, Any] = {"address": address}
+            if address is None:
+                own = {"num_cpus": workers, "include_dashboard": False}
+                own["runtime_env"] = {"env_vars": {"PYTHONPATH": _path(), **_ONE_THREAD}}
+            ray.init(log_to_driver=False, logging_level="error", **own)
         # A worker process is used once where a unit killed it; Ray must not try such a unit again itself.
         self._remote = ray.remote(num_cpus=1, max_retries=0)(_ray_unit)
         self._running: dict[Any, Unit] = {}

@@ -10,8 +10,8 @@ import numpy
 
 from puna.data.curate.account import READ, WRITE
 from puna.data.curate.curation import failures
-from puna.data.curate.execute import FAILED, Count
-from puna.data.curate.gates import bounds_for, reduced
+from puna.data.curate.execute import Count
+from puna.data.curate.gates import Found, Gate, bounds_for, passes, reduced
 from puna.data.curate.layout import read_table
 from puna.data.curate.pool import Pool
 from puna.data.curate.shard import ordered
@@ -176,15 +176,18 @@ def trace(pool: Pool, identity: str) -> Traced | None:
             value = float(reduced(step.gate, read, count)[row])
             found = pool.found(phase.index).get(step.label)
             bounds = bounds_for(step.gate, documents.texts.languages[0], found)
-            passed = _passed(step.label, reason, value)
+            passed = _passed(step.gate, read, documents.texts.languages[0], count, row, found)
+            if numpy.isnan(value) and reason:
+                passed = None
             gates.append((step.label, step.gate.signal, value, bounds_text(bounds), passed))
     return Traced(documents.ids[0], shard, row, reason, documents.texts.texts[0], signals, gates)
 
 
-def _passed(label: str, reason: str, value: float) -> bool | None:
-    if label == reason:
-        return False
-    return None if numpy.isnan(value) and (reason.startswith(FAILED) or reason) else True
+def _passed(
+    gate: Gate, signals: Mapping[str, Any], language: str, count: int, row: int, found: Found | None
+) -> bool | None:
+    """Whether the document at ``row`` passes a gate, whatever became of it at others."""
+    return bool(passes(gate, signals, [language] * count, found)[row])
 
 
 def _reached(pool: Pool, shard: str, row: int) -> int:
