@@ -37,7 +37,8 @@ class CurateParameters(Parameters):
     shard_bytes: pydantic.PositiveInt = 32 << 20
     """About how many bytes of text a shard holds: the unit of work, and of what is lost by a kill."""
     batch_characters: pydantic.PositiveInt = 1 << 19
-    """About how many characters operators work on at once; memory grows with it."""
+    """About how many characters operators work on at once; memory grows with it, and arrays of half a
+    million characters still fit into processors' caches."""
     batch_seconds: pydantic.PositiveFloat = 120.0
     """How much processor time a step may take over a batch (five times that by the clock) before it is
     tried on parts of it; a document that takes longer alone fails."""

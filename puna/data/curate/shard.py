@@ -20,6 +20,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from puna.core.files import write_json
+from puna.core.hardware import release_memory
 from puna.core.stage import Parameters, validate
 from puna.data.curate.execute import FAILED, Count, Done, Pages, Stored, execute, joined_spans
 from puna.data.curate.gates import passes
@@ -92,6 +93,8 @@ def work(path: str, unit: Unit, deadly: Sequence[Range] = ()) -> None:
             _survivors(pool, unit.name)
     finally:
         os.close(descriptor)
+        pyarrow.default_memory_pool().release_unused()
+        release_memory()
     now.unlink(missing_ok=True)
 
 

@@ -1,0 +1,166 @@
+"""One engine over JSON lines, in a process of its own: the same operators on batches, survivors written.
+
+Called by :mod:`benchmarks.curation_engines` with a job as JSON; prints what it did as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+BATCH = 1000  # documents that an engine hands to the operators at once; puna cuts by characters
+
+
+@cache
+def _steps() -> Any:
+    from puna.data.curate.pipeline import load_pipeline
+
+    return load_pipeline("gopher").steps
+
+
+def keep(texts: Sequence[str | None]) -> list[bool]:
+    """Whether each document passes the preset ``gopher``."""
+    from puna.data.curate.execute import execute
+    from puna.data.curate.texts import Texts
+
+    mask = [False] * len(texts)
+    for row in execute(_steps(), Texts([text or "" for text in texts])).rows.tolist():
+        mask[row] = True
+    return mask
+
+
+def puna(files: list[str], workers: int, out: Path) -> int:
+    """puna's own engine, which stores all signals and can go on after a kill."""
+    from puna.core.stage import validate
+    from puna.data.curate.account import account, corpus_of
+    from puna.data.curate.curation import Curation
+    from puna.data.curate.settings import CurateParameters
+
+    sources = [{"path": file} for file in files]
+    given = {"sources": sources, "pipeline": "gopher", "workers": workers}
+    pool = Curation(validate(CurateParameters, given, where="job"), out / "pool").run()
+    return corpus_of(pool, out / "corpus", account(pool)).count
+
+
+def plain(files: list[str], workers: int, out: Path) -> int:
+    """multiprocessing over files, pyarrow's reader of JSON, a Parquet file each."""
+    with multiprocessing.get_context("spawn").Pool(workers) as processes:
+        return sum(
+            processes.starmap(_file, [(file, str(out / f"{Path(file).stem}.parquet")) for file in files], 1)
+        )
+
+
+def _file(file: str, target: str) -> int:
+    import pyarrow
+    import pyarrow.json
+    import pyarrow.parquet
+
+    pyarrow.set_cpu_count(1)
+    options = pyarrow.json.ReadOptions(use_threads=False, block_size=8 << 20)
+    table = pyarrow.json.read_json(file, options).select(["id", "text"])
+    kept = []
+    for start in range(0, len(table), BATCH):
+        part = table.slice(start, BATCH)
+        kept.append(part.filter(pyarrow.array(keep(part["text"].to_pylist()))))
+    left = pyarrow.concat_tables(kept)
+    pyarrow.parquet.write_table(left, target, compression="zstd")
+    return len(left)
+
+
+def daft(files: list[str], workers: int, out: Path) -> int:
+    """Daft's local engine; the operators as a batch function in processes of their own."""
+    import daft as engine
+
+    @engine.func.batch(
+        return_dtype=engine.DataType.bool(), batch_size=BATCH, use_process=True, max_concurrency=workers
+    )
+    def passing(texts: engine.Series) -> Any:
+        return engine.Series.from_pylist(keep(texts.to_pylist()))
+
+    frame = engine.read_json(files).select("id", "text")
+    written = frame.where(passing(frame["text"])).write_parquet(str(out))
+    return sum(_rows(Path(path)) for path in written.to_pydict()["path"])
+
+
+def daft_threads(files: list[str], workers: int, out: Path) -> int:
+    """Daft's local engine; the operators in its own process, on its threads."""
+    import daft as engine
+
+    @engine.func.batch(return_dtype=engine.DataType.bool(), batch_size=BATCH)
+    def passing(texts: engine.Series) -> Any:
+        return engine.Series.from_pylist(keep(texts.to_pylist()))
+
+    frame = engine.read_json(files).select("id", "text")
+    written = frame.where(passing(frame["text"])).write_parquet(str(out))
+    return sum(_rows(Path(path)) for path in written.to_pydict()["path"])
+
+
+def polars(files: list[str], workers: int, out: Path) -> int:
+    """polars' streaming engine; the operators by ``map_batches``, on its threads."""
+    import polars as engine
+
+    def passing(texts: engine.Series) -> engine.Series:
+        mask: list[bool] = []
+        for start in range(0, len(texts), BATCH):
+            mask += keep(texts[start : start + BATCH].to_list())
+        return engine.Series(mask, dtype=engine.Boolean)
+
+    frame = engine.scan_ndjson(files).select("id", "text")
+    test = engine.col("text").map_batches(passing, return_dtype=engine.Boolean, is_elementwise=True)
+    frame.filter(test).sink_parquet(out / "kept.parquet", engine="streaming")
+    return _rows(out / "kept.parquet")
+
+
+def _rows(file: Path) -> int:
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(file).num_rows)
+
+
+ENGINES: dict[str, Callable[[list[str], int, Path], int]] = {
+    "puna": puna,
+    "multiprocessing": plain,
+    "daft": daft,
+    "daft, threads": daft_threads,
+    "polars": polars,
+}
+
+
+def grown(size: int, files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Documents of about ``size`` bytes in all, made out of the lines of real ones in ever new order."""
+    from puna.core.seeds import numpy_generator
+
+    rows = Path(files[0]).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(row)["text"] for row in rows]
+    lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    draws = numpy_generator(0, "benchmark", "grown")
+    made = 0
+    while made < size:
+        count, start = int(draws.integers(5, 60)), int(draws.integers(0, len(lines) - 60))
+        text = "\n".join(lines[start : start + count])
+        made += len(text)
+        yield {"text": text}
+
+
+def main() -> None:
+    """Do the job given as the one argument."""
+    job = json.loads(sys.argv[1])
+    out = Path(job["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    kept = ENGINES[job["engine"]](job["files"], job["workers"], out)
+    seconds = time.perf_counter() - started
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    processor = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    print(json.dumps({"kept": kept, "seconds": seconds, "processor": processor}))
+
+
+if __name__ == "__main__":
+    main()
