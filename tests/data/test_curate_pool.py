@@ -15,6 +15,7 @@ from puna.data.corpus import Corpus
 from puna.data.curate import curation, layout
 from puna.data.curate.account import account, corpus_of
 from puna.data.curate.curation import Curation, failures
+from puna.data.curate.order import Order
 from puna.data.curate.pool import Pool
 from puna.data.curate.report import report_of, trace
 from puna.data.curate.settings import CurateParameters
@@ -155,6 +156,21 @@ def test_other_thresholds_are_decided_without_working_anything_out(tmp_path, doc
     assert len(kept) == len(before) > 3
     assert survivors(again, tmp_path) == by_hand(texts, least=9)
     assert survivors(first, tmp_path, "first") == by_hand(texts)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_survivors_may_be_written_in_the_order_of_a_signal(tmp_path, documents, descending):
+    file, texts = documents
+    pool = made(tmp_path, file, pipeline=STEPS[1:3])
+    order = Order(signal="text.sizes.words", descending=descending)
+    corpus = corpus_of(pool, tmp_path / "corpus", account(pool), order)
+    kept = [text for text in texts if len(text.split()) >= 5]
+    by_hand = sorted(kept, key=lambda text: len(text.split()), reverse=descending)
+    assert list(corpus.texts()) == by_hand
+    assert len(corpus.meta["shards"]) == len(pool.shards())
+    assert corpus.meta["counts"]["words"] == sum(len(text.split()) for text in kept)
+    with pytest.raises(PunaError, match=r"did you mean 'text\.sizes\.words'"):
+        corpus_of(pool, tmp_path / "none", account(pool), Order(signal="text.sizes.word"))
 
 
 def test_quantiles_are_those_of_all_documents(tmp_path, documents):

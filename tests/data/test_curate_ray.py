@@ -24,8 +24,8 @@ STEPS = [
 
 @pytest.mark.slow
 def test_survivors_are_those_of_one_process_and_a_killed_worker_costs_one_document(tmp_path):
-    texts = ["word " * (place % 7) for place in range(60)]
-    texts[31] = "die of it"
+    texts = ["word " * (place % 7) for place in range(16)]
+    texts[9] = "die of it"
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     kept = {}
@@ -33,11 +33,11 @@ def test_survivors_are_those_of_one_process_and_a_killed_worker_costs_one_docume
         if executor == "here":  # A death would be that of the tests.
             file.write_text(file.read_text().replace("die of it", "raise  it"))
         given = {"sources": [{"path": str(file)}], "pipeline": STEPS, "modules": ["poisonous"]}
-        given |= {"executor": executor, "workers": 2, "shard_bytes": 4000, "plan": "recipe"}
+        given |= {"executor": executor, "workers": 2, "shard_bytes": 1000, "plan": "recipe"}
         pool = Curation(validate(CurateParameters, given, where="test"), tmp_path / executor).run()
         kept[executor] = list(corpus_of(pool, tmp_path / f"{executor} corpus", account(pool)).texts())
         (failed,) = failures(pool, pool.shards())
         assert failed[0].startswith("texts/texts.jsonl:")
         assert len(pool.shards()) > 1
     assert kept["ray"] == kept["here"]
-    assert len(kept["ray"]) > 10
+    assert len(kept["ray"]) > 3

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from puna.core.files import read_json
 from puna.data.corpus import Corpus, assemble_corpus
 from puna.data.curate.execute import Count
 from puna.data.curate.layout import told_with
+from puna.data.curate.order import Order
+from puna.data.curate.ordering import in_order
 from puna.data.curate.pool import Pool
 from puna.data.curate.shard import ordered
 
@@ -69,15 +72,28 @@ def _without_zero(numbers: dict[str, int]) -> dict[str, int]:
     return {name: number for name, number in numbers.items() if number}
 
 
-def corpus_of(pool: Pool, folder: Path, counts: Mapping[str, Count]) -> Corpus:
-    """The survivors of a pool as a corpus of documents."""
-    shards = []
-    for shard in pool.shards():
-        told = told_with(pool.survivors_file(shard))["counts"]
-        shards.append((pool.survivors_file(shard), {tuple(key.split("/", 1)): n for key, n in told.items()}))
-    return assemble_corpus(
-        folder, "documents", shards, provenance=_provenance(pool), ledger=ledger_of(counts)
-    )
+def corpus_of(pool: Pool, folder: Path, counts: Mapping[str, Count], order: Order | None = None) -> Corpus:
+    """The survivors of a pool as a corpus of documents, as they were read or in an ``order``."""
+    provenance, ledger = _provenance(pool), ledger_of(counts)
+    work = pool.path / "ordered"
+    if order is not None:
+        shards = in_order(pool, order, work)
+    else:
+        shards = []
+        for shard in pool.shards():
+            told = told_with(pool.survivors_file(shard))["counts"]
+            by_key = {(source, tag): number for (source, tag), number in _keys(told)}
+            shards.append((pool.survivors_file(shard), by_key))
+    corpus = assemble_corpus(folder, "documents", shards, provenance=provenance, ledger=ledger)
+    shutil.rmtree(work, ignore_errors=True)
+    return corpus
+
+
+def _keys(told: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], dict[str, int]]]:
+    """Counts by (source, language), which are written as ``source/`` and ``/language``."""
+    for key, number in told.items():
+        source, _, language = key.rpartition("/")
+        yield (source, language), number
 
 
 def _provenance(pool: Pool) -> list[dict[str, Any]]:

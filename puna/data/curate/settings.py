@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 
 from puna.core.stage import Parameters, PlanOnly
+from puna.data.curate.order import Order
 from puna.data.curate.records import Limits
 from puna.data.curate.sources import PoolSource
 
@@ -26,6 +27,8 @@ class CurateParameters(Parameters):
     """Settings of single steps that replace those of the pipeline, by the step's name."""
     gates: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
     """Bounds of single gates that replace those of the pipeline, by the gate's name."""
+    order: Order | None = None
+    """Write survivors in the order of a signal, as curricula need them; without it as they were read."""
     short_circuit: bool = True
     """Leave off work on documents that a gate has dropped. Without it every signal is stored of every
     document, and other thresholds are decided on without working anything out again."""

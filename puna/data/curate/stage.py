@@ -27,7 +27,7 @@ def run(context: Context, parameters: CurateParameters) -> Outcome:
     work, place = context.out / "work" / "pool", context.out / "pool"
     pool = Curation(changed, work, Path(earlier) if earlier is not None else None).run()
     counts = account(pool)
-    corpus = corpus_of(pool, context.out / "corpus", counts)
+    corpus = corpus_of(pool, context.out / "corpus", counts, parameters.order)
     metrics = report_of(pool, counts, context.report)
     os.replace(work, place)
     return Outcome({"corpus": corpus.path, "pool": place}, metrics)
