@@ -2,7 +2,8 @@
 
     python -m benchmarks.curation [WORK ...] [--shards 8] [--first 0] [--workers 2] [--peers /path/to/python]
 
-Peers live in an environment of their own (``pip install datatrove[processing] spacy`` there); its
+Peers live in an environment of their own (``pip install datatrove[processing] spacy
+datasketch rensa daft`` there); its
 interpreter is given as ``--peers`` or ``PUNA_PEERS``. Every figure is a fresh process that reads JSON lines,
 filters, and writes the survivors. What is compared is documents per second of processor time, which others
 at work on the machine change little; wall time is told beside it. Both sides take one shard after another
@@ -57,7 +58,26 @@ DATATROVE = {
     "datatrove": {"side": "datatrove", "words": "spacy"},
     "datatrove, str.split": {"side": "datatrove", "words": "white_space"},
 }
+BANDS = {"bands": 14, "rows": 8, "ngram": 5, "threshold": 0.7}
 WORKS = [
+    Work(
+        "minhash",
+        "near-duplicates: 14 bands of 8 rows, members of 5 words in lower case, the first of a cluster kept",
+        [
+            {
+                "global": "dedup.minhash",
+                "settings": {"bands": 14, "rows": 8, "permutations": 112, "ngram": 5, "threshold": 0.7},
+            },
+            {"gate": {"name": "near", "signal": "dedup.minhash.duplicate", "maximum": 0, "null": "keep"}},
+        ],
+        {
+            "datatrove": {"side": "datatrove minhash", "words": "spacy", **BANDS},
+            "datatrove, str.split": {"side": "datatrove minhash", "words": "white_space", **BANDS},
+            "datasketch": {"side": "datasketch minhash", **BANDS},
+            "rensa": {"side": "rensa minhash", **BANDS},
+            "daft": {"side": "daft minhash", **BANDS},
+        },
+    ),
     Work(
         "gopher",
         "Gopher's quality and repetition rules as datatrove reads them",
