@@ -71,6 +71,8 @@ WORKS = [
             {"gate": {"name": "near", "signal": "dedup.minhash.duplicate", "maximum": 0, "null": "keep"}},
         ],
         {
+            "puna, operator alone": {"side": "puna operator", "seed": 1, **BANDS},
+            "puna, another seed": {"side": "puna operator", "seed": 2, **BANDS},
             "datatrove": {"side": "datatrove minhash", "words": "spacy", **BANDS},
             "datatrove, str.split": {"side": "datatrove minhash", "words": "white_space", **BANDS},
             "datasketch": {"side": "datasketch minhash", **BANDS},
@@ -142,7 +144,7 @@ def run(work: Work, files: list[Path], workers: int, peers: str | None, done: Ke
         for name, settings in sides.items():
             key = json.dumps([settings, workers, *(part.name for part in file)], sort_keys=True)
             if key not in done.rows:
-                interpreter = sys.executable if name == "puna" else str(peers)
+                interpreter = sys.executable if name.startswith("puna") else str(peers)
                 done.add(key, measure(interpreter, settings, file, workers))
             _add(rows[name], done.rows[key])
     return rows

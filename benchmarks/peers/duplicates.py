@@ -14,6 +14,45 @@ from typing import Any
 Steps = dict[str, float]
 
 
+def puna_operator(job: dict[str, Any]) -> Callable[[], Steps]:
+    """puna's operator alone, without the pool that the stage ``curate`` keeps of everything."""
+    from puna.data.curate.duplicates.in_memory import over_batches
+    from puna.data.curate.operator import all_operators
+    from puna.data.curate.texts import Texts
+
+    all_operators()
+
+    def run() -> Steps:
+        documents: list[dict[str, Any]] = []
+
+        def batches() -> Iterator[Texts]:
+            held: list[str] = []
+            size = 0
+            for document in _documents(job["files"]):
+                documents.append(document)
+                held.append(document["text"])
+                size += len(held[-1])
+                if size > 1 << 19:
+                    yield Texts(held)
+                    held, size = [], 0
+            yield Texts(held)
+
+        told = over_batches(
+            "dedup.minhash",
+            batches(),
+            bands=job["bands"],
+            rows=job["rows"],
+            permutations=job["bands"] * job["rows"],
+            ngram=job["ngram"],
+            seed=job["seed"],
+        )
+        duplicate = [flag == 1 for batch in told for flag in batch.signals["duplicate"]]
+        _keep(job, documents, (place for place, flag in enumerate(duplicate) if not flag))
+        return {}
+
+    return run
+
+
 def datatrove_minhash(job: dict[str, Any]) -> Callable[[], Steps]:
     """datatrove: signatures, buckets, clusters, filter, with spaCy's words or those of str.split."""
     from datatrove.executor import LocalPipelineExecutor
@@ -183,15 +222,19 @@ class _Clusters:
 
 
 def _write(job: dict[str, Any], documents: list[dict[str, Any]], clusters: _Clusters) -> None:
+    _keep(job, documents, (place for place in range(len(documents)) if clusters.of(place) == place))
+
+
+def _keep(job: dict[str, Any], documents: list[dict[str, Any]], places: Iterable[int]) -> None:
     folder = Path(job["out"]) / "kept"
     folder.mkdir(parents=True)
     with open(folder / "0.jsonl", "w", encoding="utf-8") as file:
-        for place, document in enumerate(documents):
-            if clusters.of(place) == place:
-                file.write(json.dumps(document, ensure_ascii=False) + "\n")
+        for place in places:
+            file.write(json.dumps(documents[place], ensure_ascii=False) + "\n")
 
 
 SIDES = {
+    "puna operator": puna_operator,
     "datatrove minhash": datatrove_minhash,
     "datasketch minhash": datasketch_minhash,
     "rensa minhash": rensa_minhash,

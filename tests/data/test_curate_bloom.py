@@ -8,7 +8,7 @@ import random
 import numpy
 import pytest
 import regex
-from curate_shards import over_shards, signal
+from curate_shards import signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.data.curate import boundaries  # noqa: F401  (registers kinds of words)
 from puna.data.curate.duplicates.bloom import BloomFilter, bits_and_hashes, false_positive_rate
+from puna.data.curate.duplicates.in_memory import over_batches
 from puna.data.curate.texts import Texts
 
 WORD_BOUND = regex.compile(r"(?V1)(?w)\b")
@@ -114,7 +115,7 @@ def one_pass(shards: list[list[str]], ngram: int, threshold: float):
 def after_cuts(shards: list[list[str]], **chosen):
     kept, shares, duplicate = [], [], []
     for shard, told in zip(
-        shards, over_shards("dclm.bloom", [Texts(s) for s in shards], **chosen), strict=True
+        shards, over_batches("dclm.bloom", [Texts(s) for s in shards], **chosen), strict=True
     ):
         texts = list(shard)
         if told.cut is not None:
@@ -173,7 +174,7 @@ def test_the_share_has_to_be_above_the_threshold():
 
 def test_shares_of_paragraphs_are_told_as_spans_that_tile_the_document():
     text = "\n".join(["a b c", "", "a b c", "d"])
-    (told,) = over_shards("dclm.bloom", [Texts([text])], ngram=3)
+    (told,) = over_batches("dclm.bloom", [Texts([text])], ngram=3)
     spans = told.signals["paragraphs"]
     assert spans.starts.tolist() == [0, 5, 6, 12]
     assert spans.ends.tolist() == [5, 6, 12, 14]

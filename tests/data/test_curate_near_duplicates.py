@@ -6,7 +6,7 @@ import itertools
 
 import numpy
 import pytest
-from curate_shards import over_shards, signal
+from curate_shards import signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.core.stage import validate
 from puna.data.curate.duplicates.clusters import Clusters, edges_of_equal
+from puna.data.curate.duplicates.in_memory import over_batches
 from puna.data.curate.duplicates.lsh import bands_and_rows, found
 from puna.data.curate.duplicates.minhash import band_keys, permutations, signatures, similarity
 from puna.data.curate.duplicates.simhash import near_pairs, simhashes
@@ -177,7 +178,7 @@ def test_planted_near_duplicates_are_found_and_distinct_documents_stay(name, cho
 def test_each_cluster_has_one_survivor_and_is_told_alike_in_every_shard():
     originals, copies = near_duplicates(60, changed=2)
     shards = [originals, copies, ["too short", ""]]
-    (a, b, c) = over_shards("dedup.minhash", [Texts(s) for s in shards], threshold=0.5)
+    (a, b, c) = over_batches("dedup.minhash", [Texts(s) for s in shards], threshold=0.5)
     cluster = numpy.concatenate([a.signals["cluster"], b.signals["cluster"]])
     duplicate = numpy.concatenate([a.signals["duplicate"], b.signals["duplicate"]])
     size = numpy.concatenate([a.signals["size"], b.signals["size"]])
@@ -303,7 +304,7 @@ def test_texts_with_nothing_left_are_no_duplicates():
 def test_the_longest_page_of_an_address_is_kept():
     first = Texts(["short", "no address", "also none"], urls=["http://a", "", ""])
     second = Texts(["much longer", "other"], urls=["http://a", "http://b"])
-    told = [r.signals["duplicate"].tolist() for r in over_shards("dedup.url", [first, second])]
+    told = [r.signals["duplicate"].tolist() for r in over_batches("dedup.url", [first, second])]
     assert told[0][0] == 1
     assert numpy.isnan(told[0][1:]).all()
     assert told[1] == [0, 0]

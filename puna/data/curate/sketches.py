@@ -59,6 +59,7 @@ def write_sketch(file: Path, step: Step, documents: Documents, batches: Sequence
         whole = stop - start == documents.texts.count
         texts = documents.texts if whole else documents.texts.take(numpy.arange(start, stop))
         made.append(step.operator.function.sketch(texts, step.settings))
+        texts.forget()
     columns: dict[str, pyarrow.ChunkedArray] = {}
     for name in made[0]:
         columns[name] = pyarrow.chunked_array([_array(columns_[name]) for columns_ in made])
