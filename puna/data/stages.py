@@ -22,6 +22,7 @@ from puna.data.settings import (
 )
 from puna.data.sources.files import FileSettings
 from puna.data.tables.settings import TableQuestions
+from puna.data.web_archive import WebArchiveParameters
 
 # Rough rates, for plans only.
 _BYTES_PER_TOKEN = 4
@@ -233,7 +234,12 @@ def _curate_cost(parameters: CurateParameters, shapes: Any) -> Cost:
 @stage(
     "curate",
     parameters=CurateParameters,
-    inputs={"corpus": Input("corpus", optional=True), "pool": Input("state", optional=True)},
+    inputs={
+        "corpus": Input("corpus", optional=True),
+        "archive": Input("file", optional=True),
+        "pool": Input("state", optional=True),
+        "models": Input("file", many=True, optional=True),
+    },
     outputs={"corpus": "corpus", "pool": "state"},
     plan=_curate_cost,
     reads=CurateParameters.files,
@@ -242,12 +248,28 @@ def _curate_cost(parameters: CurateParameters, shapes: Any) -> Cost:
 def curate(context: Context, parameters: CurateParameters) -> Outcome:
     """Take documents through a pipeline of operators and gates; what passes is a corpus.
 
+    An ``archive`` is a WARC file. ``models`` are files for steps with a setting ``model``, under the name of
+    the operator with _ for its point: ``models: {quality_fasttext: classifier}``.
+
     Time grows linearly with the text, and with the processes that share it; memory is that of a batch for
     each, plus what global operators say they need.
     """
     from puna.data.curate.stage import run
 
     return run(context, parameters)
+
+
+@stage("web_archive", parameters=WebArchiveParameters, outputs={"archive": "file"})
+def web_archive(context: Context, parameters: WebArchiveParameters) -> Outcome:
+    """Write HTML pages of packages into a WARC file, as a crawler writes what it fetched.
+
+    Time grows linearly with the pages; memory holds one.
+    """
+    from puna.data.web_archive import write_web_archive
+
+    file = context.out / "pages.warc.gz"
+    context.out.mkdir(parents=True, exist_ok=True)
+    return Outcome({"archive": file}, write_web_archive(parameters, file))
 
 
 def _learned_cost(parameters: Any, shapes: Any) -> Cost:

@@ -64,6 +64,7 @@ def metrics_of(counts: Mapping[str, Count], failed: int) -> dict[str, float]:
         "documents.read": float(read.came),
         "documents.kept": float(kept.kept),
         "documents.failed": float(failed),
+        "documents.dropped": float(sum(count.dropped for count in counts.values())),
         "bytes.read": float(read.bytes),
         "bytes.kept": float(kept.bytes),
         "kept": kept.kept / read.came if read.came else 0.0,
