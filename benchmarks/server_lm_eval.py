@@ -79,7 +79,11 @@ async def run(command: str, folder: Path, port: int, name: str, tokenizer: Path)
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    said, _ = await process.communicate()
+    try:
+        said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:  # the drill is ended before its end
+            process.kill()
     if process.returncode:
         raise RuntimeError(said.decode(errors="replace").strip().splitlines()[-1])
 
