@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -268,3 +273,32 @@ def test_what_is_wrong_with_the_parameters_is_told(tmp_path):
         made(tmp_path, "a.jsonl", modules=["no_such_module"])
     with pytest.raises(PunaError, match="not a pool"):
         Pool.open(tmp_path)
+
+
+RUN = """
+import json, pathlib, sys
+from puna.core.stage import validate
+from puna.data.curate.curation import Curation
+from puna.data.curate.settings import CurateParameters
+Curation(validate(CurateParameters, json.loads(sys.argv[1]), where="test"), pathlib.Path(sys.argv[2])).run()
+"""
+
+
+@pytest.mark.slow
+def test_workers_and_their_parent_killed_for_real_lose_nothing(tmp_path, documents):
+    file, texts = documents
+    given = {"sources": [{"path": str(file)}], "pipeline": STEPS, **SMALL}
+    given |= {"executor": "processes", "workers": 2}
+    pool = tmp_path / "pool"
+    for files in (4, 12, 20):
+        command = [sys.executable, "-c", RUN, json.dumps(given), pool]
+        process = subprocess.Popen(command, start_new_session=True)
+        while process.poll() is None and len(list(pool.glob("*/*.parquet"))) < files:
+            time.sleep(0.005)
+        assert process.poll() is None, "it was over before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = made(tmp_path, file)
+    assert survivors(done, tmp_path) == by_hand(texts)
+    assert len(ids_of(done)) == len(set(ids_of(done))) == 200
+    assert not list(done.path.rglob(".*.part"))
