@@ -9,40 +9,40 @@ from markupsafe import Markup
 
 from puna.run.report.charts import draw_frame, draw_line, draw_text, short, ticks
 
-_ROW = 34
 _TALLEST = 220.0
+_LABEL = 16.0  # height that a label takes at least
+_MARGIN = 330  # width kept free for labels to the right of the last step
 
 
 def sankey(flow: Sequence[tuple[str, int, int]], kept: int, *, width: int = 1020) -> Markup:
-    """A band of documents from left to right that narrows at each step; what a step removes turns down.
+    """Documents as a band from left to right, out of which each step turns down what it removes.
 
-    ``flow`` has per step its name, how many it removed and how many came to it. Widths are in proportion.
+    ``flow`` has per step its name, how many it removed and how many came to it. Heights are in proportion,
+    but for a hair's breadth that every removal has.
     """
     read = flow[0][2] if flow else kept
     if not read:
         return Markup("")
-    unit = _TALLEST / read
-    step = (width - 190) / max(len(flow), 1)
-    top, base = 30.0, 30.0 + _TALLEST + 24
+    unit, step, top = _TALLEST / read, (width - _MARGIN) / max(len(flow), 1), 30.0
+    lost_heights = [max(lost * unit, 0.8) for _, lost, _ in flow]
+    # The last step's removal ends highest: none then crosses the label of one before it.
+    ends: list[float] = []
+    place = top + _TALLEST + 26
+    for height in reversed(lost_heights):
+        ends.insert(0, place)
+        place += max(height, _LABEL) + 6
     parts = [draw_text(0, 14, f"{read:,} documents read", "axis")]
-    left, height = 0.0, read * unit
     for number, (name, lost, came) in enumerate(flow):
-        right = left + step
-        rest = (came - lost) * unit
-        parts.append(_band(left, right, top, came * unit, rest))
-        drop = base + _ROW * number
-        parts.append(_fall(right - step * 0.55, top + rest, lost * unit, drop))
-        share = f"{lost / read:.1%}"
-        parts.append(
-            draw_text(right - step * 0.55 + 14, drop + 4, f"{name}: {lost:,} ({share} of all)", "label")
-        )
-        left, height = right, rest
-    parts.append(_band(left, width - 180, top, height, height))
+        left, rest, height = step * number, (came - lost) * unit, lost_heights[number]
+        parts.append(_box(left, top, step, rest))
+        parts.append(_fall(left, top + rest, height, step, ends[number]))
+        told = f"{name}: {lost:,} ({lost / read:.1%} of all)"
+        parts.append(draw_text(left + step + 8, ends[number] + max(height, _LABEL) / 2 + 4, told, "label"))
+    end = step * len(flow)
+    parts.append(_box(end, top, 24, kept * unit))
     kept_text = f"{kept:,} kept ({kept / read:.1%})"
-    parts.append(draw_text(width - 172, top + height / 2 + 4, kept_text, "label"))
-    return draw_frame(
-        parts, width, int(base + _ROW * len(flow) + 10), "how documents flowed through the steps"
-    )
+    parts.append(draw_text(end + 34, top + kept * unit / 2 + 4, kept_text, "label"))
+    return draw_frame(parts, width, int(place + 4), "how documents flowed through the steps")
 
 
 def histogram(
@@ -87,18 +87,18 @@ def histogram(
     return draw_frame(parts, width, height, f"documents by {x}")
 
 
-def _band(left: float, right: float, top: float, tall: float, after: float) -> Markup:
-    """A band that changes its height in the middle of its way."""
-    middle = (left + right) / 2
+def _box(left: float, top: float, wide: float, tall: float) -> Markup:
+    """What stays: a piece of the band."""
+    shape = Markup('<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" class="band"/>')
+    return shape.format(left, top, wide, max(tall, 0.0))
+
+
+def _fall(left: float, top: float, tall: float, wide: float, bottom: float) -> Markup:
+    """What is removed: a piece of the band that bends down to its label."""
+    right, middle = left + wide, left + wide / 2
     path = (
-        f"M{left:.1f},{top:.1f} L{right:.1f},{top:.1f} L{right:.1f},{top + after:.1f} "
-        f"C{middle:.1f},{top + after:.1f} {middle:.1f},{top + tall:.1f} {left:.1f},{top + tall:.1f} Z"
+        f"M{left:.1f},{top:.1f} C{middle:.1f},{top:.1f} {middle:.1f},{bottom:.1f} {right:.1f},{bottom:.1f} "
+        f"L{right:.1f},{bottom + tall:.1f} C{middle:.1f},{bottom + tall:.1f} {middle:.1f},{top + tall:.1f} "
+        f"{left:.1f},{top + tall:.1f} Z"
     )
-    return Markup('<path d="{}" class="band"/>').format(path)
-
-
-def _fall(left: float, top: float, wide: float, bottom: float) -> Markup:
-    """What is removed: a stroke as wide as it is much, from the band down to its name."""
-    path = f"M{left:.1f},{top:.1f} L{left:.1f},{bottom:.1f} L{left + 10:.1f},{bottom:.1f}"
-    shape = Markup('<path d="{}" class="fall" stroke-width="{:.1f}"/>')
-    return shape.format(path, max(min(wide, 14.0), 1.0))
+    return Markup('<path d="{}" class="fall"/>').format(path)
