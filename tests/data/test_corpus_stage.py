@@ -203,11 +203,16 @@ def test_the_room_registers_its_stages() -> None:
     assert stages == {
         "corpus",
         "curate",
+        "importance_model",
         "instructions",
+        "juicer_checks",
         "planted",
         "preferences",
+        "quality_classifier",
         "sample",
+        "setu_checks",
         "table_questions",
+        "web_archive",
     }
 
 

@@ -36,7 +36,7 @@ class CurateParameters(Parameters):
     """With ``short_circuit``: order gates by what the first shard costs and drops, or as the pipeline has
     them. The survivors are the same; the reason told for a drop is the first gate that was run."""
     limits: Limits = Limits()
-    """Bounds of what one document or file may cost."""
+    """Sizes beyond which a document or a file fails, alone."""
     shard_bytes: pydantic.PositiveInt = 32 << 20
     """About how many bytes of text a shard holds: the unit of work, and of what is lost by a kill."""
     batch_characters: pydantic.PositiveInt = 1 << 19
