@@ -20,6 +20,7 @@ _SIMILARITIES = (0.7, 0.8, 0.9)
 _PERMUTATIONS = 128
 _MEMBERS = 300
 _VOCABULARY = 20_000
+_DRAWS = 10
 
 
 def checks(parameters: DuplicateChecksParameters, seed: int) -> dict[str, float]:
@@ -35,6 +36,12 @@ def checks(parameters: DuplicateChecksParameters, seed: int) -> dict[str, float]
     return figures
 
 
+def _shared_out(whole: int, parts: int) -> list[int]:
+    """``whole`` in at most ``parts`` nearly equal parts, none of them empty."""
+    edges = [whole * part // parts for part in range(parts + 1)]
+    return [high - low for low, high in pairwise(edges) if high > low]
+
+
 def _hashes(generator: numpy.random.Generator, count: int) -> NDArray[numpy.uint64]:
     return generator.integers(0, 1 << 64, count, dtype=numpy.uint64)
 
@@ -46,16 +53,20 @@ def _curve(pairs: int, seed: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     for similarity in _SIMILARITIES:
         shared = round(2 * _MEMBERS * similarity / (1 + similarity))
-        hashes = []
-        for _ in range(pairs):
-            common = _hashes(generator, shared)
-            for _ in range(2):
-                hashes += [common, _hashes(generator, _MEMBERS - shared)]
-        bounds = numpy.arange(2 * pairs + 1) * _MEMBERS
-        # The seed of permutations is this run's too: another seed is another draw of all of it.
-        made = signatures(numpy.concatenate(hashes), bounds, bands * rows, derive(seed, "permutations"))
-        keys = band_keys(made, numpy.ones(2 * pairs, dtype=bool), bands, rows)
-        share = float((keys[:, ::2] == keys[:, 1::2]).any(axis=0).mean())
+        hits = 0
+        # One draw of permutations errs for all pairs alike: there are several.
+        for draw, count in enumerate(_shared_out(pairs, _DRAWS)):
+            hashes = []
+            for _ in range(count):
+                common = _hashes(generator, shared)
+                for _ in range(2):
+                    hashes += [common, _hashes(generator, _MEMBERS - shared)]
+            bounds = numpy.arange(2 * count + 1) * _MEMBERS
+            drawn = derive(seed, "permutations", similarity, draw)
+            made = signatures(numpy.concatenate(hashes), bounds, bands * rows, drawn)
+            keys = band_keys(made, numpy.ones(2 * count, dtype=bool), bands, rows)
+            hits += int((keys[:, ::2] == keys[:, 1::2]).any(axis=0).sum())
+        share = hits / pairs
         exact = shared / (2 * _MEMBERS - shared)
         figures[f"found.{similarity}"] = share
         figures[f"found.deviation_{similarity}"] = share - found(exact, bands, rows)
