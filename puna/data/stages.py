@@ -2,7 +2,8 @@
 signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
 (documents -> questions whose answer is known), ``table_questions`` (a table -> questions about it),
-``quality_classifier`` and ``importance_model`` (corpora -> models that score documents)."""
+``quality_classifier`` and ``importance_model`` (corpora -> models that score documents), and
+``duplicate_checks``."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Any
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
 from puna.data.curate.checks_settings import JuicerChecksParameters, SetuChecksParameters
+from puna.data.curate.duplicates.settings import DuplicateChecksParameters
 from puna.data.curate.learned.settings import ImportanceParameters, QualityClassifierParameters
 from puna.data.curate.settings import CurateParameters
 from puna.data.settings import (
@@ -325,11 +327,25 @@ def importance_model(context: Context, parameters: ImportanceParameters) -> Outc
         texts = texts_of_corpora(Corpus.open(path) for path in context.inputs[side].values())
         return drawn(texts, parameters.rows, numpy_generator(context.seed, side))
 
-    model = ImportanceModel.fit(texts_of_side("target"), texts_of_side("source"), parameters)
+    model, metrics = ImportanceModel.measured(texts_of_side("target"), texts_of_side("source"), parameters)
     path = context.out / "model.safetensors"
     model.save(path)
-    metrics = {"target.words": model.target_length, "source.words": model.source_length}
     return Outcome({"model": path}, metrics)
+
+
+@stage(
+    "duplicate_checks",
+    parameters=DuplicateChecksParameters,
+    plan=lambda parameters, shapes: Cost(tokens=0.0, seconds=10.0),
+)
+def duplicate_checks(context: Context, parameters: DuplicateChecksParameters) -> Outcome:
+    """Measure what is promised of duplicates: bands, the curve of what is found, filters, clusters, copies.
+
+    Time grows linearly with what is drawn; it takes seconds.
+    """
+    from puna.data.curate.duplicates.checks import checks
+
+    return Outcome(metrics=checks(parameters, context.seed))
 
 
 @stage("juicer_checks", parameters=JuicerChecksParameters, inputs={"corpus": Input("corpus")})

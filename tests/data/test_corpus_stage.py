@@ -203,6 +203,7 @@ def test_the_room_registers_its_stages() -> None:
     assert stages == {
         "corpus",
         "curate",
+        "duplicate_checks",
         "importance_model",
         "instructions",
         "juicer_checks",

@@ -221,7 +221,9 @@ def test_importance_tells_the_domain_and_is_the_same_in_every_process(tmp_path):
         "target": {"prose": corpus(tmp_path, PROSE[:400], "prose")},
         "source": {"code": corpus(tmp_path, CODE[:400], "code")},
     }
-    made = stage.function(Context("x", tmp_path / "x", inputs), stage.parameters()).outputs["model"]
+    outcome = stage.function(Context("x", tmp_path / "x", inputs), stage.parameters())
+    assert outcome.metrics["auc"] >= 0.9
+    made = outcome.outputs["model"]
     operator = get_operator("score", "dsir.importance")
     texts = [*PROSE[400:], *CODE[400:]]
     found = apply_score(operator, Texts(texts), operator.settings(model=str(made)))

@@ -13,7 +13,7 @@ Hashes are this project's and the same in every process; Python's ``hash``, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import numpy
 from numpy.typing import NDArray
 
 from puna.core.errors import PunaError
-from puna.data.curate.learned.files import load_model, save_model
+from puna.data.curate.learned.files import area_under_curve, load_model, save_model
 from puna.data.curate.learned.settings import ImportanceParameters
 from puna.data.curate.segments import by_document
 from puna.data.curate.texts import Texts
@@ -62,6 +62,30 @@ class ImportanceModel:
             counts.append(total)
             lengths.append(words / documents)
         return cls(counts[0], counts[1], lengths[0], lengths[1], parameters.ngrams, parameters.words)
+
+    @classmethod
+    def measured(
+        cls, target: Sequence[str], source: Sequence[str], parameters: ImportanceParameters
+    ) -> tuple[ImportanceModel, dict[str, float]]:
+        """The model of all texts but those held out, and how well its scores tell these apart."""
+        sides = {}
+        for name, texts in (("target", target), ("source", source)):
+            count = max(1, round(len(texts) * parameters.held_out))
+            if len(texts) <= count:
+                raise PunaError(
+                    "too few texts to learn from and to measure on",
+                    where=f"{name} texts",
+                    found=len(texts),
+                    expected="at least 2",
+                )
+            sides[name] = (texts[count:], Texts(texts[:count]))
+        model = cls.fit(sides["target"][0], sides["source"][0], parameters)
+        wanted, other = model.scores(sides["target"][1]), model.scores(sides["source"][1])
+        metrics = {"target.words": model.target_length, "source.words": model.source_length}
+        for name, positive, negative in zip(("auc", "auc_with_length"), wanted, other, strict=True):
+            filled = positive[~numpy.isnan(positive)], negative[~numpy.isnan(negative)]
+            metrics[name] = area_under_curve(*filled)
+        return model, metrics
 
     @classmethod
     def load(cls, path: Path | str) -> ImportanceModel:

@@ -33,6 +33,8 @@ class ImportanceParameters(Parameters):
 
     rows: pydantic.PositiveInt = 500_000
     """Texts of each side, at most: drawn if there are more."""
+    held_out: float = pydantic.Field(default=0.1, gt=0, lt=1)
+    """Share of the texts of each side that the scores are measured on and that are not counted."""
     buckets: pydantic.PositiveInt = 10_000
     """Buckets that words and n-grams are hashed into."""
     ngrams: pydantic.PositiveInt = 2
