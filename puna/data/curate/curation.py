@@ -131,7 +131,7 @@ class Curation:
         return pool
 
     def _phase(self, pool: Pool, executor: Executor, phase: Phase, shards: Sequence[str]) -> None:
-        """All shards through a phase; the first one alone where its costs decide on the order of gates."""
+        """All shards through a phase, gates in the order that costs over the first documents suggest."""
         ends = ["signals", "decisions"]
         if phase.closing is not None and phase.closing.kind == "global":
             ends.append("sketch")
@@ -143,10 +143,10 @@ class Curation:
         order = pool.meta.setdefault("order", {})
         wants_plan = self.parameters.short_circuit and self.parameters.plan == "measured"
         if todo and wants_plan and str(phase.index) not in order and len(shards) > 1:
-            self._drive(pool, executor, [unit for unit in todo if unit.name == shards[0]], "first shard")
-            order[str(phase.index)] = plan(phase, pool.counts_of(phase.index, shards[0]))
+            if not pool.plan_file(phase.index).exists():
+                self._drive(pool, executor, [Unit("plan", phase.index, shards[0])], "planning")
+            order[str(phase.index)] = plan(phase, read_json(pool.plan_file(phase.index)))
             pool.save()
-            todo = [unit for unit in todo if unit.name != shards[0]]
         self._drive(pool, executor, todo, f"phase {phase.index + 1} of {len(pool.phases)}")
 
     def _entry(self, pool: Pool, phase: Phase, shards: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 Between two mappers, scores and gates commute: a score says the same of a document wherever it stands, and
 a document that one gate drops is dropped by all orders. So a gate may come earlier, together with the
 scores it reads, and what follows has fewer documents to work on. Costs and shares are those of the first
-shard. Gates are taken greedily: the one with the most documents dropped for each second that its scores
-still cost, given those that are worked out by then.
+batch of the first shard. Gates are taken greedily: the one with the most documents dropped for each second
+that its scores still cost, given those that are worked out by then.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Pool:
 
     def live_folders(self) -> set[Path]:
         """Every folder that belongs to the pipeline as it is now."""
-        live = {self.path / name for name in ("documents", "parts", "deadly")}
+        live = {self.path / name for name in ("documents", "parts", "deadly", "plan")}
         live.add(self.survivors_file("").parent)
         for phase in self.phases:
             live |= {self.folder("signals", phase.index), self.folder("decisions", phase.index)}
@@ -128,6 +128,10 @@ class Pool:
             if phase.entry is not None:
                 live.add(self.folder("resolved", phase.index))
         return live
+
+    def plan_file(self, phase: int) -> Path:
+        """The file of what the steps of a phase cost and drop, by which gates are ordered."""
+        return self.path / "plan" / f"{phase}-{self.keys[phase][1]}.json"
 
     def survivors_file(self, shard: str) -> Path:
         """The file of what is kept of a shard, as rows of a corpus."""

@@ -33,7 +33,7 @@ class CurateParameters(Parameters):
     """Leave off work on documents that a gate has dropped. Without it every signal is stored of every
     document, and other thresholds are decided on without working anything out again."""
     plan: Literal["measured", "recipe"] = "measured"
-    """With ``short_circuit``: order gates by what the first shard costs and drops, or as the pipeline has
+    """With ``short_circuit``: order gates by what the first batch costs and drops, or as the pipeline has
     them. The survivors are the same; the reason told for a drop is the first gate that was run."""
     limits: Limits = Limits()
     """Sizes beyond which a document or a file fails, alone."""

@@ -51,7 +51,7 @@ class _Source(Parameters):
 
 
 class Unit(NamedTuple):
-    """A unit of work: ``read`` a part, a ``phase`` of a shard, or its ``survivors``."""
+    """A unit of work: ``read`` a part, ``plan`` a phase, a ``phase`` of a shard, or its ``survivors``."""
 
     task: str
     phase: int
@@ -89,6 +89,8 @@ def work(path: str, unit: Unit, deadly: Sequence[Range] = ()) -> None:
     try:
         if unit.task == "phase":
             _phase(pool, unit.phase, unit.name, guard)
+        elif unit.task == "plan":
+            _measure(pool, pool.phases[unit.phase], unit.name, guard)
         else:
             _survivors(pool, unit.name)
     finally:
@@ -199,9 +201,31 @@ def _execute(pool: Pool, phase: Phase, shard: str, guard: Guard) -> None:
     documents = pool.documents(shard, phase.index)
     orders = pool.meta.get("order") or {}
     steps = ordered(phase, orders.get(str(phase.index)))
+    parts = list(_batches_done(pool, phase, shard, documents, steps, guard))
+    _store(pool, phase, shard, documents, parts)
+
+
+def _measure(pool: Pool, phase: Phase, shard: str, guard: Guard) -> None:
+    """What each step costs and drops over the first batch of a shard, worked out for all its documents."""
+    documents = pool.documents(shard, phase.index)
+    done = _batches_done(pool, phase, shard, documents, ordered(phase, None), guard, everything=True)
+    counts = next((done.counts for _, _, done in done), {})
+    write_json(pool.plan_file(phase.index), {label: asdict(count) for label, count in counts.items()})
+
+
+def _batches_done(
+    pool: Pool,
+    phase: Phase,
+    shard: str,
+    documents: Documents,
+    steps: Sequence[Step],
+    guard: Guard,
+    *,
+    everything: bool = False,
+) -> Iterator[tuple[int, int, Done]]:
+    """Run steps over the documents of a shard, batch by batch: the range of each and what came of it."""
     found = pool.found(phase.index)
     earlier = _earlier(pool, phase, shard, documents)
-    parts: list[tuple[int, int, Done]] = []
     for start, stop in batches(documents.texts.lengths, pool.meta["batch_characters"]):
         places = numpy.arange(start, stop)
         whole = stop - start == len(documents.rows)
@@ -215,15 +239,14 @@ def _execute(pool: Pool, phase: Phase, shard: str, guard: Guard) -> None:
             pages=Pages(contents, documents.media[start:stop]) if raw else None,
             earlier={name: of_rows(values, places, len(documents.rows)) for name, values in earlier.items()},
             found=found,
-            everything=pool.everything,
+            everything=pool.everything or everything,
             guard=guard,
             first=start,
         )
         for batch in (texts, done.current):  # What operators shared of the batch is not needed any more.
             batch.forget()
         done.current = Texts([])
-        parts.append((start, stop, done))
-    _store(pool, phase, shard, documents, parts)
+        yield start, stop, done
 
 
 def batches(lengths: NDArray[numpy.int64], characters: int) -> Iterator[tuple[int, int]]:
