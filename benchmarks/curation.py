@@ -2,9 +2,10 @@
 
     python -m benchmarks.curation [WORK ...] [--shards 8] [--first 0] [--workers 2] [--peers /path/to/python]
 
-Peers live in an environment of their own (``pip install datatrove[processing] spacy
-datasketch rensa daft`` there); its
-interpreter is given as ``--peers`` or ``PUNA_PEERS``. Every figure is a fresh process that reads JSON lines,
+Peers live in environments of their own: one with ``pip install datatrove[processing] spacy datasketch rensa
+daft``, given as ``--peers`` or ``PUNA_PEERS``, and one with ``pip install py-data-juicer==1.6.1 aiohttp ftfy
+fasttext-community``, given as ``--data-juicer`` or ``PUNA_DATA_JUICER``: the path of its interpreter.
+Every figure is a fresh process that reads JSON lines,
 filters, and writes the survivors. What is compared is documents per second of processor time, which others
 at work on the machine change little; wall time is told beside it. Both sides take one shard after another
 in turns, so that a change of the machine's pace meets both. Survivors are compared text by text. With
@@ -26,9 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curation_texts import shards
+import yaml
+
+from benchmarks.curation_texts import FOLDER, shards
+from puna.core import assets
+from puna.data.curate.languages import LID
+from puna.data.curate.pipeline import PRESETS
 
 SIDE = Path(__file__).parent / "peers" / "curation.py"
+LISTED = FOLDER.parent / "curation-words.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,49 @@ DATATROVE = {
     "datatrove, str.split": {"side": "datatrove", "words": "white_space"},
 }
 BANDS = {"bands": 14, "rows": 8, "ngram": 5, "threshold": 0.7}
+
+
+def _without_duplicates() -> list[dict[str, Any]]:
+    """The steps of ``data-juicer-refine-cc`` but for its near-duplicates, with a list of words to count."""
+    preset = yaml.safe_load((PRESETS / "data-juicer-refine-cc.yaml").read_text(encoding="utf-8"))
+    steps: list[dict[str, Any]] = []
+    for step in preset["steps"]:
+        if step.get("score") == "data_juicer.flagged_words":
+            step = {**step, "settings": {"words": str(LISTED), "language": "en"}}
+        if "gate" in step:  # In YAML the key null is no string.
+            step = {"gate": {key or "null": value for key, value in step["gate"].items()}}
+        if "global" not in step and not str(step.get("gate", {}).get("signal")).startswith("dedup."):
+            steps.append(step)
+    return steps
+
+
+def _data_juicer() -> dict[str, dict[str, Any]]:
+    """The same recipe for py-data-juicer: words between white space, no perplexity, one list of words."""
+    LISTED.parent.mkdir(parents=True, exist_ok=True)
+    # Words that stand in few documents of these: what is counted is the same work as for any list.
+    LISTED.write_text(json.dumps({"en": ["fool", "fools", "idiot", "stupid", "viagra"]}), encoding="utf-8")
+    english = {"lang": "en", "tokenization": False}
+    recipe: list[dict[str, dict[str, Any]]] = [
+        {"clean_email_mapper": {}},
+        {"clean_links_mapper": {}},
+        {"fix_unicode_mapper": {}},
+        {"punctuation_normalization_mapper": {}},
+        {"whitespace_normalization_mapper": {}},
+        {"alphanumeric_filter": {"min_ratio": 0.7508, "max_ratio": 0.8591}},
+        {"average_line_length_filter": {"max_len": 1500}},
+        {"character_repetition_filter": {"rep_len": 10, "max_ratio": 0.3}},
+        {"flagged_words_filter": {**english, "max_ratio": 0.0015}},
+        {"language_id_score_filter": {"min_score": 0.793}},
+        {"maximum_line_length_filter": {"max_len": 5000}},
+        {"special_characters_filter": {"min_ratio": 0.15, "max_ratio": 0.35}},
+        {"text_length_filter": {"max_len": 58187}},
+        {"words_num_filter": {**english, "min_num": 20, "max_num": 11529}},
+        {"word_repetition_filter": {**english, "rep_len": 10, "max_ratio": 0.2962}},
+    ]
+    job = {"side": "data_juicer", "recipe": recipe, "words": str(LISTED), "model": str(assets.fetch(LID))}
+    return {"py-data-juicer": {**job, "fused": False}, "py-data-juicer, fused": {**job, "fused": True}}
+
+
 WORKS = [
     Work(
         "minhash",
@@ -92,6 +142,12 @@ WORKS = [
         "dclm-pages",
         DATATROVE,
     ),
+    Work(
+        "data-juicer",
+        "Data-Juicer's English recipe (Common Crawl 2023-06) without near-duplicates and perplexity",
+        _without_duplicates(),
+        _data_juicer(),
+    ),
 ]
 
 
@@ -103,12 +159,14 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=len(shards()))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peers", default=os.environ.get("PUNA_PEERS"))
+    parser.add_argument("--data-juicer", default=os.environ.get("PUNA_DATA_JUICER"))
     parser.add_argument("--kept", type=Path, help="file of what was measured, read and written")
     given = parser.parse_args()
     done = Kept(given.kept)
     files = shards()[given.first : given.first + given.shards]
     for work in (work for work in WORKS if work.name in given.works):
-        show(work, run(work, files, given.workers, given.peers, done))
+        peers = {"datatrove": given.peers, "data_juicer": given.data_juicer}
+        show(work, run(work, files, given.workers, peers, done))
 
 
 class Kept:
@@ -135,16 +193,23 @@ def _row(told: dict[str, Any]) -> Row:
     return Row(**{**told, "steps": Counter(told["steps"]), "survivors": survivors})
 
 
-def run(work: Work, files: list[Path], workers: int, peers: str | None, done: Kept) -> dict[str, Row]:
+def run(
+    work: Work, files: list[Path], workers: int, peers: dict[str, str | None], done: Kept
+) -> dict[str, Row]:
     """All sides over all files in turns."""
     sides = {"puna": {"side": "puna", "pipeline": work.pipeline}}
-    sides |= work.peers if peers else {}
+    sides |= {
+        name: settings
+        for name, settings in work.peers.items()
+        if name.startswith("puna") or peers.get(settings["side"], peers["datatrove"])
+    }
     rows = {name: Row() for name in sides}
     for file in _groups(files, workers):
         for name, settings in sides.items():
             key = json.dumps([settings, workers, *(part.name for part in file)], sort_keys=True)
             if key not in done.rows:
-                interpreter = sys.executable if name.startswith("puna") else str(peers)
+                of_side = peers.get(settings["side"], peers["datatrove"])
+                interpreter = sys.executable if name.startswith("puna") else str(of_side)
                 done.add(key, measure(interpreter, settings, file, workers))
             _add(rows[name], done.rows[key])
     return rows

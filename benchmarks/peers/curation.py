@@ -12,6 +12,7 @@ all at once as far as they are started one by one), and seconds of each step as 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import threading
@@ -88,6 +89,53 @@ def datatrove(job: dict[str, Any]) -> Callable[[], Steps]:
     return run
 
 
+def data_juicer(job: dict[str, Any]) -> Callable[[], Steps]:
+    """py-data-juicer's operators one after another, as its executor runs them, fused or not.
+
+    Its models and lists of words are those that puna has; nothing is fetched. Every operator runs over a few
+    documents before the clock does, since the first one imports what all need.
+    """
+    home = Path(job["out"]) / "home"
+    (home / "models").mkdir(parents=True)
+    (home / "assets").mkdir()
+    (home / "models" / "lid.176.bin").symlink_to(job["model"])
+    (home / "assets" / "flagged_words.json").symlink_to(job["words"])
+    os.environ.update(DATA_JUICER_CACHE_HOME=str(home), HF_HUB_OFFLINE="1")
+
+    import datasets
+    from data_juicer.core.data import NestedDataset
+    from data_juicer.ops import load_ops
+    from data_juicer.ops.op_fusion import fuse_operators
+    from loguru import logger
+
+    logger.remove()
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    shared = {"num_proc": job["workers"], "auto_op_parallelism": False}
+    recipe = [{name: {**values, **shared}} for step in job["recipe"] for name, values in step.items()]
+    operators = load_ops(recipe)
+    operators = fuse_operators(operators) if job["fused"] else operators
+    few = [{"text": f"The committee met on day {n} to speak about roads and schools."} for n in range(50)]
+    warm = NestedDataset(datasets.Dataset.from_list(few))
+    for operator in load_ops(recipe):
+        warm = operator.run(warm) if len(warm) else NestedDataset(datasets.Dataset.from_list(few))
+
+    def run() -> Steps:
+        read = datasets.load_dataset(
+            "json", data_files=job["files"], split="train", cache_dir=str(home / "hf")
+        )
+        data, steps = NestedDataset(read), {}
+        for operator in operators:
+            started = _used()[1]
+            data = operator.run(data)
+            steps[operator._name] = _used()[1] - started
+        (Path(job["out"]) / "kept").mkdir()
+        data.to_json(str(Path(job["out"]) / "kept" / "kept.jsonl"))
+        return steps
+
+    return run
+
+
 def _duplicates() -> dict[str, Side]:
     """The sides of the benchmark of MinHash, in the file beside this one."""
     sys.path.insert(0, str(Path(__file__).parent))
@@ -96,7 +144,12 @@ def _duplicates() -> dict[str, Side]:
     return dict(SIDES)
 
 
-SIDES: dict[str, Side] = {"puna": puna, "datatrove": datatrove, **_duplicates()}
+SIDES: dict[str, Side] = {
+    "puna": puna,
+    "datatrove": datatrove,
+    "data_juicer": data_juicer,
+    **_duplicates(),
+}
 
 
 def _used() -> tuple[float, float]:

@@ -16,7 +16,9 @@ from hypothesis import strategies as some
 
 from puna.core.errors import PunaError
 from puna.core.stage import validate
+from puna.data.curate.curation import Curation
 from puna.data.curate.operator import BadDocument, apply_map, get_operator
+from puna.data.curate.settings import CurateParameters
 from puna.data.curate.texts import Texts
 
 
@@ -119,6 +121,10 @@ UNICODE_PARTS = [
     "œ",
     "–",
     "&no",
+    "ｶ",
+    "＜",
+    "\x0c",
+    "½",
 ]
 
 
@@ -238,3 +244,15 @@ def test_signals_tell_what_mappers_did():
     made = apply_map(operator, Texts(["a@b.co c@d.co", "none"]), operator.settings())
     assert made.texts[1] is None
     assert numpy.array_equal(made.signals["replaced"], [2, 0])
+
+
+def test_an_archive_is_a_document_of_a_pool(tmp_path):
+    (tmp_path / "a.zip").write_bytes(archive("zip", {"a.tex": b"\\section{A} text"}))
+    (tmp_path / "b.tar.gz").write_bytes(archive("tar", {"b.tex": b"\\section{B} text"}))
+    (tmp_path / "c.zip").write_bytes(b"nothing")
+    steps = [{"extract": "data_juicer.latex_archive"}]
+    source = {"format": "archive", "path": str(tmp_path / "*")}
+    made = CurateParameters(sources=[source], pipeline=steps, executor="here")
+    pool = Curation(made, tmp_path / "pool").run()
+    texts = [text for shard in pool.shards() for text in pool.documents(shard, len(pool.phases)).texts.texts]
+    assert sorted(texts) == ["\\section{A} text", "\\section{B} text"]

@@ -130,12 +130,11 @@ def _by_fasttext(texts: Texts) -> Detected:
 def fasttext_languages(lines: Sequence[str]) -> Detected:
     """What lid.176 says of texts without line breaks; an empty one has no language."""
     languages, probabilities = [""] * len(lines), numpy.zeros(len(lines))
-    filled = [place for place, line in enumerate(lines) if line.strip()]
-    if filled:
-        labels, values = _lid_176().predict([lines[place] for place in filled])
-        for place, label, value in zip(filled, labels, values, strict=True):
-            languages[place] = _known(label[0].removeprefix("__label__"))
-            probabilities[place] = min(float(value[0]), 1.0)
+    for place, line in enumerate(lines):
+        if line.strip():
+            labels, values = _lid_176().predict(line)
+            languages[place] = _known(labels[0].removeprefix("__label__"))
+            probabilities[place] = min(float(values[0]), 1.0)
     return Detected(languages, probabilities)
 
 

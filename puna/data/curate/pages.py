@@ -34,6 +34,12 @@ class PdfSettings(FileSettings):
     format: Literal["pdf"] = "pdf"
 
 
+class ArchiveSettings(FileSettings):
+    """Archives of a project's sources (.zip, .tar, .tar.gz), a document each."""
+
+    format: Literal["archive"] = "archive"
+
+
 class OcrSettings(FileSettings):
     """What an OCR service wrote about scanned pages: a JSON file each, or zip files of them.
 
@@ -100,6 +106,12 @@ def read_html(settings: HtmlSettings, part: Part, limits: Limits) -> Iterator[Re
 def read_pdf(settings: PdfSettings, part: Part, limits: Limits) -> Iterator[Record]:
     """PDF files as they are."""
     yield _page(settings, part, limits, "pdf")
+
+
+@reader(ArchiveSettings, file_parts)
+def read_archive(settings: ArchiveSettings, part: Part, limits: Limits) -> Iterator[Record]:
+    """Archives, unpacked no further than their outermost packing."""
+    yield _page(settings, part, limits, "archive")
 
 
 def _page(settings: FileSettings, part: Part, limits: Limits, media: str) -> Record:

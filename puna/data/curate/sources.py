@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from puna.data.curate.pages import HtmlSettings, OcrSettings, PdfSettings, WarcSettings
+from puna.data.curate.pages import ArchiveSettings, HtmlSettings, OcrSettings, PdfSettings, WarcSettings
 from puna.data.curate.readers import (
     CorpusSettings,
     JsonLinesSettings,
@@ -60,6 +60,7 @@ PoolSource = Annotated[
     | HtmlSettings
     | PdfSettings
     | OcrSettings
+    | ArchiveSettings
     | CsvSettings
     | GettextSettings
     | LibreofficeHelpSettings

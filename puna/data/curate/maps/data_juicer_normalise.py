@@ -7,7 +7,9 @@ full-width digit 1 becomes a quotation mark.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy
@@ -47,8 +49,11 @@ _REPLACED = [(mark, new) for new, marks in _PUNCTUATION.items() for mark in mark
 _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 _PRINTABLE = re.compile(r"[\n\x20-\x7e\t]*")
 # What ftfy takes as a sign of a wrong decoding holds two characters beyond ASCII in a row, or one of the
-# others; entities and breaks of lines need its work by line too.
-_DOUBTFUL = re.compile(r"[^\x00-\x7f]{2}|[\x80-\x9f\u0152\u0153\xc3\xc2]|[&\r\u2028\u2029]")
+# others; entities, breaks of lines and control characters need its work by line too.
+_DOUBTFUL = re.compile(
+    r"[^\x00-\x7f]{2}|[\x80-\x9f\u0152\u0153\xc3\xc2\ud800-\udfff]|[&\u2028\u2029\x00-\x08\x0b-\x1f\x7f]"
+)
+_BEYOND = re.compile(r"[^\x00-\x7f]")
 
 
 class UnicodeSettings(Parameters):
@@ -140,32 +145,55 @@ def _is_plain(text: str) -> bool:
 
 
 def _repaired(text: str, form: str, ftfy: Any) -> str:
+    if _DOUBTFUL.search(text) is None:
+        made = _by_character(text, form, ftfy)
+        if made is not None:
+            return made
     lines = text.split("\n")
     calm = [n for n, line in enumerate(lines) if not line.isascii() and _DOUBTFUL.search(line) is None]
-    if calm:
-        # Nothing in these lines looks wrongly decoded, and what else is repaired is so character by
-        # character: one call does for all of them.
-        joined = "\n".join(lines[place] for place in calm)
-        config = ftfy.TextFixerConfig(normalization=form, fix_encoding=False, unescape_html=False)
-        made = ftfy.fix_text_segment(joined, config)
-        if _DOUBTFUL.search(made) is None and made.count("\n") == len(calm) - 1:
-            for place, line in zip(calm, made.split("\n"), strict=True):
-                lines[place] = line
-        else:
-            calm = []
-    return _line_by_line(lines, frozenset(calm), form, ftfy)
+    made = _by_character("\n".join(lines[place] for place in calm), form, ftfy)
+    done = {} if made is None or not calm else dict(zip(calm, made.split("\n"), strict=True))
+    return _line_by_line(lines, done, form, ftfy)
 
 
-def _line_by_line(lines: list[str], done: frozenset[int], form: str, ftfy: Any) -> str:
+def _by_character(text: str, form: str, ftfy: Any) -> str | None:
+    """A text in which nothing looks wrongly decoded, repaired character by character.
+
+    None where that cannot be told of a character alone, or where the outcome looks wrongly decoded.
+    """
+    beyond = False
+    for character in set(_BEYOND.findall(text)):
+        new = _alone(character, form, ftfy)
+        if new is None:
+            return None
+        if new != character:
+            text = text.replace(character, new)
+            beyond = beyond or not new.isascii()
+    return None if beyond and _DOUBTFUL.search(text) is not None else text
+
+
+@lru_cache(maxsize=1 << 16)
+def _alone(character: str, form: str, ftfy: Any) -> str | None:
+    """What a character becomes between others of ASCII; None for those that join with what is before."""
+    if unicodedata.category(character)[0] == "M":
+        return None
+    config = ftfy.TextFixerConfig(normalization=form, fix_encoding=False, unescape_html=False)
+    made = ftfy.fix_text_segment(f"a{character}a", config)
+    return made[1:-1] if made[:1] == "a" and made[-1:] == "a" else None
+
+
+def _line_by_line(lines: list[str], done: Mapping[int, str], form: str, ftfy: Any) -> str:
     config = ftfy.TextFixerConfig(normalization=form)
     made: list[str] = []
     for place, line in enumerate(lines):
         if config.unescape_html and "<" in line:
             # As in the library: entities of HTML are decoded up to the first line with a tag.
             config = config._replace(unescape_html=False)
-        whole = line if place == len(lines) - 1 else line + "\n"
-        plain = place in done or _is_plain(line)
-        made.append(whole if plain else ftfy.fix_text(whole, config))
+        ending = "" if place == len(lines) - 1 else "\n"
+        if place in done:
+            made.append(done[place] + ending)
+        else:
+            made.append(line + ending if _is_plain(line) else ftfy.fix_text(line + ending, config))
     return "".join(made)
 
 
