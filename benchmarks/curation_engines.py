@@ -84,6 +84,7 @@ def compare(engines: list[str], counts: list[int], files: list[str], rounds: int
         for workers in counts:
             for engine in engines:
                 figures = run(engine, files, workers)
+                print(f"{engine}, {workers}: {figures}", file=sys.stderr, flush=True)
                 old = best.get((engine, workers))
                 if old is None or figures["seconds"] < old["seconds"]:
                     best[engine, workers] = figures
