@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -13,6 +15,19 @@ from typing import IO
 from puna.core.errors import PunaError
 
 _PIECE = 1 << 20
+UNREADABLE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    NotImplementedError,  # zipfile's, of a compression it lacks
+    RuntimeError,  # zipfile's, of an encrypted member
+    ValueError,  # zipfile's and tarfile's, of places and numbers that make no sense
+    struct.error,
+)
+"""What reading a broken or foreign archive raises."""
 
 
 def refuse_unsafe(member: str, *, where: object = None) -> str:
@@ -39,7 +54,7 @@ def open_zip(path: Path | str) -> Iterator[zipfile.ZipFile]:
         archive = zipfile.ZipFile(path)
     except FileNotFoundError:
         raise PunaError("file not found", where=path) from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except UNREADABLE as error:
         raise PunaError("not a readable zip archive or wheel", where=path, found=error) from None
     with archive:
         for name in archive.namelist():
@@ -68,8 +83,7 @@ def pieces(archive: zipfile.ZipFile, member: str, *, limit: int) -> Iterator[byt
                 yield piece
     except KeyError:
         raise PunaError("no such member in the archive", where=where) from None
-    # zipfile says NotImplementedError of a compression it lacks, and RuntimeError of an encrypted member.
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise PunaError("the member cannot be unpacked", where=where, found=error) from None
 
 
@@ -98,7 +112,7 @@ def tar_pieces(path: Path | str, member: str, *, limit: int) -> Iterator[bytes]:
                     return
     except FileNotFoundError:
         raise PunaError("file not found", where=path) from None
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise PunaError("not a readable tar archive", where=path, found=error) from None
     raise PunaError("no such file in the archive", where=where)
 

@@ -130,11 +130,14 @@ def measure_costs(
                 taken[kind] += [seconds] if turn else []
             track.advance()
     median = {kind: statistics.median(times) for kind, times in taken.items()}
-    key = max(0.0, median["far"] - median["near"]) / (_TEXTS * (long_context - 16))
-    pair = max(0.0, median["behind"] - median["fresh"] - long_context * key) / (_CHUNK * long_context)
+    # A single row meets each key it reads once; a chunk meets each as often as it has rows.
+    both = max(0.0, median["far"] - median["near"]) / (_TEXTS * (long_context - 16))
+    behind = (median["behind"] - median["fresh"]) / long_context
+    pair = min(max(0.0, (behind - both) / (_CHUNK - 1)), both)
+    key = both - pair
     table: list[tuple[int, float]] = []
     for row in sorted(set(rows)):
-        attention = row * 17 * key if row <= 16 else row * key + row * (row + 1) // 2 * pair
+        attention = row * 17 * both if row <= 16 else row * key + row * (row + 1) // 2 * pair
         table.append((row, max(median[row] - attention, 0.5 * median[row])))
     for sequence in (*short.decoding, short.prompt, *long.decoding, long.prompt):
         sequence.free()

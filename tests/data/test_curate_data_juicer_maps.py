@@ -239,6 +239,22 @@ def test_latex_archives_are_merged_within_bounds(kind):
         operator.function(b"\x1f\x8bnothing", operator.settings())
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("flip", [0x01, 0xFF])
+def test_a_damaged_latex_archive_is_read_or_refused_wherever_the_damage_is(kind, flip):
+    operator = get_operator("extract", "data_juicer.latex_archive")
+    content = archive(kind, {"a.tex": b"one and one and two", "c.tex": b"two and two and one"})
+    refused = 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= flip
+        try:
+            operator.function(bytes(damaged), operator.settings())
+        except BadDocument:
+            refused += 1
+    assert refused > 20
+
+
 def test_signals_tell_what_mappers_did():
     operator = get_operator("map", "data_juicer.clean_email")
     made = apply_map(operator, Texts(["a@b.co c@d.co", "none"]), operator.settings())

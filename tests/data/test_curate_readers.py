@@ -216,6 +216,19 @@ def test_boxes_of_scanned_pages_are_kept_beside_an_empty_text(tmp_path):
     assert bad.failed.startswith("not valid JSON")
 
 
+def test_a_damaged_archive_of_boxes_fails_as_one_wherever_the_damage_is(tmp_path):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.json", '{"pages": [], "more": [1, 2, 3, 1, 2, 3]}')
+    told = set()
+    for place in range(len(content.getvalue())):
+        damaged = bytearray(content.getvalue())
+        damaged[place] ^= 0xFF
+        (tmp_path / "a.zip").write_bytes(damaged)
+        told |= {record.failed for record in read(path=str(tmp_path / "a.zip"), format="ocr")}
+    assert any(failed and failed.startswith("the archive cannot be read") for failed in told)
+
+
 def test_other_sources_are_read_as_they_are(tmp_path):
     (tmp_path / "a.csv").write_text("text,language\nhello,en\n")
     (found,) = read(path=str(tmp_path / "a.csv"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from puna.core.archives import UNREADABLE
 from puna.core.errors import PunaError
 from puna.data.curate.readers import file_parts, text_record
 from puna.data.curate.records import Limits, Part, Record, opened, reader, too_large
@@ -136,7 +137,7 @@ def read_ocr(settings: OcrSettings, part: Part, limits: Limits) -> Iterator[Reco
                     with archive.open(name) as stream:
                         content = stream.read(limits.document_bytes + 1)
                     yield _boxes(settings, f"{part.name}/{name}", content, limits)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         yield Record(part.name, failed=f"the archive cannot be read: {error}")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pydantic
 
+from puna.core.archives import UNREADABLE
 from puna.core.stage import Parameters
 from puna.data.curate.operator import BadDocument, extractor
 
@@ -64,5 +65,5 @@ def _files(content: bytes, settings: ArchiveSettings) -> Iterator[bytes]:
                 opened = tar.extractfile(member) if member.isfile() and member.name.endswith(".tex") else None
                 if opened is not None:
                     yield opened.read(settings.file_bytes + 1)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise BadDocument(f"not a readable archive: {error}") from None
