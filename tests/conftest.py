@@ -9,6 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples every time, and no deadline: neither chance nor a busy machine may fail a change that is
+# not at fault. `pytest --hypothesis-profile searching` draws others, many more of them.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("searching", max_examples=1000, deadline=None)
+settings.load_profile("steady")
 
 # Two threads, unless the environment asks for one: threads that share a core with others mostly wait.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

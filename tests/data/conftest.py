@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from puna.core.stage import Context, Outcome, validate
 from puna.data.ledger import Tally, unbalanced
 from puna.data.settings import CorpusParameters
 from puna.data.sources import SOURCES, Item, Reading
 from puna.data.stages import corpus
-
-# No deadline: a busy machine must not fail a test.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 
 @pytest.fixture

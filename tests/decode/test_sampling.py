@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
@@ -53,8 +53,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 
 def by_hand(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The law written down from its definition, with sorting and without haste."""
-    law = (logits.double() / sampling.temperature).softmax(0)
-    order = sorted(range(len(law)), key=lambda token: (-float(law[token]), token))
+    scaled = logits.double() / sampling.temperature
+    law = scaled.softmax(0)  # by the logits in order: two of them may differ where their probabilities do not
+    order = sorted(range(len(law)), key=lambda token: (-float(scaled[token]), token))
     kept = order[: sampling.top_k] if sampling.top_k else order
     law = torch.zeros_like(law).index_copy(0, torch.tensor(kept), law[kept]) / law[kept].sum()
     run, mass = [], 0.0
@@ -79,6 +80,7 @@ def test_greedy_is_the_first_of_the_largest(values: list[float]) -> None:
 
 
 @settings(deadline=None)
+@example([0.0, 1.6208310385242916e-37], 1.0, 0.5, 0, 0.0)
 @given(
     st.one_of(logits_lists, st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=1, max_size=40)),
     st.floats(0.1, 3),

@@ -7,11 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hypothesis import settings
 from little_fixtures import executed, little, quick_garbage, recipe
-
-# No deadline: a busy machine must not fail a test.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 __all__ = ["executed", "little", "quick_garbage", "recipe"]

@@ -6,15 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from text_samples import CONFIG, TEMPLATES, train_core
 
 from puna.text.template import CHATML, Template
 from puna.text.tokenizer import Tokenizer
-
-# No deadline: a busy machine must not fail a test.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
