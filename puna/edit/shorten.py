@@ -8,13 +8,14 @@ not searched for.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
 from puna.core.errors import PunaError
 from puna.model.llama import Llama
-
-_LAYER = "model.layers."
+from puna.model.slicing import sliced
+from puna.model.units import Kept
 
 
 def shorten(model: Llama, kept: Sequence[int]) -> Llama:
@@ -35,19 +36,4 @@ def shorten(model: Llama, kept: Sequence[int]) -> Llama:
         raise PunaError(
             "blocks to keep stand in the model's order, each once", where="blocks", found=list(kept)
         )
-    if model.adapter is not None:
-        raise PunaError("blocks cannot be cut out under an adapter", fix="merge the adapter first")
-    spec = model.spec.replace(blocks=tuple(model.spec.blocks[block] for block in kept))
-    short = Llama(spec, dtype=model.dtype, device="meta")
-    place = {block: str(number) for number, block in enumerate(kept)}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(_LAYER):
-            weights[name] = tensor
-            continue
-        layer, _, rest = name.removeprefix(_LAYER).partition(".")
-        if int(layer) in place:
-            weights[f"{_LAYER}{place[int(layer)]}.{rest}"] = tensor
-    short.load_state_dict(weights, strict=True, assign=True)
-    short.tokenizer, short.template, short.source = model.tokenizer, model.template, model.source
-    return short.train(model.training)
+    return sliced(model, dataclasses.replace(Kept.everything(model.spec), blocks=tuple(kept)))

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from puna.model.nf4_layout import bits
+from puna.model.sizes import attention_product
+from puna.model.sizes import forward_operations as forward_operations
+from puna.model.sizes import projections as projections
 
 if TYPE_CHECKING:
     from puna.model.spec import BlockSpec, LlamaSpec
@@ -55,19 +58,6 @@ class Method:
     def trains_head(self, spec: LlamaSpec) -> bool:
         """Whether the weight that makes logits needs a gradient."""
         return self.trains(_EMBEDDING if spec.tied else "lm_head", spec)
-
-
-def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]:
-    """The matrices of a layer by name, as (inputs, outputs)."""
-    hidden, found = spec.hidden_size, dict[str, tuple[int, int]]()
-    if block.attention != "none":
-        queries, keys = block.heads * block.head_dim, block.kv_heads * block.head_dim
-        found |= {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
-        found |= {"o_proj": (queries, hidden)}
-    if block.feed_forward != "none":
-        found |= {"gate_proj": (hidden, block.width), "up_proj": (hidden, block.width)}
-        found |= {"down_proj": (block.width, hidden)}
-    return found
 
 
 def module_of(layer: int, projection: str) -> str:
@@ -131,19 +121,6 @@ def trained_parameters(spec: LlamaSpec, method: Method) -> int:
     return lora_parameters(spec, method) + own
 
 
-def forward_operations(spec: LlamaSpec, length: int) -> float:
-    """Floating-point operations of the forward pass for one token in a document of ``length``.
-
-    Two for each weight of a matrix, the head's included, and two products of causal attention over
-    half of ``length`` on average.
-    """
-    total = 2.0 * spec.vocab_size * spec.hidden_size
-    for block in spec.blocks:
-        total += 2 * sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
-        total += 2 * _attention_product(block, length)
-    return total
-
-
 def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
     """Operations for one trained token, forward and backward; every position has a label.
 
@@ -160,7 +137,7 @@ def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
             total += (4 if method.trains(module_of(layer, name), spec) else 2) * inputs * outputs
             again = method.dora and method.dropout and adapts(name, layer, method)
             total += 4 * inputs * outputs if again else 0
-        total += 4 * _attention_product(block, length)
+        total += 4 * attention_product(block, length)
     return total + 6 * lora_parameters(spec, dataclasses.replace(method, dora=False))
 
 
@@ -181,12 +158,6 @@ def dropped_elements(spec: LlamaSpec, method: Method) -> int:
     if not method.dropout:
         return 0
     return sum(inputs for inputs, _ in _adapted_sizes(spec, method))
-
-
-def _attention_product(block: BlockSpec, length: int) -> float:
-    """Operations of one product of queries and keys (or weights and values) for one token."""
-    seen = min(length, block.window or length) / 2
-    return 2 * seen * block.heads * block.head_dim if block.attention != "none" else 0.0
 
 
 def activation_bytes(
@@ -300,5 +271,5 @@ def recomputed_operations(spec: LlamaSpec, layers: int, length: int) -> float:
     total = 0.0
     for block in spec.blocks[:layers]:
         total += 2 * sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
-        total += 2 * _attention_product(block, length)
+        total += 2 * attention_product(block, length)
     return total
