@@ -133,8 +133,9 @@ def sum_over_units(spec: LlamaSpec, kind: Kind, layer: int, entries: Mapping[str
     ]
     spans = [member.span for member in members(spec, kind, layer)]
     return sum(
-        (part.view(-1, span).sum(1) for part, span in zip(parts, spans, strict=True)), start=_zero(parts)
-    ).reshape(-1)
+        (part.view(-1, span).sum(1) for part, span in zip(parts, spans, strict=True)),
+        start=_zero(parts).expand(number_of(spec, kind, layer)),
+    )
 
 
 def _zero(like: Sequence[Tensor]) -> Tensor:
