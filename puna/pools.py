@@ -84,22 +84,34 @@ def quality(
 
 def _told(traced: Traced) -> list[object]:
     from rich.table import Table
+    from rich.text import Text
 
-    gates = Table("gate", "signal", "value", "passes", "result", title="Gates")
-    for name, signal, value, bounds, passed in traced.gates:
-        result = {True: "passed", False: "dropped", None: "not come to"}[passed]
-        gates.add_row(name, signal, _number(value), bounds, result)
-    signals = Table("signal", "value", title="Signals")
+    gates = Table("gate", "signal", "value", "what passes", "result", title="Gates", title_justify="left")
+    colours = {"passed": "green", "dropped": "bold red", "fails": "red", "not come to": "dim"}
+    for judged in traced.gates:
+        result = Text(judged.result, colours[judged.result])
+        gates.add_row(judged.gate, judged.signal, _number(judged.value), judged.bounds, result)
+    read = {judged.signal for judged in traced.gates}
+    signals = Table("signal", "value", title="Other signals", title_justify="left")
+    null = []
     for name, stored in traced.signals.items():
         if isinstance(stored, float):
-            signals.add_row(name, _number(stored))
+            if math.isnan(stored):
+                null += [name] if name not in read else []
+            elif name not in read:
+                signals.add_row(name, _number(stored))
             continue
         shown = ", ".join(f"{start}-{end}: {_number(value)}" for start, end, value in stored[:_SPANS_SHOWN])
-        more = f", and {len(stored) - _SPANS_SHOWN} more" if len(stored) > _SPANS_SHOWN else ""
-        signals.add_row(name, f"{len(stored)} spans: {shown}{more}" if stored else "no span")
-    verdict = f"dropped by: {traced.reason}" if traced.reason else "kept"
+        more = f", and {len(stored) - _SPANS_SHOWN:,} more" if len(stored) > _SPANS_SHOWN else ""
+        signals.add_row(name, f"{len(stored):,} spans: {shown}{more}" if stored else "no span")
+    verdict = (
+        Text(f"dropped by: {traced.reason}", "bold red") if traced.reason else Text("kept", "bold green")
+    )
     text = traced.text[:_TEXT_SHOWN] + (" …" if len(traced.text) > _TEXT_SHOWN else "")
-    return [f"{traced.id} (shard {traced.shard}, row {traced.row})", verdict, gates, signals, text]
+    told: list[object] = [f"{traced.id} (shard {traced.shard}, row {traced.row})", verdict]
+    told += [table for table in (gates, signals) if table.row_count]
+    told += [f"Null: {', '.join(null)}"] if null else []
+    return [*told, "Its text begins:" if text else "It has no text.", text]
 
 
 def _number(value: float) -> str:

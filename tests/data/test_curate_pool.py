@@ -22,7 +22,7 @@ from puna.data.curate.account import account, corpus_of
 from puna.data.curate.curation import Curation, failures
 from puna.data.curate.order import Order
 from puna.data.curate.pool import Pool
-from puna.data.curate.report import report_of, trace
+from puna.data.curate.report import Judged, report_of, trace
 from puna.data.curate.settings import CurateParameters
 from puna.data.ledger import unbalanced
 from puna.data.stages import curate
@@ -234,13 +234,8 @@ def test_why_a_document_was_dropped_can_be_told(tmp_path, documents):
     traced = trace(Pool.open(pool.path), ids[short])
     assert traced.reason == "words"
     assert traced.signals["text.sizes.words"] == len(texts[short].split())
-    assert (
-        "words",
-        "text.sizes.words",
-        float(len(texts[short].split())),
-        "at least 5",
-        False,
-    ) in traced.gates
+    words = float(len(texts[short].split()))
+    assert Judged("words", "text.sizes.words", words, "at least 5", "dropped") in traced.gates
     assert trace(pool, "nobody") is None
     report = {}
     metrics = report_of(pool, account(pool), report)
@@ -273,6 +268,16 @@ def test_what_is_wrong_with_the_parameters_is_told(tmp_path):
         made(tmp_path, "a.jsonl", modules=["no_such_module"])
     with pytest.raises(PunaError, match="not a pool"):
         Pool.open(tmp_path)
+
+
+def test_where_nothing_is_left_it_is_told_why(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "too short"}\n{"txt": "no text"}\n')
+    given = {"sources": [{"path": str(tmp_path / "a.jsonl")}], "pipeline": STEPS, **SMALL}
+    with pytest.raises(PunaError) as told:
+        curate(Context("c", tmp_path / "out", {}), validate(CurateParameters, given, where="t"))
+    for words in ("a.jsonl: no document is left", "2 came", "1 dropped by 'words'", "the first, a/a.jsonl:"):
+        assert words in str(told.value)
+    assert Pool.open(str(told.value.fix).split()[3]).shards()
 
 
 RUN = """

@@ -241,3 +241,15 @@ def test_a_source_that_is_none_is_told(tmp_path):
     with pytest.raises(PunaError, match="did you mean 'text_column'"):
         read(path="a.jsonl", text_colum="a")
     assert pydantic.TypeAdapter(PoolSource).validate_python({"path": "a.warc.wet.gz"}).format == "warc"
+
+
+@pytest.mark.parametrize("path", ["a/*.warc*", "a/*.warc.gz", "a/b.wet.?z"])
+def test_a_glob_tells_the_format(path):
+    assert validate(Holder, {"source": {"path": path}}, where="test").source.format == "warc"
+
+
+def test_what_a_name_does_not_tell_is_told(tmp_path):
+    with pytest.raises(PunaError, match=r"add format: one of archive.*jsonl.*ocr.*warc"):
+        validate(Holder, {"source": {"path": "a.xyz"}}, where="test")
+    with pytest.raises(PunaError, match="is a folder, but no corpus"):
+        validate(Holder, {"source": {"path": str(tmp_path)}}, where="test")

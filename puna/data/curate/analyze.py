@@ -19,6 +19,9 @@ from puna.data.curate.report import report_of
 _BINS = 48
 _MOST = 2_000_000  # values of a signal that its distribution is drawn from
 _TAIL = 0.005  # share at either end that a distribution's axis leaves out
+_WIDE = 100.0  # a whole number's axis is logarithmic from here on
+_EXAMPLES = 4
+_SHOWN_CHARACTERS = 320
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Distribution:
     """How a signal is distributed over the documents that have it.
 
     ``counts`` [bins] between ``edges`` [bins + 1]; the outermost bins hold what lies beyond them, too.
-    ``bounds`` are those of the gates that read it, by the gate's name.
+    ``bounds`` are those of the gates that read it, by the gate's name. ``logarithmic``: bins are equally
+    wide in log(1 + x).
     """
 
     signal: str
@@ -36,6 +40,7 @@ class Distribution:
     edges: list[float]
     counts: list[int]
     bounds: dict[str, dict[str, float]] = field(default_factory=dict)
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Analysis:
     """All that is known of a pool, for a page."""
 
     title: str
+    source: str
+    folder: str
     tables: list[dict[str, Any]]
     metrics: dict[str, float]
     distributions: list[Distribution]
@@ -55,9 +62,11 @@ def analyze(pool: Pool) -> Analysis:
     """Read a pool once per signal."""
     counts = account(pool)
     report: dict[str, Any] = {}
-    metrics = report_of(pool, counts, report)
+    metrics = report_of(pool, counts, report, each=_EXAMPLES, characters=_SHOWN_CHARACTERS)
     return Analysis(
         pool.pipeline.name,
+        pool.pipeline.source,
+        str(pool.path),
         report["tables"],
         metrics,
         distributions(pool),
@@ -100,12 +109,27 @@ def _distribution(
     if high <= low:
         low, high = low - 0.5, high + 0.5
     whole = bool((known == numpy.round(known)).all())
-    bins = int(min(_BINS, high - low + 1)) if whole else _BINS
-    counts, edges = numpy.histogram(numpy.clip(known, low, high), max(bins, 1), (low, high))
+    logarithmic = whole and low >= 0 and high >= _WIDE
+    counts, edges = _histogram(numpy.clip(known, low, high), low, high, whole, logarithmic)
     shares = {"p1": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
     quantiles = {key: float(numpy.quantile(known, share)) for key, share in shares.items()}
     null = int(len(values) - len(known))
-    return Distribution(name, len(known), null, quantiles, edges.tolist(), counts.tolist(), bounds)
+    return Distribution(name, len(known), null, quantiles, edges, counts, bounds, logarithmic)
+
+
+def _histogram(
+    values: NDArray[numpy.float64], low: float, high: float, whole: bool, logarithmic: bool
+) -> tuple[list[int], list[float]]:
+    """Counts [bins] and edges [bins + 1]; of few whole numbers each has its bin."""
+    if logarithmic:
+        steps = numpy.expm1(numpy.linspace(numpy.log1p(low), numpy.log1p(high), _BINS + 1))
+        # Between whole numbers nothing lies: edges in between are their ends, each one once.
+        edges = numpy.unique(numpy.concatenate([numpy.floor(steps[:-1]), [numpy.ceil(steps[-1])]]))
+        counts, _ = numpy.histogram(values, edges)
+        return counts.tolist(), edges.tolist()
+    bins = int(min(_BINS, high - low + 1)) if whole else _BINS
+    counts, edges = numpy.histogram(values, max(bins, 1), (low, high))
+    return counts.tolist(), edges.tolist()
 
 
 def _values(pool: Pool, signal: str, reduce: str | None) -> NDArray[numpy.float64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import pydantic
 
@@ -44,11 +44,21 @@ def _told_by_name(value: Any) -> Any:
         return value
     path = Path(str(value.get("path", "")))
     for suffix in reversed(path.suffixes):
-        if suffix in _BY_SUFFIX:
-            return {**value, "format": _BY_SUFFIX[suffix]}
+        if suffix.rstrip("*?") in _BY_SUFFIX:  # as in *.warc*, for packed ones and plain ones
+            return {**value, "format": _BY_SUFFIX[suffix.rstrip("*?")]}
     if (path / "corpus.json").is_file():
         return {**value, "format": "corpus"}
-    return with_format(value)
+    try:
+        return with_format(value)
+    except ValueError:
+        if path.is_dir():
+            raise ValueError(
+                f"{path} is a folder, but no corpus; name its files: path: {path}/*.jsonl"
+            ) from None
+        names = ", ".join(FORMATS)
+        raise ValueError(
+            f"its format cannot be told from a file's name; add format: one of {names}"
+        ) from None
 
 
 PoolSource = Annotated[
@@ -70,6 +80,9 @@ PoolSource = Annotated[
     pydantic.BeforeValidator(_told_by_name),
 ]
 """Settings of any source of documents; ``format`` may be left out where a name tells it."""
+
+FORMATS = sorted(kind.model_fields["format"].default for kind in get_args(get_args(PoolSource)[0]))
+"""The names of all formats."""
 
 
 def reader_of(settings: SourceSettings) -> Reader:

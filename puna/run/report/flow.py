@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -51,40 +52,62 @@ def histogram(
     bounds: Mapping[str, Mapping[str, float]],
     *,
     x: str,
+    logarithmic: bool = False,
     width: int = 520,
-    height: int = 200,
+    height: int = 210,
 ) -> Markup:
-    """Bars of how many documents have which value, with lines where gates bound it."""
+    """Bars of how many documents have which value, with lines where gates bound it.
+
+    Bars out of a gate's bounds are of another colour. ``logarithmic``: the axis is that of log(1 + x).
+    """
     if not counts or not max(counts):
         return Markup("")
-    low, high = edges[0], edges[-1]
     bottom, left, right = height - 40, 10.0, width - 10.0
+    low, high = (math.log1p(edge) if logarithmic else edge for edge in (edges[0], edges[-1]))
 
     def place(value: float) -> float:
-        return left + (value - low) / (high - low) * (right - left)
+        scaled = math.log1p(value) if logarithmic else value
+        return left + (scaled - low) / (high - low) * (right - left)
 
     parts: list[Markup] = []
     place_ = 'x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"'
-    bar = Markup(f"<rect {place_} class='swatch series-1'><title>{{}}</title></rect>")
+    bar = Markup(f"<rect {place_} class='{{}}'><title>{{}}</title></rect>")
     for (start, stop), count in zip(pairwise(edges), counts, strict=True):
-        tall = (bottom - 24) * count / max(counts)
+        tall = (bottom - 36) * count / max(counts)
         told = f"{short(start)} to {short(stop)}: {count:,}"
         wide = max(place(stop) - place(start) - 1, 0.5)
-        parts.append(bar.format(place(start), bottom - tall, wide, tall, told))
-    for tick in (tick for tick in ticks(low, high, 5) if low <= tick <= high):
+        kind = "lost" if _is_out(start, stop, bounds) else "swatch series-1"
+        parts.append(bar.format(place(start), bottom - tall, wide, tall, kind, told))
+    marks = _log_ticks(edges[0], edges[-1]) if logarithmic else ticks(edges[0], edges[-1], 5)
+    for tick in (tick for tick in marks if edges[0] <= tick <= edges[-1]):
         parts.append(draw_line(place(tick), bottom, place(tick), bottom + 5, "rule"))
         parts.append(draw_text(place(tick), bottom + 19, short(tick), "tick", anchor="middle"))
     parts.append(draw_line(left, bottom, right, bottom, "rule"))
-    for name, given in bounds.items():
-        for key, value in given.items():
-            parts.append(draw_line(place(value), 16, place(value), bottom, "whisker worse"))
-            side = "end" if place(value) > width / 2 else "start"
-            shift = -5 if side == "end" else 5
-            parts.append(
-                draw_text(place(value) + shift, 24, f"{name}: {key} {short(value)}", "tick", anchor=side)
-            )
+    words = {"minimum": "at least", "maximum": "at most", "above": "more than", "below": "less than"}
+    given = [(name, key, value) for name, each in bounds.items() for key, value in each.items()]
+    for number, (name, key, value) in enumerate(given):
+        parts.append(draw_line(place(value), 18 + 12 * (number % 2), place(value), bottom, "whisker worse"))
+        side = "end" if place(value) > width / 2 else "start"
+        told = f"{name}: {words[key]} {short(value)}"
+        parts.append(draw_text(place(value), 12 + 12 * (number % 2), told, "tick", anchor=side))
     parts.append(draw_text((left + right) / 2, height - 4, x, "axis", anchor="middle"))
     return draw_frame(parts, width, height, f"documents by {x}")
+
+
+def _is_out(start: float, stop: float, bounds: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether a gate drops all between the two."""
+    for given in bounds.values():
+        if max(given.get("minimum", -math.inf), given.get("above", -math.inf)) >= stop:
+            return True
+        if given.get("maximum", math.inf) < start or given.get("below", math.inf) <= start:
+            return True
+    return False
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """0 and powers of ten."""
+    powers = [10.0**power for power in range(16)]
+    return [0.0, *(power for power in powers if low <= power <= high)]
 
 
 def _box(left: float, top: float, wide: float, tall: float) -> Markup:

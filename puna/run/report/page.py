@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def environment() -> jinja2.Environment:
         "facts": facts,
         "figure": figure_text,
         "right": right_columns,
+        "grouped": is_grouped,
     }
     environment.filters |= filters
     return environment
@@ -82,6 +84,11 @@ def right_columns(table: Mapping[str, Any]) -> list[bool]:
     columns = range(len(table["columns"]))
     cells = [[cell(row[place]) for row in table["rows"]] for place in columns]
     return [any(texts) and all(_FIGURE.match(text) for text in texts if text) for texts in cells]
+
+
+def is_grouped(table: Mapping[str, Any]) -> bool:
+    """Whether rows that belong together share their first cell, so that lines set groups apart."""
+    return any(one[0] == other[0] for one, other in pairwise(table["rows"]))
 
 
 def number(value: float | None) -> str:
