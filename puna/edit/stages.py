@@ -1,4 +1,4 @@
-"""The stage of this room: ``shorten`` (model -> a model of some of its blocks)."""
+"""The stages of this room: ``shorten`` (a model of some of its blocks), and those that modules below hold."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.edit import pruning_stages  # noqa: F401  registers its stages
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

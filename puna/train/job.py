@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,20 @@ if TYPE_CHECKING:
     from puna.model.llama import Llama
 
 
-def run(context: Context, parameters: Train) -> Outcome:
+MakeLoop = Callable[..., Loop]
+"""Makes the loop over a model; keywords change what it is given, those of ``recipe`` are added to it."""
+Course = Callable[["Llama", LoopSettings, MakeLoop], Loop]
+"""How a training goes: from the model and the settings to the loop that has run, or the last of several."""
+
+
+def straight(model: Llama, _settings: LoopSettings, make_loop: MakeLoop) -> Loop:
+    """The usual course: one loop, from the first step to the last."""
+    loop = make_loop(model)
+    loop.run()
+    return loop
+
+
+def run(context: Context, parameters: Train, course: Course = straight) -> Outcome:
     """Run the stage; under ``torchrun`` each process calls this and the first one writes."""
     handed = _handed(context, parameters)
     seed = derive(context.seed if parameters.seed is None else parameters.seed, context.name)
@@ -93,22 +106,23 @@ def run(context: Context, parameters: Train) -> Outcome:
             objective = distillation(teacher, parameters, feed.rows, context.out / "teacher", recipe, here)
             teacher = None  # a stored one is no longer held
         _fit_into_memory(model, parameters, dtype, here, beside=bytes_beside(objective))
-        optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
-        if here.is_main:
-            _tell(model, parameters, optimizer, packed, settings, dtype, here)
-        loop = Loop(
-            model,
-            feed,
-            objective,
-            optimizer,
-            settings,
-            out=context.out,
-            recipe=recipe,
-            world=here,
-            evaluate=held_out.measure if held_out.corpora else None,
-            handed=handed,
-        )
-        state = loop.run()
+
+        def make_loop(model: Llama, **changes: Any) -> Loop:
+            optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
+            if here.is_main:
+                _tell(model, parameters, optimizer, packed, settings, dtype, here)
+            whole_recipe = {**recipe, **changes.pop("recipe", {})}
+            given: dict[str, Any] = {
+                "settings": settings,
+                "out": context.out,
+                "world": here,
+                "evaluate": held_out.measure if held_out.corpora else None,
+                "handed": handed,
+            }
+            return Loop(model, feed, objective, optimizer, recipe=whole_recipe, **{**given, **changes})
+
+        loop = course(model, settings, make_loop)
+        model, optimizer, state = loop.model, loop.optimizer, loop.state
         optimizer.close()
         with room_for(context.out / "model", fix=loop.checkpoints.advice()):
             weights = whole_on_first(optimizer.weights(), here)

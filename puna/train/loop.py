@@ -94,7 +94,8 @@ class Loop:
 
     ``recipe`` is all that must not change between the processes of one run. ``evaluate`` is called
     before the first step, every ``eval_steps`` and after the last step; it changes nothing: dropout
-    is off, and all generators are put back.
+    is off, and all generators are put back. ``begin`` is where a run stands whose weights and moments are
+    in the optimiser already, ``checkpoints`` a folder for them other than the one in ``out``.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class Loop:
         world: World | None = None,
         evaluate: Evaluation | None = None,
         handed: Handed | None = None,
+        begin: TrainState | None = None,
+        checkpoints: Path | None = None,
     ) -> None:
         self.model = model
         self.feed = feed
@@ -120,8 +123,9 @@ class Loop:
         self.world = world or World()
         self.evaluate = evaluate
         self.handed = handed
-        self.checkpoints = Checkpoints(out / "checkpoints", recipe, self.world, seed=settings.seed)
-        self.state = TrainState()
+        folder = out / "checkpoints" if checkpoints is None else checkpoints
+        self.checkpoints = Checkpoints(folder, recipe, self.world, seed=settings.seed)
+        self.state = begin or TrainState()
         self._log: MetricsLog | None = None
         self._saved = time.monotonic()
 
@@ -159,7 +163,7 @@ class Loop:
     def _begin(self) -> TrainState:
         """Where a run without a checkpoint of its own begins."""
         if self.handed is None:
-            return TrainState()
+            return self.state
         folder, last = self.handed.folder, self.settings.last_step
         state = self.checkpoints.take_over(folder, self.optimizer, moments=self.handed.moments)
         if state.step >= last:
