@@ -1,4 +1,9 @@
-"""Writes a decoder as a GGUF file that llama.cpp opens: F16 or Q8_0 matrices, F32 vectors."""
+"""Writes a decoder as a GGUF file that llama.cpp opens: F16, Q8_0 or packed matrices, F32 vectors.
+
+Kind "packed" writes a matrix that lies on a grid (``Llama.grids``) in the type whose blocks hold that grid,
+level by level: Q4_0 (up to 4 bits, symmetric), Q4_1 (up to 4 bits) or Q8_0 (8 bits, symmetric). What lies on
+none is F16.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +23,12 @@ from puna.model.gguf_layout import ROPE_FACTORS, gguf_name, metadata_from_spec, 
 from puna.model.gguf_reader import import_gguf
 from puna.model.hf import plain_parameters
 from puna.model.llama import Llama
+from puna.model.uniform_grid import UniformGrid
 from puna.model.weights import progress
 
-GgufKind = Literal["f16", "q8_0"]
+GgufKind = Literal["f16", "q8_0", "packed"]
 # llama.cpp's number for "mostly this type", kept in general.file_type.
-_FILE_TYPES = {"f16": 1, "q8_0": 7}
+_FILE_TYPES = {"f16": 1, "q8_0": 7, "packed": 2}
 _STORAGE = {storage.name: storage for storage in STORAGE.values()}
 _CHUNK = 1 << 17  # weights encoded at a time
 _LARGEST_UNSIGNED = 0xFFFFFFFF
@@ -44,8 +50,12 @@ def write_gguf(
     architecture, described, factors = metadata_from_spec(model.spec, file)
     described |= {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2}
     _check_metadata(metadata, {"general.architecture", *described}, model.spec.vocab_size, file)
+    if kind == "packed" and not model.grids:
+        raise PunaError(
+            "no matrix of this model lies on a grid", where=file, fix="quantise it first, or choose q8_0"
+        )
     tensors = {
-        name: (parameter, _storage_for(parameter, kind))
+        name: (parameter, _storage_for(parameter, kind, model.grids.get(name)))
         for name, parameter in plain_parameters(model, file).items()
     }
     if factors is not None:
@@ -64,8 +74,12 @@ def write_gguf(
         with progress(f"writing {Path(file).name}", model.spec.parameter_count()) as advance:
             for name, (tensor, storage) in tensors.items():
                 order = None if name == ROPE_FACTORS else row_order(architecture, model.spec, name)
-                tensor = tensor.cpu() if order is None else tensor.cpu()[order]
-                writer.write_tensor_data(_encoded(gguf, name, storage, tensor.contiguous(), file))
+                tensor = tensor.cpu()
+                if kind == "packed" and storage != "F16" and tensor.dim() == 2:
+                    writer.write_tensor_data(pack_blocks(tensor, model.grids[name], storage, order))
+                else:
+                    tensor = tensor if order is None else tensor[order]
+                    writer.write_tensor_data(_encoded(gguf, name, storage, tensor.contiguous(), file))
                 advance(tensor.numel())
 
 
@@ -100,10 +114,46 @@ def _value_type(gguf: Any, key: str, value: Any) -> Any:
     raise PunaError(f"metadata {key!r} has no GGUF type", found=repr(value)[:80])
 
 
-def _storage_for(parameter: Tensor, kind: GgufKind) -> str:
+def _storage_for(parameter: Tensor, kind: GgufKind, grid: UniformGrid | None) -> str:
     if parameter.dim() == 1:
         return "F32"
+    if kind == "packed":
+        return _packed_storage(parameter, grid)
     return "Q8_0" if kind == "q8_0" and parameter.shape[-1] % _STORAGE["Q8_0"].block == 0 else "F16"
+
+
+def _packed_storage(parameter: Tensor, grid: UniformGrid | None) -> str:
+    """The type whose blocks hold the grid; F16 where none does, or the weights lie on none."""
+    inputs = parameter.shape[-1]
+    if grid is None or inputs % 32 or grid.packed(inputs) is None or grid.levels(parameter) is None:
+        return "F16"
+    if grid.bits <= 4:
+        return "Q4_0" if bool((grid.zero == 8).all()) else "Q4_1"
+    return "Q8_0" if grid.bits == 8 and grid.symmetric else "F16"
+
+
+def pack_blocks(
+    weight: Tensor, grid: UniformGrid, storage: str, order: Tensor | None = None
+) -> numpy.ndarray[Any, Any]:
+    """The bytes of a matrix on ``grid`` in blocks of 32: uint8 [outputs, bytes of a row], rows in ``order``.
+
+    Q4_0: step, 16 bytes; Q4_1: step, smallest weight, 16 bytes; input i of a block in the low half of byte i,
+    input i + 16 in the high half. Q8_0: step, 32 signed bytes. Steps and smallest weights in half precision.
+    """
+    levels, packed = grid.levels(weight), grid.packed(weight.shape[1])
+    assert levels is not None and packed is not None
+    step, low = packed  # [outputs, blocks]
+    rows = torch.arange(len(weight)) if order is None else order
+    levels, step, low = levels[rows], step[rows], low[rows]
+    blocks = levels.view(len(levels), -1, 32)
+    halves = [step] if storage != "Q4_1" else [step, low]
+    heads = [half.half()[:, :, None].view(torch.uint8) for half in halves]
+    if storage == "Q8_0":
+        body = (blocks.int() - 128).to(torch.int8).view(torch.uint8)
+    else:
+        body = blocks[:, :, :16] | blocks[:, :, 16:] << 4
+    found: numpy.ndarray[Any, Any] = torch.cat((*heads, body), dim=2).flatten(1).contiguous().numpy()
+    return found
 
 
 def _encoded(gguf: Any, name: str, storage: str, tensor: Tensor, where: object) -> numpy.ndarray[Any, Any]:

@@ -37,6 +37,14 @@ def on_grid(weight: Tensor, levels: int) -> Tensor:
     return rounded.view(outputs, -1)[:, :inputs]
 
 
+def _keeps(model: Llama, name: str, quantize: Literal["int8", "int4"]) -> bool:
+    """Whether the kernels keep this matrix on the grid that it lies on already."""
+    from puna.model.native.weights import grid_steps
+
+    grid = model.grids.get(name)
+    return grid is not None and grid_steps(model, name, model.get_parameter(name), quantize) is not None
+
+
 @torch.no_grad()
 def rounded_copy(model: Llama, quantize: Literal["int8", "int4"]) -> Llama:
     """A float32 copy of ``model`` whose layers and head have the weights that quantisation leaves.
@@ -57,10 +65,16 @@ def rounded_copy(model: Llama, quantize: Literal["int8", "int4"]) -> Llama:
             fix="merge the adapter first (merge_lora)",
         )
     twin = copy.deepcopy(model).float()
+    for name, grid in model.grids.items():
+        if _keeps(model, name, quantize):  # weights in bfloat16 are those of the grid only after rounding
+            weight = model.get_parameter(name)
+            levels = grid.levels(weight)
+            assert levels is not None
+            twin.get_parameter(name).copy_(grid.decode(levels))
     head = twin.head_weight
     for name, parameter in twin.named_parameters():
         if parameter is head:
             parameter.copy_(on_grid(parameter, LEVELS["int8"]))
-        elif parameter.dim() == 2 and ".layers." in name:
+        elif parameter.dim() == 2 and ".layers." in name and not _keeps(model, name, quantize):
             parameter.copy_(on_grid(parameter, LEVELS[quantize]))
     return twin

@@ -16,7 +16,16 @@ from puna.core.errors import PunaError
 from puna.core.files import folder_aside, read_json, write_json
 from puna.model.llama import Llama
 from puna.model.nf4 import quantised_layers
+from puna.model.packed_files import (
+    PARTS,
+    PackedScheme,
+    common_grid,
+    packed_tensors,
+    quantisation_config,
+    quantisation_of,
+)
 from puna.model.spec import LlamaSpec
+from puna.model.uniform_grid import UniformGrid
 from puna.model.weights import EMBEDDING, HEAD, check_finite, fill_llama, progress
 
 CONFIG = "config.json"
@@ -24,6 +33,7 @@ OWN_CONFIG = "puna.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _READABLE = ("F64", "F32", "F16", "BF16")
+_INTEGERS = ("I8", "I32", "I64")  # in packed checkpoints
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DAMAGED = "the file is damaged or cut short: fetch or write it again"
 # Buffers that checkpoints of transformers before 4.32 carry; positions are computed from the config.
@@ -34,7 +44,7 @@ _log = logging.getLogger(__name__)
 class SafetensorsFile:
     """One safetensors file: shapes and types from its header, tensors when asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, types: tuple[str, ...] = _READABLE) -> None:
         self.path = path
         try:
             self._file = cast(Any, safe_open(path, framework="pt", device="cpu"))
@@ -42,12 +52,12 @@ class SafetensorsFile:
             for name in self._file.keys():  # noqa: SIM118 - no dictionary
                 view = self._file.get_slice(name)
                 self.shapes[name] = tuple(view.get_shape())
-                if view.get_dtype() not in _READABLE:
+                if view.get_dtype() not in types:
                     raise PunaError(
                         f"tensor {name!r} is stored in a type that holds no plain weights",
                         where=path,
                         found=view.get_dtype(),
-                        expected=f"one of {', '.join(_READABLE)}",
+                        expected=f"one of {', '.join(types)}",
                         fix="use an unquantised checkpoint",
                     )
         except FileNotFoundError:
@@ -104,7 +114,11 @@ def read_hf(
     """
     folder = Path(folder)
     config = read_config(folder)
-    files = {name: file for file in _files(folder) for name in file.shapes}
+    scheme = quantisation_of(config, folder)
+    if scheme is not None:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    types = _READABLE if scheme is None else (*_READABLE, *_INTEGERS)
+    files = {name: file for file in _files(folder, types) for name in file.shapes}
     old = [name for name in files if name.endswith(_OLD_BUFFERS)]
     if old:
         _log.warning("%s: %d rotary buffers of an old checkpoint are left aside", folder, len(old))
@@ -120,10 +134,18 @@ def read_hf(
         )
     spec = LlamaSpec.from_config(config, where=folder / CONFIG)
     spec = _settle_head(spec, files, folder)
-    return fill_llama(adjust(spec), _FolderSource(folder, files), dtype=dtype, device=device)
+    if scheme is None:
+        return fill_llama(adjust(spec), FolderSource(folder, files), dtype=dtype, device=device)
+    packed = PackedSource(folder, files, scheme)
+    model = fill_llama(adjust(spec), packed, dtype=dtype, device=device)
+    model.grids = packed.grids
+    if scheme.activation_bits is not None:
+        bits = f"{scheme.activation_bits} bits"
+        _log.warning("%s: what enters its matrices is meant for %s, and is not rounded here", folder, bits)
+    return model
 
 
-class _FolderSource:
+class FolderSource:
     """The safetensors files of a folder under the decoder's parameter names."""
 
     def __init__(self, folder: Path, files: Mapping[str, SafetensorsFile]) -> None:
@@ -132,13 +154,48 @@ class _FolderSource:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: file.shapes[name] for name, file in files.items()}
 
     def read_into(self, name: str, target: Tensor) -> None:
+        """Copy one tensor."""
         target.copy_(self._files[name].get(name))
 
 
-def _files(folder: Path) -> Iterator[SafetensorsFile]:
+class PackedSource:
+    """The same of a quantised checkpoint; ``grids`` are those of the matrices read so far."""
+
+    def __init__(self, folder: Path, files: Mapping[str, SafetensorsFile], scheme: PackedScheme) -> None:
+        self.where, self._files, self._scheme = folder, files, scheme
+        self.grids: dict[str, UniformGrid] = {}
+        self._modules = {
+            name.removesuffix(".weight_scale") for name in files if name.endswith(".weight_scale")
+        }
+        self.shapes: Mapping[str, tuple[int, ...]] = dict(self._find_shapes())
+
+    def _find_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, file in self._files.items():
+            module, _, part = name.rpartition(".")
+            if module not in self._modules:
+                yield name, file.shapes[name]
+            elif part == "weight_shape":
+                yield f"{module}.weight", tuple(file.get(name).tolist())
+            elif part not in PARTS:  # the weight itself where it is stored as integers, and a bias
+                yield name, file.shapes[name]
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Decode one matrix, or copy one tensor."""
+        module, _, part = name.rpartition(".")
+        if module not in self._modules or part != "weight":
+            target.copy_(self._files[name].get(name))
+            return
+        names = {part: f"{module}.{part}" for part in ("weight", *PARTS)}
+        parts = {part: self._files[each].get(each) for part, each in names.items() if each in self._files}
+        weight, grid = self._scheme.read(parts)
+        self.grids[name] = grid
+        target.copy_(weight)
+
+
+def _files(folder: Path, types: tuple[str, ...]) -> Iterator[SafetensorsFile]:
     """The weight files of a folder; of shards, each tensor must lie where the index says."""
     if (folder / SINGLE).exists():
-        yield SafetensorsFile(folder / SINGLE)
+        yield SafetensorsFile(folder / SINGLE, types)
         return
     if not (folder / INDEX).exists():
         refuse_pickle(folder)
@@ -166,7 +223,7 @@ def _files(folder: Path) -> Iterator[SafetensorsFile]:
             expected="the plain name of a safetensors file",
         )
     for shard in shards:
-        file = SafetensorsFile(folder / shard)
+        file = SafetensorsFile(folder / shard, types)
         misplaced = sorted(file.shapes.keys() ^ {name for name, place in places.items() if place == shard})
         if misplaced:
             raise PunaError(
@@ -197,16 +254,22 @@ def write_hf(
     *,
     shard_bytes: float = 5e9,
     extra_config: Mapping[str, Any] | None = None,
+    packed: bool = False,
 ) -> None:
     """Write ``folder`` whole, or not at all: config.json, generation_config.json and safetensors.
 
     Weights keep the model's dtype. Above ``shard_bytes`` they are cut into shards with an index.
     A uniform spec gives a folder that transformers opens; any other also gets puna.json.
-    ``extra_config`` adds keys to config.json.
+    ``extra_config`` adds keys to config.json. ``packed`` writes the matrices that lie on a grid
+    (``Llama.grids``) as integers in the layout of compressed-tensors.
     """
     spec = model.spec
     tensors = plain_parameters(model, folder)
     config = spec.to_config()
+    if packed:
+        config["quantization_config"] = quantisation_config(*common_grid(model.grids, folder))
+        for name, each in model.grids.items():
+            tensors |= packed_tensors(name, tensors.pop(name), each, folder)
     dtype = str(model.dtype).removeprefix("torch.")
     ids = {"bos_token_id": spec.bos_id, "eos_token_id": config["eos_token_id"], "pad_token_id": spec.pad_id}
     with folder_aside(folder) as aside:

@@ -20,6 +20,7 @@ from puna.model.attention import lay_out
 from puna.model.cache import KeyValueCache
 from puna.model.rope import Rotation, depends_on_length, rotate, rotation
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
+from puna.model.uniform_grid import UniformGrid
 
 INITIAL_DEVIATION = 0.02
 
@@ -280,6 +281,7 @@ class Llama(nn.Module):
         self.source: str | None = None
         self.recomputed_layers = 0  # of these first layers only the input is kept for the backward pass
         self.adapter: Any | None = None  # what ``adapters.py`` remembers of an adapter in these layers
+        self.grids: dict[str, UniformGrid] = {}  # by parameter: the grid that quantisation put it on
         with torch.device("meta"):  # no storage and no draws from torch's global generator
             self.model = Decoder(spec)
             if not spec.tied:

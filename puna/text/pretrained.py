@@ -76,6 +76,7 @@ def save(
     format: Format = "hf",
     *,
     kind: GgufKind = "f16",
+    packed: bool = False,
     within: str | Path | None = None,
 ) -> Path:
     """Write a model with its tokenizer, chat template and generation config; returns what was written.
@@ -84,7 +85,8 @@ def save(
     ends in ``.gguf``, else ``model-<kind>.gguf`` in that folder. ``adapter``: the adapter alone in
     PEFT's layout; it names its base by a path relative to its own folder if that lies in the folder
     ``within``, so that the two can be moved together. A folder is written whole or not at all and
-    replaces only a checkpoint.
+    replaces only a checkpoint. ``packed`` writes an ``hf`` folder with quantised matrices as integers
+    (:func:`puna.model.hf.write_hf`).
     """
     target = Path(out)
     if format not in FORMATS:
@@ -100,7 +102,7 @@ def save(
     _check_replaceable(target)
     with folder_aside(target) as aside:
         if format == "hf":
-            write_hf(model, aside)
+            write_hf(model, aside, packed=packed)
         else:
             write_adapter(model, aside, base_name=_base_name(model, target, within))
         if model.tokenizer is not None:

@@ -62,7 +62,8 @@ class ModelDescription(ctypes.Structure):
 
 # Arguments of each function of interface.cpp that returns 0 or what went wrong.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "puna_fill": (c_void_p, c_int, c_int, c_int, c_int, c_void_p, c_int),
+    "puna_fill": (c_void_p, c_int, c_int, c_int, c_int, *[c_void_p] * 3, c_int),
+    "puna_row": (c_void_p, c_int, c_int, c_int, c_void_p),
     "puna_bias": (c_void_p, c_int, c_int, c_void_p),
     "puna_norm": (c_void_p, c_int, c_int, c_void_p),
     "puna_rope": (c_void_p, c_int, c_void_p, c_void_p, c_int),

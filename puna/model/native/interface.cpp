@@ -209,10 +209,20 @@ std::int64_t puna_store_bytes(const void* model) {
   return static_cast<std::int64_t>(static_cast<const puna::Model*>(model)->cache->bytes());
 }
 
-// Rows [count, inputs] of the matrix `which` (0 qkv, 1 out, 2 gate and up, 3 down; layer -1: the head).
-int puna_fill(void* model, int layer, int which, int first, int count, const float* rows, int threads) {
+// Rows [count, inputs] of the matrix `which` (0 qkv, 1 out, 2 gate and up, 3 down; layer -1: the head). Scales and
+// minimums [count, groups of 32] of the grid they lie on, or null.
+int puna_fill(void* model, int layer, int which, int first, int count, const float* rows, const float* scales,
+              const float* minimums, int threads) {
   return puna::guarded([&] {
-    puna::pack(puna::matrix_of(*static_cast<puna::Model*>(model), layer, which), first, count, rows, threads);
+    const puna::Matrix& matrix = puna::matrix_of(*static_cast<puna::Model*>(model), layer, which);
+    puna::pack(matrix, first, count, rows, scales, minimums, threads);
+  });
+}
+
+// Output `row` of a matrix as float32 [groups * 32]: what the kernels multiply with.
+int puna_row(void* model, int layer, int which, int row, float* target) {
+  return puna::guarded([&] {
+    puna::unpack(puna::matrix_of(*static_cast<puna::Model*>(model), layer, which), row, target);
   });
 }
 

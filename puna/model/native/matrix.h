@@ -48,8 +48,10 @@ struct Matrix {
   std::size_t bytes() const { return panels() * panel_bytes(); }
 };
 
-// Writes rows [count, inputs] as the outputs from `first` on.
-void pack(const Matrix& matrix, int first, int count, const float* rows, int threads);
+// Writes rows [count, inputs] as the outputs from `first` on. With integers, scales and minimums [count, groups] say
+// what grid they lie on; null: the finest that holds each group.
+void pack(const Matrix& matrix, int first, int count, const float* rows, const float* scales, const float* minimums,
+          int threads);
 
 // The weights of one output as float32, padded_inputs of them: an embedding out of a tied head.
 void unpack(const Matrix& matrix, int output, float* row);

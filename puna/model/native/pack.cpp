@@ -46,13 +46,23 @@ float from_half(std::uint16_t half) {
   return half & 0x8000 ? -size : size;
 }
 
-// Scale and minimum from the smallest and largest weight: weights that lie on such a grid already come out unchanged.
-void quantise(Format format, Place place, const float* weights, int count, std::uint32_t* words) {
+// What the weights of a group are multiples above: given, or made of the smallest and largest weight. Weights on
+// their own grid come out unchanged if it is given, or if they reach both its ends.
+struct Grid {
+  float scale, minimum;
+};
+
+Grid grid_of(Format format, const float* weights, int count) {
   const int steps = format == Format::int8 ? 255 : 15;
   const float low = *std::min_element(weights, weights + count);
   const float high = *std::max_element(weights, weights + count);
-  place.scale[0] = to_half((high - low) / steps);
-  place.scale[panel_outputs] = to_half(low);
+  return {(high - low) / steps, low};
+}
+
+void quantise(Format format, Place place, Grid grid, const float* weights, int count, std::uint32_t* words) {
+  const int steps = format == Format::int8 ? 255 : 15;
+  place.scale[0] = to_half(grid.scale);
+  place.scale[panel_outputs] = to_half(grid.minimum);
   const float scale = from_half(place.scale[0]), minimum = from_half(place.scale[panel_outputs]);
   for (int i = 0; i < count; i++) {
     const float exact = scale > 0 ? (weights[i] - minimum) / scale : 0.0f;
@@ -64,7 +74,7 @@ void quantise(Format format, Place place, const float* weights, int count, std::
   }
 }
 
-void pack_group(const Matrix& matrix, int output, int group, const float* weights, int count) {
+void pack_group(const Matrix& matrix, int output, int group, const float* weights, int count, const Grid* given) {
   const Place place = place_of(matrix, output, group);
   std::uint32_t words[most_words] = {};
   if (matrix.format == Format::float32)
@@ -72,7 +82,7 @@ void pack_group(const Matrix& matrix, int output, int group, const float* weight
   else if (matrix.format == Format::bfloat16)
     for (int i = 0; i < count; i++) words[i / 2] |= static_cast<std::uint32_t>(to_bfloat16(weights[i])) << (i % 2 * 16);
   else
-    quantise(matrix.format, place, weights, count, words);
+    quantise(matrix.format, place, given ? *given : grid_of(matrix.format, weights, count), weights, count, words);
   for (int i = 0; i < words_of(matrix.format); i++) std::memcpy(place.words + i * word_stride, words + i, 4);
 }
 
@@ -99,6 +109,8 @@ struct Packing {
   const Matrix* matrix;
   int first, count, threads;
   const float* rows;
+  const float* scales;    // [count, groups], or null
+  const float* minimums;  // the same
 };
 
 void pack_share(void* argument, int thread) {
@@ -110,7 +122,10 @@ void pack_share(void* argument, int thread) {
       const int start = group * group_inputs;
       const float* weights = packing.rows + row * matrix.inputs + start;
       const int numbers = std::min(group_inputs, matrix.inputs - start);
-      pack_group(matrix, packing.first + static_cast<int>(row), group, weights, numbers);
+      const long at = row * matrix.groups() + group;
+      Grid given{};
+      if (packing.scales) given = {packing.scales[at], packing.minimums[at]};
+      pack_group(matrix, packing.first + static_cast<int>(row), group, weights, numbers, packing.scales ? &given : nullptr);
     }
 }
 
@@ -133,8 +148,9 @@ void prepare_integers(int groups, const float* row, std::uint8_t* target) {
 
 }  // namespace
 
-void pack(const Matrix& matrix, int first, int count, const float* rows, int threads) {
-  Packing packing{&matrix, first, count, threads, rows};
+void pack(const Matrix& matrix, int first, int count, const float* rows, const float* scales, const float* minimums,
+          int threads) {
+  Packing packing{&matrix, first, count, threads, rows, scales, minimums};
   Pool::shared().run(threads, pack_share, &packing);
 }
 

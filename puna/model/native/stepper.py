@@ -14,7 +14,7 @@ from torch import Tensor
 from puna.core.errors import PunaError
 from puna.model.feed_forward_skip import FeedForwardSkip
 from puna.model.native.build import LayerDescription, Library, ModelDescription, load
-from puna.model.native.weights import HEAD, Place, Quantize, check_model, fill, formats, sources
+from puna.model.native.weights import DOWN, HEAD, OUT, Place, Quantize, check_model, fill, formats, sources
 from puna.model.paged import BLOCK, BlockPool, CachePolicy, PagedSequence, blocks_of
 from puna.model.plain_stepper import check_policies, layer_policies, reserve_all
 from puna.model.rope import depends_on_length, rotation
@@ -35,7 +35,8 @@ class NativeStepper:
     """Steps a :class:`Llama` on the CPU, in float32 or bfloat16 as its weights are, or quantised.
 
     ``quantize`` stores the layers' weights as 8 or 4 bits in groups of 32 inputs, each with a scale and
-    a minimum in half precision (9 or 5 bits a weight); the head takes 9 either way. Activations become
+    a minimum in half precision (9 or 5 bits a weight); the head takes 9 either way. Matrices on a grid of
+    their own (``Llama.grids``) keep its levels where it fits. Activations become
     int8 by groups of 32 then, and keys and values are kept in bfloat16. ``policies`` has one
     :class:`CachePolicy` a layer; by default a layer with a window keeps that window. ``threads`` is
     torch's number unless given. Matrices that ``like`` packed from the very same parameters, which have
@@ -84,7 +85,7 @@ class NativeStepper:
         self._like = like if shared else None  # lives as long as this one does
         self._handle = self._create(model, quantize, blocks, shared)
         self._finalizer = weakref.finalize(self, self._library.destroy, self._handle)
-        fill(self._library, self._handle, model, self.threads, shared)
+        fill(self._library, self._handle, model, self.threads, shared, quantize)
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._positions = 0
         self._turn_up_to(min(_FIRST_POSITIONS, self.spec.max_positions))
@@ -133,6 +134,17 @@ class NativeStepper:
             self._library.call(
                 "logits", self._handle, rows.data_ptr(), len(rows), target.data_ptr(), self.threads
             )
+        return target
+
+    def stored_row(self, layer: int, which: int, row: int) -> Tensor:
+        """The weights of one output as the kernels multiply with them, float32, filled up to groups of 32.
+
+        ``which`` is one of the packed matrices of :mod:`puna.model.native.weights`; layer -1 is the head.
+        """
+        block = self.spec.blocks[layer]
+        inputs = {OUT: block.heads * block.head_dim, DOWN: block.width} if layer >= 0 else {}
+        target = torch.empty(-(-inputs.get(which, self.spec.hidden_size) // 32) * 32)
+        self._library.call("row", self._handle, layer, which, row, target.data_ptr())
         return target
 
     def _is_same(self, like: NativeStepper, place: Place) -> bool:

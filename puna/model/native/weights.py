@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Quantize = Literal["int8", "int4"]
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 QKV, OUT, GATE_UP, DOWN, HEAD = 0, 1, 2, 3, 0
+BITS = {"int8": 8, "int4": 4}
 MOST_HEAD_DIM = 1024
 _GATES = 16  # gates and ups alternate by so many: a panel of 32 outputs holds 16 gates and their 16 ups
 _ROWS = 4096  # handed over at once, since the head alone in float32 may be larger than the packed model
@@ -81,40 +82,84 @@ def sources(model: Llama) -> dict[Place, tuple[nn.Parameter, ...]]:
 
 
 @torch.inference_mode()
-def fill(library: Library, handle: int, model: Llama, threads: int, shared: frozenset[Place]) -> None:
-    """Pack every matrix, bias and norm of ``model`` into the native model ``handle``, but what is shared."""
+def fill(
+    library: Library,
+    handle: int,
+    model: Llama,
+    threads: int,
+    shared: frozenset[Place],
+    quantize: Quantize | None = None,
+) -> None:
+    """Pack every matrix, bias and norm of ``model`` into the native model ``handle``, but what is shared.
+
+    With ``quantize``, matrices that lie on a grid of their own that fits (``Llama.grids``) keep its levels.
+    """
     blocks = cast("Iterable[Block]", model.model.layers)
     for layer, (spec, block) in enumerate(zip(model.spec.blocks, blocks, strict=True)):
+        grids = _Grids(model, f"model.layers.{layer}", quantize)
         if spec.attention == "full":
             _norm(library, handle, layer, 0, block.input_layernorm.weight)
-            for which, rows, bias in _attention(block.self_attn):
+            for which, rows, bias in _attention(block.self_attn, grids):
                 if (layer, which) not in shared:
                     _matrix(library, handle, layer, which, rows, bias, threads)
         if spec.feed_forward == "swiglu":
             _norm(library, handle, layer, 1, block.post_attention_layernorm.weight)
-            for which, rows, bias in _feed_forward(block.mlp):
+            for which, rows, bias in _feed_forward(block.mlp, grids):
                 if (layer, which) not in shared:
                     _matrix(library, handle, layer, which, rows, bias, threads)
     _norm(library, handle, -1, 0, model.model.norm.weight)
     if (-1, HEAD) not in shared:
-        _matrix(library, handle, -1, HEAD, [model.head_weight], None, threads)
+        _matrix(library, handle, -1, HEAD, [(model.head_weight, None)], None, threads)
 
 
-_Parts = Iterator[tuple[int, Sequence[Tensor], Tensor | None]]
+_Steps = tuple[Tensor, Tensor]
+"""Scales and minimums of a matrix, float32 [outputs, groups of 32] each."""
+_Rows = tuple[Tensor, _Steps | None]
+_Parts = Iterator[tuple[int, Sequence[_Rows], Tensor | None]]
 
 
-def _attention(attention: Attention) -> _Parts:
-    joined = (attention.q_proj, attention.k_proj, attention.v_proj)
+class _Grids:
+    """The grids of one layer's matrices, for those that lie on one the kernels have."""
+
+    def __init__(self, model: Llama, prefix: str, quantize: Quantize | None) -> None:
+        self._model, self._prefix, self._quantize = model, prefix, quantize
+
+    def of(self, name: str, weight: Tensor) -> _Steps | None:
+        return grid_steps(self._model, f"{self._prefix}.{name}.weight", weight, self._quantize)
+
+
+def grid_steps(model: Llama, name: str, weight: Tensor, quantize: Quantize | None) -> _Steps | None:
+    """Scales and minimums of the parameter ``name`` if the kernels can keep its grid, and it lies on it."""
+    grid = model.grids.get(name)
+    if quantize is None or grid is None or grid.bits > BITS[quantize]:
+        return None
+    if grid.levels(weight) is None:
+        return None
+    return grid.packed(weight.shape[1])
+
+
+def _attention(attention: Attention, grids: _Grids) -> _Parts:
+    names = ("q_proj", "k_proj", "v_proj")
+    joined = [cast(nn.Linear, getattr(attention, name)) for name in names]
     biases: list[Tensor] = [projection.bias for projection in joined if projection.bias is not None]
-    yield QKV, [projection.weight for projection in joined], torch.cat(biases) if biases else None
-    yield OUT, [attention.o_proj.weight], attention.o_proj.bias
+    rows = [
+        (projection.weight, grids.of(f"self_attn.{name}", projection.weight))
+        for name, projection in zip(names, joined, strict=True)
+    ]
+    yield QKV, rows, torch.cat(biases) if biases else None
+    out = attention.o_proj
+    yield OUT, [(out.weight, grids.of("self_attn.o_proj", out.weight))], out.bias
 
 
-def _feed_forward(feed_forward: FeedForward) -> _Parts:
+def _feed_forward(feed_forward: FeedForward, grids: _Grids) -> _Parts:
     gate, up, down = feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj
     bias = None if gate.bias is None else _alternate(gate.bias[:, None], up.bias[:, None])[:, 0]
-    yield GATE_UP, [_alternate(gate.weight, up.weight)], bias
-    yield DOWN, [down.weight], down.bias
+    of_gate, of_up = grids.of("mlp.gate_proj", gate.weight), grids.of("mlp.up_proj", up.weight)
+    steps = None
+    if of_gate is not None and of_up is not None:
+        steps = (_alternate(of_gate[0], of_up[0]), _alternate(of_gate[1], of_up[1]))
+    yield GATE_UP, [(_alternate(gate.weight, up.weight), steps)], bias
+    yield DOWN, [(down.weight, grids.of("mlp.down_proj", down.weight))], down.bias
 
 
 def _alternate(gates: Tensor, ups: Tensor) -> Tensor:
@@ -131,17 +176,21 @@ def _matrix(
     handle: int,
     layer: int,
     which: int,
-    parts: Sequence[Tensor],
+    parts: Sequence[_Rows],
     bias: Tensor | None,
     threads: int,
 ) -> None:
     """Pack ``parts`` one below the other as one matrix [outputs, inputs]."""
     first = 0
-    for part in parts:
-        for rows in torch.split(part, _ROWS):
-            numbers = rows.float().contiguous()
-            library.call("fill", handle, layer, which, first, len(rows), numbers.data_ptr(), threads)
-            first += len(rows)
+    for part, steps in parts:
+        for start in range(0, len(part), _ROWS):
+            numbers = part[start : start + _ROWS].float().contiguous()
+            grid = [] if steps is None else [each[start : start + _ROWS].contiguous() for each in steps]
+            addresses = [each.data_ptr() for each in grid] or [0, 0]
+            library.call(
+                "fill", handle, layer, which, first, len(numbers), numbers.data_ptr(), *addresses, threads
+            )
+            first += len(numbers)
     if bias is not None:
         numbers = bias.float().contiguous()
         library.call("bias", handle, layer, which, numbers.data_ptr())

@@ -1,0 +1,49 @@
+"""A decoder read block by block: the hidden states of many rows between two blocks, and one block at a time.
+
+What calibration needs: a block's inputs are kept, the block is changed, and its outputs are made anew.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from puna.model.attention import lay_out
+
+if TYPE_CHECKING:
+    from puna.model.llama import Llama
+
+
+class Blockwise:
+    """Rows of token ids [rows, time] on their way through the blocks, a few at a time.
+
+    ``hidden`` [rows, time, hidden] are the inputs of the block ``layer``, that which comes next.
+    """
+
+    def __init__(self, model: Llama, ids: Tensor, *, rows_at_once: int = 4) -> None:
+        self.model, self.ids, self.rows_at_once = model, ids, rows_at_once
+        self.layer = 0
+        with torch.no_grad():
+            self.hidden: Tensor = model.model.embed_tokens(ids)
+        time = ids.shape[1]
+        self._layout = lay_out(min(rows_at_once, len(ids)), time, ids.device, None, None, None)
+        self._rotations = model._rotations(self._layout.positions[:1], self.hidden.dtype)
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """What the next block makes of its inputs; hooks on its modules see them pass."""
+        block = self.model.model.layers[self.layer]
+        parts = []
+        for part in torch.split(self.hidden, self.rows_at_once):
+            layout = self._layout
+            if len(part) != layout.batch:
+                layout = lay_out(len(part), part.shape[1], part.device, None, None, None)
+            parts.append(cast(Tensor, block(part, self._rotations, layout, None)))
+        return torch.cat(parts)
+
+    def advance(self) -> None:
+        """Run the next block and go on to the one behind it."""
+        self.hidden = self.outputs()
+        self.layer += 1
