@@ -29,7 +29,7 @@ from puna.data.curate.pipeline import Phase, Pipeline
 from puna.data.curate.planner import plan
 from puna.data.curate.pool import Pool
 from puna.data.curate.settings import CurateParameters
-from puna.data.curate.shard import Unit, told_of
+from puna.data.curate.shard import Unit, idle_file, told_of
 from puna.data.curate.sketches import StoredSketch
 from puna.data.curate.sources import reader_of
 
@@ -50,14 +50,15 @@ class Curation:
     def run(self) -> Pool:
         """Do whatever is not done, and return the pool."""
         parameters = self.parameters
-        pool = self._prepared(parameters.loaded())
+        # Its processes start while this one prepares.
         executor = make_executor(parameters.executor, parameters.workers or _cores(), parameters.address)
         try:
-            parts = [Unit("read", 0, str(number)) for number in range(len(pool.meta["parts"]))]
-            todo = [
-                unit for unit in parts if not (pool.path / "parts" / f"{int(unit.name):06d}.json").exists()
-            ]
-            self._drive(pool, executor, todo, "reading")
+            pool = self._prepared(parameters.loaded())
+            parts = range(len(pool.meta["parts"]))
+            todo = [Unit("begin", 0, str(number)) for number in parts if not pool.part_file(number).exists()]
+            if todo:
+                self._plan(pool, executor, pool.phases[0], "")
+            self._drive(pool, executor, todo, f"reading, phase 1 of {len(pool.phases)}")
             shards = pool.shards()
             if not shards:
                 raise PunaError("the sources hold no document", where="sources")
@@ -91,7 +92,7 @@ class Curation:
             old = old or read_json(path / "pool.json")
         if parameters.sources:
             parts = [
-                {"source": index, "index": place, "name": part.name}
+                {"source": index, "index": place, "name": part.name, "bytes": part.size}
                 for index, source in enumerate(parameters.sources)
                 for place, part in enumerate(reader_of(source).parts(source))
             ]
@@ -140,14 +141,30 @@ class Curation:
             for shard in shards
             if not all(pool.file(kind, phase.index, shard).exists() for kind in ends)
         ]
-        order = pool.meta.setdefault("order", {})
-        wants_plan = self.parameters.short_circuit and self.parameters.plan == "measured"
-        if todo and wants_plan and str(phase.index) not in order and len(shards) > 1:
-            if not pool.plan_file(phase.index).exists():
-                self._drive(pool, executor, [Unit("plan", phase.index, shards[0])], "planning")
-            order[str(phase.index)] = plan(phase, read_json(pool.plan_file(phase.index)))
-            pool.save()
+        if todo and len(shards) > 1:
+            self._plan(pool, executor, phase, shards[0])
         self._drive(pool, executor, todo, f"phase {phase.index + 1} of {len(pool.phases)}")
+
+    def _plan(self, pool: Pool, executor: Executor, phase: Phase, shard: str) -> None:
+        """Decide on the order of a phase's steps by a shard, or by what is read first ("").
+
+        The decision stands for all shards, so that their ledgers add up.
+        """
+        order, key = pool.meta.setdefault("order", {}), str(phase.index)
+        if not self.parameters.short_circuit or self.parameters.plan != "measured" or key in order:
+            return
+        if _nothing_to_order(phase) or not (shard or self._large(pool)):
+            order[key] = [step.label for step in phase.steps]
+        else:
+            if not pool.plan_file(phase.index).exists():
+                self._drive(pool, executor, [Unit("plan", phase.index, shard)], "planning")
+            order[key] = plan(phase, read_json(pool.plan_file(phase.index)))
+        pool.save()
+
+    def _large(self, pool: Pool) -> bool:
+        """Whether what is read is more than a shard, so that it pays to find an order of the steps first."""
+        parts = pool.meta["parts"]
+        return len(parts) > 1 or parts[0].get("bytes", 0) > self.parameters.shard_bytes
 
     def _entry(self, pool: Pool, phase: Phase, shards: Sequence[str]) -> None:
         """Work out what the step at a phase's entry says of all documents."""
@@ -211,19 +228,23 @@ class Curation:
         started = time.perf_counter()
         waiting, running = deque(units), set[Unit]()
         untold: dict[Unit, int] = {}
+        idle = idle_file(pool.path)
+        idle.unlink(missing_ok=True)
         with Track(what, len(units), "units") as track:
             while waiting or running:
                 while waiting and len(running) < executor.slots:
                     unit = waiting.popleft()
                     executor.start(str(pool.path), unit, _deadly(pool, unit))
                     running.add(unit)
+                if len(running) < executor.slots and any(unit.task == "begin" for unit in running):
+                    idle.parent.mkdir(exist_ok=True)
+                    idle.touch()
                 for over in executor.poll(1.0):
                     running.discard(over.unit)
                     if over.error is not None:
                         raise over.error
                     if over.died:
-                        _died(pool, over.unit, untold)
-                        waiting.appendleft(over.unit)
+                        waiting.appendleft(_died(pool, over.unit, untold))
                     else:
                         track.advance()
                 for unit in running:
@@ -251,9 +272,12 @@ def _deadly(pool: Pool, unit: Unit) -> list[Range]:
     return [Range(**known) for known in read_json(file)] if file.exists() else []
 
 
-def _died(pool: Pool, unit: Unit, untold: dict[Unit, int]) -> None:
-    """Note what a unit was at when it died: it is cut in halves until the document is found."""
+def _died(pool: Pool, unit: Unit, untold: dict[Unit, int]) -> Unit:
+    """What to try after a unit has died: it is cut in halves until the document is found."""
     told = told_of(pool.path, unit)
+    (pool.path / "now" / unit.file).unlink(missing_ok=True)
+    if unit.task == "begin":  # Of several shards: what follows on reading them is done apart.
+        return Unit("read", unit.phase, unit.name)
     if told is None:
         untold[unit] = untold.get(unit, 0) + 1
         if untold[unit] >= _DEATHS_UNTOLD:
@@ -262,10 +286,18 @@ def _died(pool: Pool, unit: Unit, untold: dict[Unit, int]) -> None:
                 where=f"{unit.task} {unit.name}",
                 fix="see whether memory is short: fewer workers, smaller batch_characters",
             )
-        return
-    (pool.path / "now" / unit.file).unlink(missing_ok=True)
+        return unit
     known = [asdict(range_) for range_ in _deadly(pool, unit)]
     write_json(pool.path / "deadly" / f"{unit.file}.json", [*known, asdict(told[0])])
+    return unit
+
+
+def _nothing_to_order(phase: Phase) -> bool:
+    """Whether all gates of a phase wait for one and the same score, or for nothing."""
+    scores = {name for step in phase.steps if step.kind == "score" for name in step.columns()}
+    gates = [step.gate for step in phase.steps if step.gate is not None]
+    others = any(name not in scores for gate in gates for name in gate.signals())
+    return not gates or sum(step.kind == "score" for step in phase.steps) + others < 2
 
 
 def _take_over(earlier: Pool, path: Path) -> None:
@@ -294,6 +326,6 @@ def failures(pool: Pool, shards: Iterable[str]) -> list[tuple[str, str]]:
         reasons = pool.reasons(shard, len(pool.phases))
         chosen = [row for row, reason in enumerate(reasons) if reason.startswith("failed: ")]
         if chosen:
-            ids = strings(read_table(pool.path / "documents" / f"{shard}.parquet", ["id"])["id"])
+            ids = strings(read_table(pool.documents_file(shard), ["id"])["id"])
             failed += [(ids[row], str(reasons[row]).removeprefix("failed: ")) for row in chosen]
     return failed

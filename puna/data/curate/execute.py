@@ -72,6 +72,8 @@ class Done:
     current: Texts
     rows: NDArray[numpy.int64]
     """The documents that are kept, as they are now, and their rows."""
+    sizes: NDArray[numpy.int64]
+    """Bytes of every document's text as it is now."""
 
 
 @dataclass
@@ -95,7 +97,9 @@ class _Work:
     def gather(self) -> None:
         """Leave documents behind that are not kept, unless all are worked on."""
         if not self.everything and not self.alive.all():
-            self.texts = self.texts.take(self.alive)
+            whole = self.texts
+            self.texts = whole.take(self.alive)
+            whole.forget()
             self.rows = self.rows[self.alive]
             self.alive = numpy.ones(len(self.rows), dtype=bool)
 
@@ -201,7 +205,15 @@ def execute(
     work.gather()
     stored = {name: values for name, values in work.signals.items() if name not in (earlier or {})}
     return Done(
-        work.edited, work.languages, stored, work.dropped, work.failed, work.counts, work.texts, work.rows
+        work.edited,
+        work.languages,
+        stored,
+        work.dropped,
+        work.failed,
+        work.counts,
+        work.texts,
+        work.rows,
+        work.sizes,
     )
 
 

@@ -101,12 +101,13 @@ class _Worker:
 class Processes:
     """Runs units in processes of their own, started anew so that they hold nothing of this one.
 
-    They import puna and nothing of the program that this is part of, whatever that is.
+    They import puna and nothing of the program that this is part of, whatever that is. All start at once
+    and before there is work, as importing takes a while.
     """
 
     def __init__(self, workers: int) -> None:
         self.slots = workers
-        self._workers: list[_Worker] = []
+        self._workers = [self._begun() for _ in range(workers)]
 
     def start(self, path: str, unit: Unit, deadly: Sequence[Range]) -> None:
         """Hand the unit to a process that has none."""
@@ -163,10 +164,16 @@ class Processes:
 
 def serve(descriptor: int) -> None:
     """What a worker does until its parent ends: units, one after another."""
+    import gc
+
     import pyarrow
+
+    from puna.data.curate.operator import all_operators
 
     pyarrow.set_cpu_count(1)
     pyarrow.set_io_thread_count(1)
+    all_operators()
+    gc.freeze()  # What was imported stays: no collection need look at it.
     pipe: Connection[Any, Any] = Connection(descriptor)
     while True:
         try:

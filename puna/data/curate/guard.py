@@ -64,7 +64,8 @@ class Guard:
 
     seconds: float = 120.0
     deadly: frozenset[Range] = frozenset()
-    tell: Callable[[Range, float], None] = field(default=lambda work, seconds: None)
+    tell: Callable[[Range | None, float], None] = field(default=lambda work, seconds: None)
+    """Hears what is worked on next and for how many seconds it may be; None: nothing that has a bound."""
 
     def run(
         self, label: str, rows: Sequence[int], work: Callable[[int, int], Result]

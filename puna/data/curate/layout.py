@@ -39,18 +39,32 @@ DOCUMENTS = pyarrow.schema(
 _TOLD = b"puna"
 
 
-def write_table(path: Path, table: pyarrow.Table, told: Mapping[str, Any] | None = None) -> None:
-    """Write a table aside and rename it into place; ``told`` lies with it as JSON."""
+def write_table(
+    path: Path, table: pyarrow.Table, told: Mapping[str, Any] | None = None, *, few: Sequence[str] = ()
+) -> None:
+    """Write a table aside and rename it into place; ``told`` lies with it as JSON.
+
+    Columns of a ``few`` different values are written by a list of these; to look for such a list costs more
+    than it saves where every value is another.
+    """
     if told is not None:
         table = table.replace_schema_metadata({_TOLD: json.dumps(told).encode()})
     with write_aside(path, sync=False) as aside:
-        pyarrow.parquet.write_table(table, aside, compression="zstd", write_statistics=False)
+        pyarrow.parquet.write_table(
+            table, aside, compression="zstd", write_statistics=False, use_dictionary=list(few)
+        )
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pyarrow.Table:
     """A file's table, or some columns of it; a file that cannot be read is a :class:`PunaError`."""
     try:
-        return pyarrow.parquet.read_table(path, columns=None if columns is None else list(columns))
+        # Without what pays for remote files and many threads: most files of a pool are small.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            table = file.read(None if columns is None else list(columns), use_threads=False)
+        for name in columns or ():
+            if name not in table.column_names:
+                raise KeyError(name)
+        return table
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise PunaError(
             "a file of the pool cannot be read", where=path, found=error, fix="remove the file and run again"

@@ -82,7 +82,7 @@ def _values(pool: Pool, shard: str, order: Order) -> NDArray[numpy.float64]:
     """[survivors] what a shard's survivors are ordered by, the least first."""
     stored = pool.signal(shard, order.signal)
     assert not isinstance(stored, Spans)
-    ids = read_table(pool.path / "documents" / f"{shard}.parquet", ["id"])["id"]
+    ids = read_table(pool.documents_file(shard), ["id"])["id"]
     rows = pyarrow.compute.index_in(read_table(pool.survivors_file(shard), ["id"])["id"], value_set=ids)
     values: NDArray[numpy.float64] = stored[rows.to_numpy()]
     return -values if order.descending else values

@@ -6,7 +6,6 @@ Survivors are a view: nothing is deleted, and other thresholds decide anew over 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,14 @@ from numpy.typing import NDArray
 
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint, read_json, write_json
+from puna.data.curate.documents import Documents
 from puna.data.curate.gates import Found
 from puna.data.curate.layout import of_rows, read_table, signal_of, strings, told_with
 from puna.data.curate.operator import Spans
 from puna.data.curate.pipeline import Phase, Pipeline, make_pipeline
-from puna.data.curate.texts import Texts
 
 META = "pool.json"
 _FORMAT = 1
-
-
-@dataclass
-class Documents:
-    """The documents of a shard as they come to a phase: those at ``rows`` of ``count`` in the shard."""
-
-    count: int
-    rows: NDArray[numpy.int64]
-    ids: list[str]
-    sources: list[str]
-    texts: Texts
-    sizes: NDArray[numpy.int64]
-    contents: list[bytes | None]
-    media: list[str]
 
 
 class Pool:
@@ -113,6 +98,10 @@ class Pool:
             signals = fingerprint([decisions, self.phases[phase].closing.as_json()])  # type: ignore[union-attr]
         return self.path / f"{kind}-{phase}-{decisions if kind == 'decisions' else signals}"
 
+    def documents_file(self, shard: str) -> Path:
+        """The file of a shard's documents as they were read."""
+        return self.path / "documents" / f"{shard}.parquet"
+
     def file(self, kind: str, phase: int, shard: str) -> Path:
         """The file of a shard in a phase's folder."""
         return self.folder(kind, phase) / f"{shard}.parquet"
@@ -164,26 +153,22 @@ class Pool:
         With ``rows`` those documents, whether they are kept or not; without ``cut`` as they were before
         the global operator at the phase's entry cut anything.
         """
-        table = read_table(self.path / "documents" / f"{shard}.parquet")
-        count = len(table)
+        table = read_table(self.documents_file(shard))
         if rows is None:
             chosen = numpy.flatnonzero(self.reasons(shard, phase, table) == "")
         else:
             chosen = numpy.array(rows, dtype=numpy.int64)
-        table = table.take(chosen)
-        texts, languages = strings(table["text"]), strings(table["language"])
-        sizes = table["bytes"].to_numpy().copy()
+        documents = Documents.of_table(table, chosen, raw=phase == 0)
+        texts, languages, sizes = documents.texts.texts, documents.texts.languages, documents.sizes
+        count = documents.count
         for earlier in range(phase):
             self._cut(shard, earlier, chosen, count, texts, sizes)
             self._edit(shard, earlier, chosen, texts, languages, sizes)
         if cut and phase < len(self.phases):
             self._cut(shard, phase, chosen, count, texts, sizes)
-        batch = Texts(texts, languages, strings(table["url"]), strings(table["meta"]))
-        contents = table["content"].to_pylist() if phase == 0 else [None] * len(chosen)
-        media = strings(table["media"])
-        return Documents(
-            count, chosen, strings(table["id"]), strings(table["source"]), batch, sizes, contents, media
-        )
+        if phase:  # The batch counted the characters of the texts as they were read.
+            documents.texts = documents.texts.replaced(texts)
+        return documents
 
     def _edit(
         self,
@@ -237,7 +222,7 @@ class Pool:
     def reasons(self, shard: str, phase: int, documents: Any = None) -> NDArray[Any]:
         """[count] why each document does not come to a phase; "" if it does."""
         if documents is None:
-            documents = read_table(self.path / "documents" / f"{shard}.parquet", ["failed"])
+            documents = read_table(self.documents_file(shard), ["failed"])
         reasons = numpy.array(
             [f"failed: {reason}" if reason else "" for reason in strings(documents["failed"])], dtype=object
         )
@@ -259,7 +244,7 @@ class Pool:
 
     def count(self, shard: str) -> int:
         """Documents of a shard, whatever became of them."""
-        return int(pyarrow.parquet.read_metadata(self.path / "documents" / f"{shard}.parquet").num_rows)
+        return int(pyarrow.parquet.read_metadata(self.documents_file(shard)).num_rows)
 
     def counts_of(self, phase: int, shard: str) -> dict[str, dict[str, float]]:
         """What came to each step of a phase in a shard, and what became of it."""

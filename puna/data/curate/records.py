@@ -42,6 +42,14 @@ class Part:
     start: int = 0
     stop: int | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file; 0 if it is none."""
+        try:
+            return Path(self.file).stat().st_size if self.file else 0
+        except OSError:
+            return 0
+
 
 @dataclass
 class Record:

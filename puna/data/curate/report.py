@@ -145,7 +145,7 @@ def _examples(
         shown = text[:characters] + (" …" if len(text) > characters else "")
         made.append(
             Example(
-                gate.name, documents.ids[place], float(values[row]), bounds_text(bounds, gate.null), shown
+                gate.name, documents.ids[place].as_py(), float(values[row]), bounds_text(bounds, gate.null), shown
             )
         )
     return made
@@ -205,7 +205,7 @@ def trace(pool: Pool, identity: str) -> Traced | None:
         texts = documents.texts.texts
     language = documents.texts.languages[0]
     gates = _judged(pool, shard, row, language, reason)
-    return Traced(documents.ids[0], shard, row, reason, texts[0], _signals(pool, shard, row), gates)
+    return Traced(documents.ids[0].as_py(), shard, row, reason, texts[0], _signals(pool, shard, row), gates)
 
 
 def _signals(pool: Pool, shard: str, row: int) -> dict[str, float | list[tuple[int, int, float]]]:
@@ -261,7 +261,7 @@ def _find(pool: Pool, identity: str) -> tuple[str, int] | None:
     import pyarrow.compute
 
     for shard in pool.shards():
-        ids = read_table(pool.path / "documents" / f"{shard}.parquet", ["id"])["id"]
+        ids = read_table(pool.documents_file(shard), ["id"])["id"]
         row = pyarrow.compute.index(ids, identity).as_py()
         if row >= 0:
             return shard, row

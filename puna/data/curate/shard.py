@@ -1,7 +1,8 @@
 """The units of work on a pool: read a part of the sources, take a shard through a phase, write survivors.
 
 A unit leaves whole files or none, and none that is there already is made again: whoever runs it may be
-killed anywhere and run it again.
+killed anywhere and run it again. What follows at once on what is in memory is done at once: shards go
+through the first phase as they are read, and the last phase writes the survivors.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from numpy.typing import NDArray
 
 from puna.core.files import write_json
 from puna.core.hardware import release_memory
-from puna.core.stage import Parameters, validate
+from puna.data.curate.documents import Documents
 from puna.data.curate.execute import FAILED, Count, Done, Pages, Stored, execute, joined_spans
 from puna.data.curate.gates import passes
 from puna.data.curate.guard import Guard, Range
 from puna.data.curate.layout import (
-    DOCUMENTS,
     at_rows,
     column_of,
     of_rows,
@@ -36,22 +36,21 @@ from puna.data.curate.layout import (
 )
 from puna.data.curate.operator import Spans
 from puna.data.curate.pipeline import Phase, Step
-from puna.data.curate.pool import Documents, Pool
-from puna.data.curate.records import Limits, Record
+from puna.data.curate.pool import Pool
+from puna.data.curate.reading import first_documents, read_part
 from puna.data.curate.sketches import write_sketch
-from puna.data.curate.sources import PoolSource, reader_of
 from puna.data.curate.texts import Texts
 from puna.data.kinds import UNDETERMINED
 
 _SLOWEST = 5  # by the clock, times the processor time that a step may take
-
-
-class _Source(Parameters):
-    source: PoolSource
+_RELEASE_AFTER = 64 << 20  # bytes of text that are worked on
+_worked = 0
 
 
 class Unit(NamedTuple):
-    """A unit of work: ``read`` a part, ``plan`` a phase, a ``phase`` of a shard, or its ``survivors``."""
+    """A unit of work: ``read`` a part; ``begin`` with one: read it and take its shards through the first
+    phase; ``plan`` a phase by a shard (the first by what is read first); a ``phase`` of a shard; or its
+    ``survivors``."""
 
     task: str
     phase: int
@@ -74,20 +73,21 @@ def work(path: str, unit: Unit, deadly: Sequence[Range] = ()) -> None:
     What is being done is told in ``now/UNIT`` while it is done.
     """
     pool = _pool(path, (Path(path) / "pool.json").stat().st_mtime_ns)
-    if unit.task == "read":
-        _read(pool, int(unit.name))
-        return
     now = Path(path) / "now" / unit.file
     now.parent.mkdir(exist_ok=True)
     descriptor = os.open(now, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
 
-    def tell(range_: Range, seconds: float) -> None:
-        line = f"{range_.first} {range_.last} {time.time() + _SLOWEST * seconds:.3f} {range_.label}"
+    def tell(range_: Range | None, seconds: float) -> None:
+        line = ""
+        if range_ is not None:
+            line = f"{range_.first} {range_.last} {time.time() + _SLOWEST * seconds:.3f} {range_.label}"
         os.pwrite(descriptor, line.encode().ljust(256), 0)
 
     guard = Guard(pool.meta["batch_seconds"], frozenset(deadly), tell)
     try:
-        if unit.task == "phase":
+        if unit.task in ("read", "begin"):
+            _begin(pool, int(unit.name), guard, onward=unit.task == "begin")
+        elif unit.task == "phase":
             _phase(pool, unit.phase, unit.name, guard)
         elif unit.task == "plan":
             _measure(pool, pool.phases[unit.phase], unit.name, guard)
@@ -95,9 +95,22 @@ def work(path: str, unit: Unit, deadly: Sequence[Range] = ()) -> None:
             _survivors(pool, unit.name)
     finally:
         os.close(descriptor)
-        pyarrow.default_memory_pool().release_unused()
-        release_memory()
     now.unlink(missing_ok=True)
+
+
+def idle_file(path: Path) -> Path:
+    """The file that is there while workers wait: who has read a shard leaves what follows to them."""
+    return path / "now" / "idle"
+
+
+def _begin(pool: Pool, number: int, guard: Guard, *, onward: bool) -> None:
+    """Read a part; ``onward``: its shards go through the first phase, as long as nobody is idle."""
+    idle = idle_file(pool.path)
+    for shard, table in read_part(pool, number):
+        if onward and not idle.exists():
+            rows = numpy.flatnonzero(table["failed"].is_null())
+            _phase(pool, 0, shard, guard, Documents.of_table(table, rows, raw=True))
+            guard.tell(None, 0)  # Reading takes as long as it takes.
 
 
 def told_of(path: Path, unit: Unit) -> tuple[Range, float] | None:
@@ -110,82 +123,37 @@ def told_of(path: Path, unit: Unit) -> tuple[Range, float] | None:
         return None
 
 
-def _read(pool: Pool, number: int) -> None:
-    """Read a part of the sources into shards; the part's own file is written when all are there."""
-    done = pool.part_file(number)
-    if done.exists():
-        return
-    part = pool.meta["parts"][number]
-    described = pool.meta["sources"][part["source"]]
-    settings = validate(_Source, {"source": described}, where="sources").source
-    limits = Limits(**pool.meta["limits"])
-    reader = reader_of(settings)
-    piece = reader.parts(settings)[part["index"]]
-    shards: list[str] = []
-    counts = {"came": 0, "failed": 0, "bytes": 0}
-    started = time.perf_counter()
-    for records in _cut(reader.read(settings, piece, limits), pool.meta["shard_bytes"], settings.limit):
-        name = f"{number:06d}-{len(shards):05d}"
-        table = _table(records, settings.title)
-        file = pool.path / "documents" / f"{name}.parquet"
-        if not file.exists():  # A part is read the same each time: what a killed run has written holds.
-            write_table(file, table)
-        shards.append(name)
-        counts["came"] += len(table)
-        counts["failed"] += sum(bool(record.failed) for record in records)
-        counts["bytes"] += int(pyarrow.compute.sum(table["bytes"]).as_py())
-    seconds = time.perf_counter() - started
-    write_json(done, {"shards": shards, "counts": {**counts, "seconds": seconds}})
+def _phase(pool: Pool, index: int, shard: str, guard: Guard, documents: Documents | None = None) -> None:
+    """Take a shard through a phase: signals, decisions, and the sketch for what comes next, or survivors.
 
-
-def _cut(records: Iterator[Record], size: int, limit: int | None) -> Iterator[list[Record]]:
-    """Records in lists of about ``size`` bytes; no more than ``limit`` of them."""
-    held: list[Record] = []
-    total = 0
-    for number, record in enumerate(records):
-        if limit is not None and number >= limit:
-            break
-        held.append(record)
-        total += len(record.text or "") + len(record.content or b"") + len(record.meta) + 200
-        if total >= size:
-            yield held
-            held, total = [], 0
-    if held:
-        yield held
-
-
-def _table(records: Sequence[Record], source: str) -> pyarrow.Table:
-    columns = {
-        "id": [f"{source}/{record.key}" for record in records],
-        "text": [None if record.failed else record.text for record in records],
-        "content": [record.content for record in records],
-        "media": [record.media for record in records],
-        "url": [record.url for record in records],
-        "source": [source] * len(records),
-        "language": [record.language for record in records],
-        "meta": [record.meta for record in records],
-        "failed": [record.failed or None for record in records],
-    }
-    arrays = {name: pyarrow.array(values, DOCUMENTS.field(name).type) for name, values in columns.items()}
-    sizes = pyarrow.compute.fill_null(pyarrow.compute.binary_length(arrays["text"]), 0)
-    arrays["bytes"] = sizes.cast(pyarrow.int64())
-    return pyarrow.Table.from_arrays([arrays[name] for name in DOCUMENTS.names], schema=DOCUMENTS)
-
-
-def _phase(pool: Pool, index: int, shard: str, guard: Guard) -> None:
-    """Take a shard through a phase: signals, decisions, and the sketch for what comes next."""
+    ``documents`` are those that come to the phase, if they are at hand.
+    """
     phase = pool.phases[index]
     signals, decisions = (pool.file(kind, index, shard) for kind in ("signals", "decisions"))
+    kept: Documents | None = None
     if not signals.exists():
-        _execute(pool, phase, shard, guard)
+        kept = _execute(pool, phase, shard, guard, documents or pool.documents(shard, index))
     elif not decisions.exists():
         _decide(pool, phase, shard)
     if phase.closing is not None and phase.closing.kind == "global":
         sketch = pool.file("sketch", index, shard)
         if not sketch.exists():
-            documents = pool.documents(shard, index + 1, cut=False)
-            ranges = list(batches(documents.texts.lengths, pool.meta["batch_characters"]))
-            write_sketch(sketch, phase.closing, documents, ranges)
+            kept = kept or pool.documents(shard, index + 1, cut=False)
+            ranges = list(batches(kept.texts.lengths, pool.meta["batch_characters"]))
+            write_sketch(sketch, phase.closing, kept, ranges)
+    if index + 1 == len(pool.phases):
+        _survivors(pool, shard, kept)
+    _release(int(kept.sizes.sum()) if kept is not None else 0)
+
+
+def _release(size: int) -> None:
+    """Give memory back after some work: each time would cost as much as the work."""
+    global _worked
+    _worked += size
+    if _worked > _RELEASE_AFTER:
+        _worked = 0
+        pyarrow.default_memory_pool().release_unused()
+        release_memory()
 
 
 def ordered(phase: Phase, order: Sequence[str] | None) -> list[Step]:
@@ -197,19 +165,34 @@ def ordered(phase: Phase, order: Sequence[str] | None) -> list[Step]:
     return [*entry, *(by_label[label] for label in order)]
 
 
-def _execute(pool: Pool, phase: Phase, shard: str, guard: Guard) -> None:
-    documents = pool.documents(shard, phase.index)
+def _execute(pool: Pool, phase: Phase, shard: str, guard: Guard, documents: Documents) -> Documents:
+    """Run a phase over a shard and store what comes of it; the documents that are kept."""
     orders = pool.meta.get("order") or {}
     steps = ordered(phase, orders.get(str(phase.index)))
     parts = list(_batches_done(pool, phase, shard, documents, steps, guard))
     _store(pool, phase, shard, documents, parts)
+    reasons = [reason for _, _, done in parts for reason in done.dropped]
+    return documents.kept(
+        numpy.array([bool(reason) for reason in reasons], dtype=bool),
+        [text for _, _, done in parts for text in done.texts],
+        [tag for _, _, done in parts for tag in done.languages],
+        numpy.concatenate([numpy.zeros(0, numpy.int64), *(done.sizes for _, _, done in parts)]),
+    )
 
 
 def _measure(pool: Pool, phase: Phase, shard: str, guard: Guard) -> None:
-    """What each step costs and drops over the first batch of a shard, worked out for all its documents."""
-    documents = pool.documents(shard, phase.index)
-    done = _batches_done(pool, phase, shard, documents, ordered(phase, None), guard, everything=True)
-    counts = next((done.counts for _, _, done in done), {})
+    """What each step costs and drops over the first batch of a shard, worked out for all its documents.
+
+    Without a shard it is the first batch of what is read.
+    """
+    if shard:
+        documents = pool.documents(shard, phase.index)
+    else:
+        table = first_documents(pool)
+        rows = numpy.flatnonzero(table["failed"].is_null())
+        documents = Documents.of_table(table, rows, raw=True)
+    made = _batches_done(pool, phase, shard, documents, ordered(phase, None), guard, everything=True)
+    counts = next((done.counts for _, _, done in made), {})
     write_json(pool.plan_file(phase.index), {label: asdict(count) for label, count in counts.items()})
 
 
@@ -300,7 +283,8 @@ def _store(
     split: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for label, tally in counts.items():
         split[label in gates][label] = asdict(tally)
-    write_table(pool.file("signals", phase.index, shard), pyarrow.table(columns), {"counts": split[0]})
+    file = pool.file("signals", phase.index, shard)
+    write_table(file, pyarrow.table(columns), {"counts": split[0]}, few=("language", "failed"))
     _write_decisions(pool, phase, shard, dropped, split[1])
 
 
@@ -317,9 +301,9 @@ def _joined(
 def _write_decisions(
     pool: Pool, phase: Phase, shard: str, dropped: Sequence[str | None], counts: Mapping[str, Any]
 ) -> None:
-    column = pyarrow.array(dropped, pyarrow.string()).dictionary_encode().cast(pyarrow.string())
-    table = pyarrow.table({"dropped_by": column})
-    write_table(pool.file("decisions", phase.index, shard), table, {"counts": counts})
+    table = pyarrow.table({"dropped_by": pyarrow.array(dropped, pyarrow.string())})
+    file = pool.file("decisions", phase.index, shard)
+    write_table(file, table, {"counts": counts}, few=("dropped_by",))
 
 
 def _decide(pool: Pool, phase: Phase, shard: str) -> None:
@@ -366,29 +350,38 @@ def _words(texts: Texts, characters: int) -> NDArray[numpy.int64]:
     return words
 
 
-def _survivors(pool: Pool, shard: str) -> None:
+def _survivors(pool: Pool, shard: str, documents: Documents | None = None) -> None:
     """Write what is kept of a shard after all phases as rows of a corpus of documents."""
     file = pool.survivors_file(shard)
     if file.exists():
         return
-    documents = pool.documents(shard, len(pool.phases))
+    if documents is None:
+        documents = pool.documents(shard, len(pool.phases))
     texts = documents.texts
     words = _words(texts, pool.meta["batch_characters"])
     filled = words > 0
+    languages = numpy.array([tag or UNDETERMINED for tag in texts.languages], dtype=object)
+    sources = numpy.array(documents.sources.to_pylist(), dtype=object)
     counts: dict[str, dict[str, int]] = {}
-    languages = [tag or UNDETERMINED for tag in texts.languages]
-    for place in numpy.flatnonzero(filled).tolist():
-        for key in ("/", f"{documents.sources[place]}/", f"/{languages[place]}"):
-            total = counts.setdefault(key, {"rows": 0, "words": 0, "bytes": 0})
-            total["rows"] += 1
-            total["words"] += int(words[place])
-            total["bytes"] += int(documents.sizes[place])
+    for key, told in (("{}/", sources), ("/{}", languages)):
+        for value in dict.fromkeys(told[filled].tolist()):
+            counts[key.format(value)] = _counted(filled & (told == value), words, documents.sizes)
+    if filled.any():
+        counts["/"] = _counted(filled, words, documents.sizes)
     columns = {
         "id": documents.ids,
-        "text": texts.texts,
+        "text": pyarrow.array(texts.texts, pyarrow.string()),
         "source": documents.sources,
-        "language": languages,
+        "language": pyarrow.array(languages, pyarrow.string()),
     }
-    table = pyarrow.table({name: pyarrow.array(column, pyarrow.string()) for name, column in columns.items()})
-    told = {"counts": counts, "empty": int((~filled).sum())}
-    write_table(file, table.filter(pyarrow.array(filled)), told)
+    table = pyarrow.table(columns)
+    if not filled.all():
+        table = table.filter(pyarrow.array(filled))
+    told_with = {"counts": counts, "empty": int((~filled).sum())}
+    write_table(file, table, told_with, few=("source", "language"))
+
+
+def _counted(
+    mask: NDArray[numpy.bool_], words: NDArray[numpy.int64], sizes: NDArray[numpy.int64]
+) -> dict[str, int]:
+    return {"rows": int(mask.sum()), "words": int(words[mask].sum()), "bytes": int(sizes[mask].sum())}

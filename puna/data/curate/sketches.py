@@ -11,11 +11,11 @@ import pyarrow
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from puna.data.curate.documents import Documents
 from puna.data.curate.gates import characters_of
 from puna.data.curate.layout import read_table, strings, write_table
 from puna.data.curate.operator import SketchColumns
 from puna.data.curate.pipeline import Step
-from puna.data.curate.pool import Documents
 
 _ID = "#id"
 _CHARACTERS = characters_of("")
@@ -63,7 +63,7 @@ def write_sketch(file: Path, step: Step, documents: Documents, batches: Sequence
     columns: dict[str, pyarrow.ChunkedArray] = {}
     for name in made[0]:
         columns[name] = pyarrow.chunked_array([_array(columns_[name]) for columns_ in made])
-    columns[_ID] = pyarrow.array(documents.ids, pyarrow.string())
+    columns[_ID] = documents.ids
     columns[_CHARACTERS] = pyarrow.array(documents.texts.lengths)
     write_table(file, pyarrow.table(columns))
 
