@@ -111,13 +111,13 @@ class _Work:
                 self.alive[place] = False
                 self.dropped[row] = f"{FAILED}{self.failed[row]}"
 
-    def store(self, name: str, values: NDArray[numpy.float64] | Spans) -> None:
-        """Keep a signal of the documents that are worked on, by their rows."""
+    def store(self, name: str, values: NDArray[numpy.float64] | Spans, rows: NDArray[numpy.int64]) -> None:
+        """Keep a signal of the documents at ``rows``."""
         if isinstance(values, Spans):
-            self.signals[name] = Spans(self.rows[values.document], values.starts, values.ends, values.values)
+            self.signals[name] = Spans(rows[values.document], values.starts, values.ends, values.values)
         else:
             column = numpy.full(self.count, numpy.nan)
-            column[self.rows] = values
+            column[rows] = values
             self.signals[name] = column
 
     def put(self, mapped: Mapped, label: str) -> None:
@@ -221,8 +221,9 @@ def _gate(work: _Work, step: Step, found: Mapping[str, Found]) -> None:
     gate = step.gate
     assert gate is not None
     languages = [""] * work.count
-    for row, language in zip(work.rows.tolist(), work.texts.languages, strict=True):
-        languages[row] = language
+    if gate.by_language or gate.languages:
+        for row, language in zip(work.rows.tolist(), work.texts.languages, strict=True):
+            languages[row] = language
     passing = passes(gate, work.signals, languages, found.get(gate.name))[work.rows]
     for row in work.rows[work.alive & ~passing].tolist():
         work.dropped[row] = gate.name
@@ -232,7 +233,11 @@ def _gate(work: _Work, step: Step, found: Mapping[str, Found]) -> None:
 def _operate(work: _Work, step: Step, guard: Guard) -> None:
     operator, settings = step.operator, step.settings
     assert operator is not None and settings is not None
-    whole = work.texts
+    whole, places = work.texts, numpy.arange(work.texts.count)
+    if operator.apart and not work.everything and not work.alive.all():
+        places = numpy.flatnonzero(work.alive)
+        whole = whole.take(places)
+    rows = work.rows[places]
 
     def run(start: int, stop: int) -> Mapped:
         part = whole if stop - start == whole.count else whole.take(numpy.arange(start, stop))
@@ -240,7 +245,7 @@ def _operate(work: _Work, step: Step, guard: Guard) -> None:
             return apply_map(operator, part, settings)
         return Mapped((), apply_score(operator, part, settings))
 
-    parts, failed = guard.run(step.label, (work.rows + work.first).tolist(), run)
+    parts, failed = guard.run(step.label, (rows + work.first).tolist(), run)
     if len(failed) > _MOST_MAY_FAIL and 2 * len(failed) > whole.count:
         reason = next(iter(failed.values()))
         raise PunaError(
@@ -251,10 +256,10 @@ def _operate(work: _Work, step: Step, guard: Guard) -> None:
         )
     mapped = _joined(parts, whole.count, step)
     for name, values in mapped.signals.items():
-        work.store(f"{step.label}.{name}", values)  # type: ignore[arg-type]
+        work.store(f"{step.label}.{name}", values, rows)  # type: ignore[arg-type]
     if operator.spans:
-        work.store(characters_of(step.label), whole.lengths.astype(numpy.float64))
-    work.fail(failed, step.label)
+        work.store(characters_of(step.label), whole.lengths.astype(numpy.float64), rows)
+    work.fail({int(places[place]): reason for place, reason in failed.items()}, step.label)
     if operator.kind == "map":
         work.put(mapped, step.label)
 

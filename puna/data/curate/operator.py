@@ -138,8 +138,10 @@ class Operator:
     """A registered operator.
 
     ``signals`` tells, by name, what each number per document means; ``spans`` the same of signals of
-    parts of documents. ``media`` is what an extractor reads: ``html``, ``pdf``. Raise ``version`` when
-    results change: pools made before are then made again.
+    parts of documents. ``media`` is what an extractor reads: ``html``, ``pdf``. A score that is ``apart``
+    looks at documents one by one and shares nothing of a batch with others: it is not asked about
+    documents that are dropped already. Raise ``version`` when results change: pools made before are then
+    made again.
     """
 
     name: str
@@ -152,6 +154,7 @@ class Operator:
     version: int
     summary: str
     media: str = ""
+    apart: bool = False
 
     def signal_names(self) -> list[str]:
         """The full names of its signals, as gates write them."""
@@ -172,11 +175,12 @@ def score(
     spans: Mapping[str, str] | None = None,
     source: str,
     version: int = 1,
+    apart: bool = False,
 ) -> Callable[[Function], Function]:
     """Register ``function(texts, settings) -> Signals``."""
     if not signals and not spans:
         raise ValueError(f"{name}: a score has signals")
-    return _register("score", name, settings, signals, spans, source, version)
+    return _register("score", name, settings, signals, spans, source, version, apart=apart)
 
 
 def mapper(
@@ -224,6 +228,7 @@ def _register(
     source: str,
     version: int,
     media: str = "",
+    apart: bool = False,
 ) -> Callable[[Any], Any]:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r}: an operator is named family.name")
@@ -236,7 +241,7 @@ def _register(
             raise ValueError(f"{name}: an operator says what it does")
         made = function() if kind == "global" else function
         _OPERATORS[kind, name] = Operator(
-            name, kind, made, settings, signals or {}, spans or {}, source, version, summary[0], media
+            name, kind, made, settings, signals or {}, spans or {}, source, version, summary[0], media, apart
         )
         return function
 

@@ -32,6 +32,7 @@ from puna.data.sources.common import Reading, SourceSettings
 from puna.data.sources.files import FileSettings
 
 _RANGE = 128 << 20  # bytes of plain JSON lines that one part holds
+_BESIDE = Limits()  # of what is told beside a text
 _ROWS = 1 << 16  # rows of a Parquet file that one part holds
 
 
@@ -186,7 +187,7 @@ def _record(settings: RowSettings, key: str, row: dict[str, Any], limits: Limits
 
 def _told(row: dict[str, Any], column: str | None) -> str:
     value = row.get(column) if column is not None else None
-    return value if isinstance(value, str) and not readable(value, Limits()) else ""
+    return value if isinstance(value, str) and not readable(value, _BESIDE) else ""
 
 
 @reader(ParquetRowsSettings, _row_parts)

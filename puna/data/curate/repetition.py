@@ -164,22 +164,40 @@ def jumped(words: Segments, kind: str, n: int) -> NDArray[numpy.int64]:
     A copy is counted and stepped over whole; what begins inside it is neither counted nor remembered.
     """
     found = repeated(words, kind, n)
-    letters = _letters(words, kind, found.places, n)
-    document = words.document[found.places]
-    counted = numpy.zeros(len(found.places), dtype=bool)
-    seen = bytearray(len(found.sizes))
-    free = 0
-    # Reading is sequential by definition; only the places of repeated n-grams are read.
-    for at, (place, group) in enumerate(zip(found.places.tolist(), found.groups.tolist(), strict=True)):
-        if place < free:
-            continue
-        if seen[group]:
-            counted[at] = True
-            free = place + n
-        else:
-            seen[group] = 1
+    places = found.places[_counted(found)]
+    document = words.document[places]
     bounds = numpy.searchsorted(document, numpy.arange(words.texts.count + 1))
-    return by_document(numpy.where(counted, letters, 0), bounds)
+    return by_document(_letters(words, kind, places, n), bounds)
+
+
+def _counted(found: Repeated) -> list[int]:
+    """Which of ``found.places`` are counted by :func:`jumped`.
+
+    Reading is sequential by definition, but only copies after the first are read one by one: a first copy
+    is remembered unless it was stepped over.
+    """
+    places = found.places
+    first = found.first[found.groups]
+    later = numpy.flatnonzero(places != first)
+    ends = places[later] + found.n
+    firsts = numpy.searchsorted(places, first[later]).tolist()
+    behind = numpy.searchsorted(places, ends).tolist()  # among all places,
+    onward = numpy.searchsorted(places[later], ends).tolist()  # and among the later copies
+    groups, numbers = found.groups[later].tolist(), later.tolist()
+    passed, remembered = bytearray(len(places)), bytearray(len(found.sizes))
+    counted: list[int] = []
+    at = 0
+    while at < len(numbers):
+        if remembered[groups[at]] or not passed[firsts[at]]:
+            number = numbers[at]
+            counted.append(number)
+            inside = behind[at] - number - 1
+            passed[number + 1 : behind[at]] = b"\1" * inside
+            at = onward[at]
+        else:
+            remembered[groups[at]] = 1
+            at += 1
+    return counted
 
 
 def first_ngram(words: Segments, kind: str, n: int, gap: int = 0) -> NDArray[numpy.int64]:

@@ -37,8 +37,9 @@ class CurateParameters(Parameters):
     them. The survivors are the same; the reason told for a drop is the first gate that was run."""
     limits: Limits = Limits()
     """Sizes beyond which a document or a file fails, alone."""
-    shard_bytes: pydantic.PositiveInt = 32 << 20
-    """About how many bytes of text a shard holds: the unit of work, and of what is lost by a kill."""
+    shard_bytes: pydantic.PositiveInt = 8 << 20
+    """About how many bytes of text a shard holds: the unit of work, and of what is lost by a kill. A few
+    files are written of each; more than a terabyte wants larger ones."""
     batch_characters: pydantic.PositiveInt = 1 << 19
     """About how many characters operators work on at once; memory grows with it, and arrays of half a
     million characters still fit into processors' caches."""

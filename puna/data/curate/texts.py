@@ -82,7 +82,7 @@ class Texts:
 
     def is_class(self, name: str) -> NDArray[numpy.bool_]:
         """[characters] whether each belongs to a class of :mod:`~puna.data.curate.characters`."""
-        return self.shared(("class", name), lambda texts: table_of(name)[texts.codes])
+        return self.shared(("class", name), lambda texts: table_of(name).take(texts.codes))
 
     def total(self, values: NDArray[Any]) -> NDArray[Any]:
         """[count] sums over each document of ``values`` [characters]; of truth values: how many hold."""

@@ -40,6 +40,7 @@ class DetectorSettings(LanguageSettings):
     settings=DetectorSettings,
     signals=_SIGNALS,
     source="lid.176: arXiv:1607.01759; langid.py: Lui and Baldwin 2012; CLD3: github.com/google/cld3",
+    apart=True,
 )
 def detected(texts: Texts, settings: DetectorSettings) -> Signals:
     """The language that one detector finds."""
@@ -51,6 +52,7 @@ def detected(texts: Texts, settings: DetectorSettings) -> Signals:
     settings=LanguageSettings,
     signals=_SIGNALS,
     source="arXiv:2309.02033, modelscope/data-juicer",
+    apart=True,
 )
 def data_juicer_language(texts: Texts, settings: LanguageSettings) -> Signals:
     """What lid.176 says of the text in lower case (``language_id_score_filter``)."""
