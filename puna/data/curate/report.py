@@ -145,7 +145,11 @@ def _examples(
         shown = text[:characters] + (" …" if len(text) > characters else "")
         made.append(
             Example(
-                gate.name, documents.ids[place].as_py(), float(values[row]), bounds_text(bounds, gate.null), shown
+                gate.name,
+                documents.ids[place].as_py(),
+                float(values[row]),
+                bounds_text(bounds, gate.null),
+                shown,
             )
         )
     return made

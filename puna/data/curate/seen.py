@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from puna.core.errors import PunaError
+from puna.data.curate.documents import Documents
 from puna.data.curate.execute import Pages, execute
-from puna.data.curate.pool import Documents, Pool
+from puna.data.curate.pool import Pool
 
 
 def as_seen(
