@@ -15,6 +15,7 @@ in turns, so that a change of the machine's pace meets both. Survivors are compa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -160,12 +161,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peers", default=os.environ.get("PUNA_PEERS"))
     parser.add_argument("--data-juicer", default=os.environ.get("PUNA_DATA_JUICER"))
+    parser.add_argument("--without", nargs="*", default=[], help="sides that are left out")
     parser.add_argument("--kept", type=Path, help="file of what was measured, read and written")
     given = parser.parse_args()
     done = Kept(given.kept)
     files = shards()[given.first : given.first + given.shards]
     for work in (work for work in WORKS if work.name in given.works):
         peers = {"datatrove": given.peers, "data_juicer": given.data_juicer}
+        left = {name: side for name, side in work.peers.items() if name not in given.without}
+        work = dataclasses.replace(work, peers=left)
         show(work, run(work, files, given.workers, peers, done))
 
 

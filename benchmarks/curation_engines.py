@@ -1,6 +1,6 @@
 """Who drives the operators: puna's own processes, plain multiprocessing, Daft, or polars, over the same text.
 
-    python -m benchmarks.curation_engines [--engines puna daft ...] [--workers 1 2] [--shards 8] [--rounds 1]
+    python -m benchmarks.curation_engines [--engines puna daft ...] [--workers 1 2] [--shards 8] [--copies 1]
     python -m benchmarks.curation_engines --grow 20          # 20 GB through puna, and the memory it takes
 
 Each engine reads the same JSON lines (:mod:`benchmarks.curation_texts`), puts every document through the
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import psutil
 from benchmarks.curation_texts import shards
 from benchmarks.peers.curation_engines import ENGINES, grown
 
+_GROWN_FILE = 500_000_000  # bytes of JSON lines in one packed file
 PACKAGES = Path.home() / ".cache" / "puna" / "benchmarks" / "engines"
 PEERS = ("daft==0.7.26", "polars==2.1.0", "polars-runtime-32==2.1.0")
 
@@ -103,27 +103,45 @@ def compare(engines: list[str], counts: list[int], files: list[str], rounds: int
 
 
 def grow(gigabytes: float, workers: int) -> None:
-    """``gigabytes`` of text made out of real lines through puna: time and peak memory."""
-    texts = [str(file) for file in shards()]
+    """``gigabytes`` of text made out of real lines through puna: time and peak memory.
+
+    The text lies packed in files of half a gigabyte; with the pool and the corpus that is as much disk as
+    there is text, at most.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        files, written = [], 0
-        rows = grown(int(gigabytes * 1e9), texts)
-        for number in range(max(int(gigabytes * 2), 2)):
-            files.append(str(Path(folder) / f"{number:03d}.jsonl"))
-            with open(files[-1], "w", encoding="utf-8") as stream:
-                while stream.tell() < gigabytes * 1e9 / max(int(gigabytes * 2), 2):
-                    row = next(rows, None)
-                    if row is None:
-                        break
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            written += Path(files[-1]).stat().st_size
-        figures = run("puna", files, workers)
-        rate = written / 1e6 / figures["seconds"]
+        started = time.perf_counter()
+        files, documents, written = _packed(int(gigabytes * 1e9), Path(folder))
+        packed = sum(Path(file).stat().st_size for file in files)
         print(
-            f"{written / 1e9:.2f} GB with {workers} workers: {figures['seconds']:.0f} s, {rate:.0f} MB/s, "
-            f"peak {figures['peak'] / 1e9:.2f} GB, {figures['kept']:,} documents kept"
+            f"{documents:,} documents, {written / 1e9:.2f} GB of JSON lines, {packed / 1e9:.2f} GB packed in "
+            f"{len(files)} files, made in {time.perf_counter() - started:.0f} s",
+            flush=True,
         )
-        shutil.rmtree(folder, ignore_errors=True)
+        figures = run("puna, grown", files, workers)
+        print(
+            f"{workers} workers: {figures['seconds']:.0f} s ({figures['processor']:.0f} s of processor time, "
+            f"{written / 1e6 / figures['processor']:.0f} MB/s a core), peak {figures['peak'] / 1e9:.2f} GB, "
+            f"{figures['kept']:,} documents kept"
+        )
+
+
+def _packed(size: int, folder: Path) -> tuple[list[str], int, int]:
+    """Packed files of ``size`` characters of text in all, how many documents, and bytes of JSON lines."""
+    import pyarrow
+
+    texts = grown(size, [str(file) for file in shards()])
+    files: list[str] = []
+    documents = written = 0
+    for first in texts:
+        files.append(str(folder / f"{len(files):03d}.jsonl.zst"))
+        with pyarrow.CompressedOutputStream(files[-1], "zstd") as stream:
+            text: str | None = first
+            while text is not None:
+                line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+                stream.write(line)
+                documents, written = documents + 1, written + len(line)
+                text = next(texts, None) if written < len(files) * _GROWN_FILE else None
+    return files, documents, written
 
 
 def main() -> None:
@@ -133,12 +151,19 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--copies", type=int, default=1, help="how often each file is read")
     parser.add_argument("--grow", type=float, help="gigabytes to put through puna instead")
     given = parser.parse_args()
     if given.grow:
         grow(given.grow, max(given.workers))
         return
-    compare(given.engines, given.workers, [str(file) for file in shards()[: given.shards]], given.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for copy in range(given.copies):
+            for file in shards()[: given.shards]:
+                files.append(str(Path(folder) / f"{copy:02d}-{file.name}"))
+                Path(files[-1]).symlink_to(file)
+        compare(given.engines, given.workers, files, given.rounds)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,17 @@ def keep(texts: Sequence[str | None]) -> list[bool]:
     return mask
 
 
-def puna(files: list[str], workers: int, out: Path) -> int:
+GROWN = [
+    {"map": "text.newlines"},
+    {"score": "text.sizes"},
+    {"gate": {"name": "words", "signal": "text.sizes.words", "minimum": 500}},
+    {"global": "dedup.exact"},
+    {"gate": {"name": "copies", "signal": "dedup.exact.duplicate", "maximum": 0, "null": "keep"}},
+]
+"""A pipeline of every kind of step that costs little beside reading and writing."""
+
+
+def puna(files: list[str], workers: int, out: Path, pipeline: Any = "gopher") -> int:
     """puna's own engine, which stores all signals and can go on after a kill."""
     from puna.core.stage import validate
     from puna.data.curate.account import account, corpus_of
@@ -45,9 +55,14 @@ def puna(files: list[str], workers: int, out: Path) -> int:
     from puna.data.curate.settings import CurateParameters
 
     sources = [{"path": file} for file in files]
-    given = {"sources": sources, "pipeline": "gopher", "workers": workers}
+    given = {"sources": sources, "pipeline": pipeline, "workers": workers}
     pool = Curation(validate(CurateParameters, given, where="job"), out / "pool").run()
     return corpus_of(pool, out / "corpus", account(pool)).count
+
+
+def puna_grown(files: list[str], workers: int, out: Path) -> int:
+    """puna's own engine with the pipeline ``GROWN``."""
+    return puna(files, workers, out, GROWN)
 
 
 def plain(files: list[str], workers: int, out: Path) -> int:
@@ -140,8 +155,8 @@ ENGINES: dict[str, Callable[[list[str], int, Path], int]] = {
 }
 
 
-def grown(size: int, files: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Documents of about ``size`` bytes in all, made out of the lines of real ones in ever new order."""
+def grown(size: int, files: Sequence[str]) -> Iterator[str]:
+    """Texts of about ``size`` characters in all: stretches of 20 to 239 lines of real ones, drawn anew."""
     from puna.core.seeds import numpy_generator
 
     rows = Path(files[0]).read_text(encoding="utf-8").splitlines()
@@ -149,11 +164,15 @@ def grown(size: int, files: Sequence[str]) -> Iterator[dict[str, Any]]:
     lines = [line for text in texts for line in text.split("\n") if line.strip()]
     draws = numpy_generator(0, "benchmark", "grown")
     made = 0
-    while made < size:
-        count, start = int(draws.integers(5, 60)), int(draws.integers(0, len(lines) - 60))
-        text = "\n".join(lines[start : start + count])
-        made += len(text)
-        yield {"text": text}
+    while True:
+        counts = draws.integers(20, 240, 4096).tolist()
+        starts = draws.integers(0, len(lines) - 240, 4096).tolist()
+        for count, start in zip(counts, starts, strict=True):
+            text = "\n".join(lines[start : start + count])
+            made += len(text)
+            yield text
+            if made >= size:
+                return
 
 
 def main() -> None:
@@ -163,7 +182,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     # Under its own name, so that what other processes are sent can be found there.
-    engines = importlib.import_module("benchmarks.peers.curation_engines").ENGINES
+    module = importlib.import_module("benchmarks.peers.curation_engines")
+    engines = {**module.ENGINES, "puna, grown": module.puna_grown}
     kept = engines[job["engine"]](job["files"], job["workers"], out)
     seconds = time.perf_counter() - started
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
