@@ -39,8 +39,8 @@ def keep(texts: Sequence[str | None]) -> list[bool]:
 
 GROWN = [
     {"map": "text.newlines"},
-    {"score": "text.sizes"},
-    {"gate": {"name": "words", "signal": "text.sizes.words", "minimum": 500}},
+    {"score": "data_juicer.text_length"},
+    {"gate": {"name": "length", "signal": "data_juicer.text_length.characters", "minimum": 6000}},
     {"global": "dedup.exact"},
     {"gate": {"name": "copies", "signal": "dedup.exact.duplicate", "maximum": 0, "null": "keep"}},
 ]
