@@ -92,7 +92,7 @@ def test_scores_count_and_place_what_is_found():
     texts = Texts(["x", f"a@b.org {IBANS[0]} {CARDS[0]}", ""])
     signals = apply_score(operator, texts, operator.settings())
     assert signals["count"].tolist() == [0, 3, 0]
-    assert [int(signals[kind][1]) for kind in KINDS] == [1, 1, 1, 0, 0]
+    assert [int(signals[kind][1]) for kind in KINDS] == [1, 1, 1, 0, 0, 0, 0]
     spans = signals["kind"]
     assert spans.document.tolist() == [1, 1, 1]
     assert spans.values.tolist() == [0, 1, 2]
@@ -100,7 +100,47 @@ def test_scores_count_and_place_what_is_found():
     assert only["count"].tolist() == [0, 1, 0]
 
 
+# Made up, and put together here, so that nobody takes this file for a leak.
+TOKEN = "eyJhbGciOiJIUzI1NiJ9" + ".eyJzdWIiOiJ4In0." + "c2lnbmF0dXJl"
+PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIB\nAAAA\n-----END RSA " + "PRIVATE KEY-----"
+KEYS = [TOKEN, PEM, "AKIA" + "ABCDEFGHIJKLMNOP", "ghp" + "_" + "a1" * 18, "sk-" + "proj-" + "aB" * 20]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_secret_keys_that_tell_themselves_are_found_whole(key):
+    assert find(f"here: {key}, keep it") == [(6, 6 + len(key), "key")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TOKEN.replace("hbG", "hbH"),  # no JSON in it
+        "eyJ0eXAiOiJKV1QifQ.eyJzdWIiOiJ4In0.c2lnbmF0dXJl",  # names no algorithm
+        PEM.replace("END RSA", "END EC"),
+        PEM.replace("PRIVATE", "PUBLIC"),
+        "AKIA" + "ABCDEFGHIJKLMNO",
+        "ghp" + "_" + "a1" * 17,
+        "sk-" + "aB" * 15,
+    ],
+)
+def test_what_only_begins_like_a_key_is_none(text):
+    assert "key" not in [kind for *_, kind in find(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("card 00:1A:2b:3C:4d:5E up", ["mac"]),
+        ("card 00-1A-2b-3C-4d-5E", ["mac"]),
+        ("00:1A-2b:3C:4d:5E, 00:1A:2b:3C:4d, 00:1A:2b:3C:4d:5E:6F", []),
+    ],
+)
+def test_addresses_of_network_cards(text, kinds):
+    assert [kind for *_, kind in find(text, ("mac",))] == kinds
+
+
 PARTS = ["a@b.org", "192.168.0.1", IBANS[0], CARDS[0], "+31 20 794 0800", " ", "x", ".", "4", "-", "DE", "::"]
+PARTS += [KEYS[2], TOKEN, "00:1A:2b:3C:4d:5E", ":", "A"]
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,20 +1,25 @@
-"""Personal data in texts: e-mail and IP addresses, telephone numbers, bank accounts, payment cards.
+"""Personal data in texts: addresses (e-mail, IP, MAC), telephone numbers, accounts, cards; secret keys.
 
 Patterns find candidates; what has check digits or a structure is then checked: accounts (IBAN) by their
 country's length and the remainder modulo 97, cards by Luhn's digit and their first digit, IP addresses by
 parsing. Telephone numbers have no check: those with a country's code and those written in three or four
 groups are found, others are not, and a few numbers are taken for one that are none.
+
+Secret keys are those that tell themselves: private keys in PEM, tokens in JSON (JWT) whose header is one,
+and the keys of services that begin all theirs alike. A password is a word like any other.
 """
 
 from __future__ import annotations
 
+import base64
 import ipaddress
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-Kind = Literal["email", "iban", "card", "ip", "phone"]
-KINDS: tuple[Kind, ...] = ("email", "iban", "card", "ip", "phone")
+Kind = Literal["email", "iban", "card", "ip", "phone", "mac", "key"]
+KINDS: tuple[Kind, ...] = ("email", "iban", "card", "ip", "phone", "mac", "key")
 """In the order that decides what characters are that two kinds claim from the same place on."""
 
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}")
@@ -28,6 +33,15 @@ _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w
 _PHONE = re.compile(
     r"(?<![\w+])(?:\+\d{1,3}[ .-]?)(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,5}(?![\w-])"
     r"|(?<![\w.+-])(?:\(\d{2,5}\) ?|\d{3}[ .-])\d{3,4}[ .-]\d{3,4}(?![\w-])"
+)
+_MAC = re.compile(r"(?<![\w:-])[0-9A-Fa-f]{2}([:-])(?:[0-9A-Fa-f]{2}\1){4}[0-9A-Fa-f]{2}(?![\w:-])")
+_PRIVATE = re.compile(r"-----BEGIN ((?:[A-Z]+ ){0,3}PRIVATE KEY)-----[^-]{1,20000}-----END \1-----")
+_TOKEN = re.compile(r"\b(eyJ[\w-]{5,})\.[\w-]{5,}\.[\w-]{5,}")
+# Amazon, GitHub, GitLab, Slack, Google, Stripe, Hugging Face, OpenAI and Anthropic, in this order.
+_SERVICES = re.compile(
+    r"\b(?:(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_\w{40,255}|glpat-[\w-]{20,}"
+    r"|xox[abeoprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{35}|[rs]k_live_[A-Za-z0-9]{16,}|hf_[A-Za-z]{34}"
+    r"|sk-(?:[a-z]+-)?[\w-]{32,})(?![\w-])"
 )
 # Lengths of account numbers by country, after the registry of IBAN (ISO 13616).
 _REGISTRY = """
@@ -72,6 +86,23 @@ def _is_phone(text: str) -> bool:
     return 7 <= sum(character.isdigit() for character in text) <= 15
 
 
+def _is_token(header: str) -> bool:
+    """Whether the first part of a token is an object in JSON that names an algorithm (RFC 7519)."""
+    try:
+        told = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))
+    except ValueError:
+        return False
+    return isinstance(told, dict) and "alg" in told
+
+
+def _keys(text: str) -> Iterator[tuple[int, int]]:
+    if "PRIVATE KEY-----" in text:
+        yield from (match.span() for match in _PRIVATE.finditer(text))
+    if "eyJ" in text:
+        yield from (match.span() for match in _TOKEN.finditer(text) if _is_token(match.group(1)))
+    yield from (match.span() for match in _SERVICES.finditer(text))
+
+
 def _checked(pattern: re.Pattern[str], check: Callable[[str], bool], text: str) -> Iterator[tuple[int, int]]:
     for match in pattern.finditer(text):
         if check(match.group()):
@@ -99,7 +130,9 @@ def _candidates(text: str, kind: Kind) -> Iterator[tuple[int, int]]:
         return _checked(_CARD, is_card, text)
     if kind == "ip":
         return _addresses(text)
-    return _checked(_PHONE, _is_phone, text)
+    if kind == "mac":
+        return (match.span() for match in _MAC.finditer(text))
+    return _keys(text) if kind == "key" else _checked(_PHONE, _is_phone, text)
 
 
 def _addresses(text: str) -> Iterator[tuple[int, int]]:

@@ -120,6 +120,12 @@ def _with_long_word(lines: Segments, most: int) -> NDArray[numpy.bool_]:
 
 def sentences(lines: Segments) -> NDArray[numpy.int64]:
     """[n] sentences of lines that are not empty, by the rule in this module's header."""
+    line, _ = sentence_ends(lines)
+    return numpy.maximum(numpy.bincount(line, minlength=lines.count), 1)
+
+
+def sentence_ends(lines: Segments) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]:
+    """Where sentences end, in order: the line's number, and the place behind marks and closing quotes."""
     texts = lines.texts
     marks = texts.runs(texts.is_class("sentence_mark"))
     places = marks.ends.copy()
@@ -135,7 +141,7 @@ def sentences(lines: Segments) -> NDArray[numpy.int64]:
     line, places, ends = line[within], places[within], ends[within]
     stops = places >= ends
     stops[~stops] = spaces[places[~stops]]
-    return numpy.maximum(numpy.bincount(line[stops], minlength=lines.count), 1)
+    return line[stops], numpy.minimum(places, ends)[stops]
 
 
 @character_class("opening_curly_bracket")

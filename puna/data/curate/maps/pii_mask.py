@@ -15,7 +15,7 @@ class MaskSettings(Parameters):
     """What is masked, and how."""
 
     kinds: list[Kind] = list(KINDS)  # noqa: RUF012  (pydantic copies defaults)
-    """email, iban, card, ip, phone."""
+    """email, iban, card, ip, phone, mac, key."""
     mark: str = pydantic.Field("<{kind}>", pattern=r"^[^@:+\d]*$")
     """What is put there; {kind} becomes the kind. Without @ : + and digits, so that it is none itself."""
 
@@ -24,10 +24,11 @@ class MaskSettings(Parameters):
     "pii.mask",
     settings=MaskSettings,
     signals={"masked": "addresses and numbers masked"},
+    version=2,
     source="ISO 13616 and ISO 7064 (accounts), ISO/IEC 7812 (cards)",
 )
 def mask(texts: Texts, settings: MaskSettings) -> Mapped:
-    """Puts marks in the places of e-mail and IP addresses, account, card and telephone numbers."""
+    """Puts marks in the places of addresses (e-mail, IP, MAC), account, card and telephone numbers, keys."""
     kinds = tuple(settings.kinds)
     changed: list[str | None] = [None] * texts.count
     counts = numpy.zeros(texts.count)

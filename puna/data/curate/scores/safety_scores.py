@@ -24,7 +24,7 @@ class PiiSettings(Parameters):
     """What is looked for."""
 
     kinds: list[Kind] = list(KINDS)  # noqa: RUF012  (pydantic copies defaults)
-    """email, iban, card, ip, phone."""
+    """email, iban, card, ip, phone, mac, key."""
 
 
 class UnwantedSettings(Parameters):
@@ -46,8 +46,11 @@ class UnwantedSettings(Parameters):
         "card": "card numbers with a right check digit",
         "ip": "addresses of IPv4 and IPv6",
         "phone": "telephone numbers",
+        "mac": "addresses of network cards",
+        "key": "secret keys",
     },
-    spans={"kind": "place of the kind in: email, iban, card, ip, phone"},
+    spans={"kind": "place of the kind in: email, iban, card, ip, phone, mac, key"},
+    version=2,
     source="ISO 13616 and ISO 7064 (accounts), ISO/IEC 7812 (cards)",
 )
 def pii(texts: Texts, settings: PiiSettings) -> Signals:
