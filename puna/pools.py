@@ -12,6 +12,7 @@ from puna.core.errors import PunaError
 from puna.options import show
 
 if TYPE_CHECKING:
+    from puna.data.curate.pipeline import Step
     from puna.data.curate.report import Traced
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into pools of documents.")
@@ -80,6 +81,85 @@ def quality(
     kinds = [list(islice(Corpus.open(path, kind="documents").texts(), most)) for path in (good, bad)]
     train(*kinds).save(out)
     show(f"{out}: learned from {len(kinds[0]):,} good documents and {len(kinds[1]):,} others")
+
+
+@data_app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="A preset, to see its steps and bounds.")] = None,
+) -> None:
+    """List the presets of curation, or the steps of one."""
+    from rich.table import Table
+
+    from puna.data.curate.pipeline import load_pipeline, preset_about, preset_names
+
+    if name is None:
+        table = Table("preset", "what it does", "source")
+        for each in preset_names():
+            about = preset_about(each)
+            table.add_row(each, str(about.get("does", "")), str(about.get("source", "")))
+        show(table)
+        return
+    pipeline, about = load_pipeline(name), preset_about(name)
+    steps = Table("step", "name", "what passes, or settings")
+    for step in pipeline.steps:
+        steps.add_row(step.kind, step.label, _step_text(step))
+    notes = [" ".join(note.split()) for note in pipeline.notes]
+    show(f"{name}: {about.get('does', '')}", f"source: {pipeline.source}", *notes, steps)
+
+
+@data_app.command()
+def operators(
+    name: Annotated[str | None, typer.Argument(help="An operator or a family, such as gopher.")] = None,
+) -> None:
+    """List the operators of curation; of one, what it stores and its settings."""
+    from rich.table import Table
+
+    from puna.core.errors import unknown_name
+    from puna.data.curate.operator import all_operators
+
+    found = all_operators()
+    if name is not None:
+        chosen = [each for each in found if name in (each.name, each.name.split(".")[0])]
+        if not chosen:
+            names = {each.name for each in found} | {each.name.split(".")[0] for each in found}
+            raise unknown_name("operator", name, names)
+        found = chosen
+    if name is None or name not in {each.name for each in found}:
+        table = Table("operator", "kind", "what it does")
+        for each in found:
+            table.add_row(each.name, each.kind, each.summary.replace("``", ""))
+        show(table)
+        return
+    for each in found:
+        show(f"{each.name} ({each.kind}): {each.summary}", f"source: {each.source}")
+        stores = Table("signal", "what it says", title="Stores", title_justify="left")
+        for signal, meaning in each.signals.items():
+            stores.add_row(f"{each.name}.{signal}", meaning)
+        for signal, meaning in each.spans.items():
+            stores.add_row(f"{each.name}.{signal}", f"of parts of the document: {meaning}")
+        settings = Table("setting", "default", "what it says", title="Settings", title_justify="left")
+        for key, field in each.settings.model_fields.items():
+            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+            settings.add_row(key, default, " ".join((field.description or "").split()))
+        show(*(table for table in (stores, settings) if table.row_count))
+
+
+def _step_text(step: Step) -> str:
+    """What of a step one wants to see: a gate's bounds, or the settings that it was given."""
+    from puna.data.curate.gates import bounds_for
+    from puna.data.curate.report import bounds_text
+
+    gate = step.gate
+    if gate is None:
+        assert step.settings is not None
+        changed = step.settings.model_dump(exclude_unset=True)
+        return ", ".join(f"{key} {value}" for key, value in changed.items())
+    quantiles = [(key, getattr(gate, key)) for key in ("quantile_minimum", "quantile_maximum")]
+    told = [bounds_text(bounds_for(gate, ""), gate.null)]
+    told += [f"{key} {value}" for key, value in quantiles if value is not None]
+    told += [f"{tag}: {bounds_text(bounds_for(gate, tag))}" for tag in gate.languages]
+    reduce = f" ({gate.reduce})" if gate.reduce else ""
+    return f"{gate.signal}{reduce}: {'; '.join(filter(None, told))}"
 
 
 def _told(traced: Traced) -> list[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,6 +45,7 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
             yield text.count("\n", 0, match.start(2)) + 1, match[2]
 
 
+@cache
 def anchors(page: Path) -> set[str]:
     """The fragments under which GitHub shows a page's headings."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)

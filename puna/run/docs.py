@@ -1,7 +1,8 @@
 """Writes the documentation that follows from recipes and stages: ``python -m puna.run.docs``.
 
 ``docs/systems/<name>.md`` comes from the system's recipe and, if there is one, the snapshot of its
-measured claims beside it; ``docs/stages.md`` from the registered stages. ``--measured runs`` renews
+measured claims beside it; ``docs/stages.md`` from the registered stages; ``docs/operators.md`` from the
+operators and presets of curation. ``--measured runs`` renews
 the snapshots from run folders first; ``--check`` writes nothing and fails if something is stale.
 """
 
@@ -18,6 +19,7 @@ from puna.core.errors import PunaError
 from puna.core.files import read_json, write_json, write_text
 from puna.core.stage import Input, Stage, all_stages, get_stage, models_of
 from puna.run import claims
+from puna.run.operator_docs import operators_page
 from puna.run.recipe import Recipe, load, system_names
 from puna.run.source import dump
 from puna.run.systems import SNAPSHOTS
@@ -207,7 +209,8 @@ def renew_snapshots(runs: Path) -> list[Path]:
 
 def pages() -> dict[Path, str]:
     """Every generated page by its file."""
-    found = {DOCS / "stages.md": stages_page()}
+    operators = operators_page(_parameter_rows)
+    found = {DOCS / "stages.md": stages_page(), DOCS / "operators.md": operators}
     for name in system_names():
         snapshot = SNAPSHOTS / f"{name}.claims.json"
         measured = read_json(snapshot) if snapshot.is_file() else None

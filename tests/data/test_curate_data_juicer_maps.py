@@ -272,3 +272,28 @@ def test_an_archive_is_a_document_of_a_pool(tmp_path):
     pool = Curation(made, tmp_path / "pool").run()
     texts = [text for shard in pool.shards() for text in pool.documents(shard, len(pool.phases)).texts.texts]
     assert sorted(texts) == ["\\section{A} text", "\\section{B} text"]
+
+
+@pytest.mark.parametrize(
+    ("conversion", "text", "made"),
+    [
+        ("t2s", "後來，乾隆皇帝在裡面。 Hello", "后来，乾隆皇帝在里面。 Hello"),  # 乾 stays in a name
+        ("t2s", "餅乾", "饼干"),  # and does not in a cracker
+        ("s2t", "皇后的头发 1", "皇后的頭髮 1"),
+        ("s2t", "发展", "發展"),
+        ("s2twp", "鼠标", "滑鼠"),
+        ("jp2t", "学校", "學校"),
+    ],
+)
+def test_chinese_scripts_are_converted_by_phrases(conversion, text, made):
+    pytest.importorskip("opencc")
+    assert mapped("chinese_convert", [text], conversion=conversion) == [made]
+
+
+def test_what_is_not_chinese_is_not_given_to_opencc(monkeypatch):
+    pytest.importorskip("opencc")
+    from puna.data.curate.maps import data_juicer_chinese
+
+    monkeypatch.setattr(data_juicer_chinese, "_converter", lambda conversion: None)
+    texts = ["plain", "ёж ひらがな", "", "汉\ud800"]
+    assert mapped("chinese_convert", texts) == texts

@@ -125,3 +125,20 @@ def test_the_commands(stage_folder):
         assert words in told.output
     told = run.invoke(data_app, ["trace", str(stage_folder), "nobody"])
     assert "no document has this id" in str(told.exception)
+
+
+def test_presets_and_operators_are_listed():
+    run = CliRunner()
+
+    def told(*words):
+        outcome = run.invoke(data_app, words, env={"COLUMNS": "200"})
+        return outcome.output if outcome.exit_code == 0 else str(outcome.exception)
+
+    assert "setu-hi" in told("presets") and "arXiv:2112.11446" in told("presets")
+    shown = told("presets", "setu")
+    assert "setu.statistics.lines: more than 4; as: more than 3" in shown and "minimum 0.9, always" in shown
+    assert "did you mean 'gopher'" in told("presets", "gofer")
+    assert "data_juicer.words" in told("operators") and "gopher.words" not in told("operators", "c4")
+    shown = told("operators", "pii.mask")
+    assert "pii.mask.masked" in shown and "kinds" in shown
+    assert "unknown operator 'gopher.word'" in told("operators", "gopher.word")

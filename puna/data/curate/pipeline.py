@@ -132,6 +132,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def preset_about(name: str) -> dict[str, Any]:
+    """What a preset's file says of it (``source``, ``does``, ``notes``), and its ``steps`` as they stand."""
+    return dict(_read(name))
+
+
 def load_pipeline(
     name: str,
     *,
