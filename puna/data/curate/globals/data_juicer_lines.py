@@ -101,7 +101,7 @@ def cut_lines(
 
     The line break before a line stays if that line does, and one before it in the document.
     """
-    kept_before = numpy.cumsum(~out) - ~out
+    kept_before: NDArray[numpy.int64] = numpy.cumsum(~out) - ~out
     first = numpy.flatnonzero(numpy.diff(document, prepend=-1))
     kept_before = kept_before - numpy.repeat(kept_before[first], numpy.diff(first, append=len(document)))
     is_first = numpy.zeros(len(document), dtype=bool)
