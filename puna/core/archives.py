@@ -130,6 +130,32 @@ def _of_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo, where: str, limi
     yield from iter(lambda: stream.read(_PIECE), b"")
 
 
+def unpack_tar_folder(path: Path | str, folder: str, target: Path, *, limit: int) -> None:
+    """Write the plain files below ``folder`` of a tar archive below ``target``; links are left out.
+
+    More than ``limit`` bytes in all, a name that leads out of the folder, or no file is a :class:`PunaError`.
+    """
+    root, left, count = PurePosixPath(folder), limit, 0
+    try:
+        with tarfile.open(path, "r|*") as archive:
+            for entry in archive:
+                if not entry.isfile() or not PurePosixPath(entry.name).is_relative_to(root):
+                    continue
+                refuse_unsafe(entry.name, where=path)
+                file = target / PurePosixPath(entry.name).relative_to(root)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("wb") as unpacked:
+                    for piece in _of_entry(archive, entry, f"{path}:{entry.name}", left):
+                        left -= unpacked.write(piece)
+                count += 1
+    except FileNotFoundError:
+        raise PunaError("file not found", where=path) from None
+    except UNREADABLE as error:
+        raise PunaError("not a readable tar archive", where=path, found=error) from None
+    if not count:
+        raise PunaError("the archive has no file in this folder", where=path, expected=folder)
+
+
 def read_tar_member(path: Path | str, member: str, *, limit: int) -> bytes:
     """All bytes of the file ``member`` of a tar archive, at most ``limit``."""
     return b"".join(tar_pieces(path, member, limit=limit))

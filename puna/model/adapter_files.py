@@ -10,6 +10,7 @@ import copy
 import enum
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,84 @@ def read_adapter(
     if not trainable:
         model.requires_grad_(False)
     return counted
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A LoRA adapter on disk, by the names of the weights it changes; nothing of it is in a decoder.
+
+    ``low_rank`` holds of each weight A [rank, in], B [out, rank], both float32, and the scale of their
+    product; ``full`` names in the file the tensors that replace a weight.
+    """
+
+    where: Path
+    low_rank: Mapping[str, tuple[Tensor, Tensor, float]]
+    full: Mapping[str, str]
+    _file: SafetensorsFile
+
+    def low_rank_part(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor | None:
+        """scale * B A of the weights from ``start`` to ``stop`` laid out flat, whole rows of ``shape``."""
+        if name not in self.low_rank:
+            return None
+        down, up, scale = self.low_rank[name]
+        width = shape[-1]
+        rows = up[start // width : -(-stop // width)]
+        product = (rows @ down).mul_(scale).view(-1)
+        first = start - start // width * width
+        return product[first : first + stop - start]
+
+    def full_part(self, name: str, start: int, stop: int) -> Tensor:
+        """The same part of a tensor that replaces the weight, float32."""
+        return self._file.part(self.full[name], start, stop).float()
+
+
+def open_adapter(folder: Path | str, shapes: Mapping[str, tuple[int, ...]]) -> StoredAdapter:
+    """The adapter of ``folder`` for a model with weights of ``shapes``, to be added as those are read.
+
+    DoRA and trained biases, which are no product of two matrices, are errors; so is an embedding that
+    differs from its head where ``shapes`` has one matrix for both.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if config.use_dora or config.lora_bias:
+        raise PunaError(
+            "a DoRA or a LoRA with biases is no difference of low rank",
+            where=folder,
+            fix="merge it into its base first and give the whole model",
+        )
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        refuse_pickle(folder)
+    file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
+    names = {name.removeprefix(_PREFIX): name for name in file.shapes}
+    full = {name: stored for name, stored in names.items() if ".lora_" not in name}
+    if HEAD in full and HEAD not in shapes:
+        if EMBEDDING not in full or not torch.equal(file.get(full[HEAD]), file.get(full[EMBEDDING])):
+            raise PunaError(
+                "the adapter unties embedding and head of its base",
+                where=folder,
+                fix="merge it into its base first and give the whole model",
+            )
+        del full[HEAD]
+    low: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for name, stored in names.items():
+        if name.endswith(".lora_A.weight"):
+            module = name.removesuffix(".lora_A.weight")
+            down, up = file.get(stored).float(), file.get(names[f"{module}.lora_B.weight"]).float()
+            low[f"{module}.weight"] = (down, up, _scale(config, module, down.shape[0]))
+    found: dict[str, tuple[int, ...]] = {
+        name: (up.shape[0], down.shape[1]) for name, (down, up, _) in low.items()
+    }
+    found |= {name: file.shapes[stored] for name, stored in full.items()}
+    check_shapes({name: shapes[name] for name in found if name in shapes}, found, folder)
+    return StoredAdapter(folder, low, full, file)
+
+
+def _scale(config: Any, module: str, rank: int) -> float:
+    """What PEFT multiplies the product by: alpha / r or alpha / sqrt(r), alpha as its pattern may say."""
+    from peft.utils.other import get_pattern_key
+
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
 def merged_copy(model: Llama, folder: Path | str) -> Llama:

@@ -13,16 +13,18 @@ from puna.core.errors import PunaError
 from puna.core.files import read_json
 from puna.model.adapter_files import ADAPTER_CONFIG, read_adapter
 from puna.model.gguf_header import MAGIC, read_gguf_metadata
-from puna.model.gguf_reader import read_gguf
+from puna.model.gguf_reader import open_gguf_weights, read_gguf
 from puna.model.gguf_writer import write_gguf
-from puna.model.hf import CONFIG, OWN_CONFIG, read_hf, refuse_pickle, write_hf
+from puna.model.hf import CONFIG, OWN_CONFIG, open_hf, read_hf, refuse_pickle, write_hf
 from puna.model.llama import Llama
 from puna.model.spec import LlamaSpec
+from puna.model.weights import WeightSource, check_shapes, expected_shapes
 
 __all__ = [
     "Detection",
     "check_vocabulary",
     "detect",
+    "open_weights",
     "read_gguf_metadata",
     "read_weights",
     "write_gguf",
@@ -107,6 +109,24 @@ def read_weights(
 
     read = read_gguf if detection.kind == "gguf" else read_hf
     return read(detection.path, dtype=dtype, device=device, adjust=adjust)
+
+
+def open_weights(path: Path | str) -> tuple[LlamaSpec, WeightSource]:
+    """The spec of a checkpoint folder or GGUF file, and its weights to be read one by one, in parts.
+
+    Names and shapes are checked as :func:`read_weights` does; finite numbers are the reader's business.
+    """
+    detection = detect(path)
+    if detection.kind == "adapter":
+        raise PunaError(
+            "an adapter is no whole model",
+            where=detection.path,
+            fix="name its base together with it, or merge it first",
+        )
+    opened = open_gguf_weights if detection.kind == "gguf" else open_hf
+    spec, source = opened(detection.path)
+    check_shapes(expected_shapes(spec, source.where), source.shapes, source.where)
+    return spec, source
 
 
 def _read_adapter_on_base(folder: Path, open_base: Callable[[str], Llama] | None) -> Llama:

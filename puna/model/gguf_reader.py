@@ -18,7 +18,7 @@ from puna.model.gguf_header import GgufFile, GgufTensor, open_gguf
 from puna.model.gguf_layout import ROPE_FACTORS, architecture_of, gguf_name, row_order, spec_from_metadata
 from puna.model.llama import Llama
 from puna.model.spec import LlamaSpec
-from puna.model.weights import expected_shapes, fill_llama
+from puna.model.weights import WeightSource, expected_shapes, fill_llama
 
 # Weights dequantised at a time: small enough for the processor's cache, large enough for numpy.
 _CHUNK = 1 << 17
@@ -45,9 +45,14 @@ def read_gguf(
 
     Types read: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K.
     """
-    file = open_gguf(path)
-    source = _GgufSource(file)
-    return fill_llama(adjust(source.spec), source, dtype=dtype, device=device)
+    spec, source = open_gguf_weights(path)
+    return fill_llama(adjust(spec), source, dtype=dtype, device=device)
+
+
+def open_gguf_weights(path: Path | str) -> tuple[LlamaSpec, WeightSource]:
+    """The spec of a GGUF file and where its weights lie; none is read yet."""
+    source = _GgufSource(open_gguf(path))
+    return source.spec, source
 
 
 class _GgufSource:
@@ -83,6 +88,21 @@ class _GgufSource:
         else:
             whole = self._chunk(tensor, rows).view(target.shape)
             target[order.to(target.device)] = whole.to(target.device, target.dtype)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows that the part cuts are dequantised whole; a tensor whose rows are reordered always is."""
+        tensor = self._tensors[name]
+        if row_order(self._architecture, self.spec, name) is not None:
+            whole = torch.empty(tensor.shape, dtype=self.dtype(name))
+            self.read_into(name, whole)
+            return whole.view(-1)[start:stop].clone()
+        width = tensor.shape[-1]
+        first, last = start // width, -(-stop // width)
+        found = self._chunk(tensor, self._rows(tensor)[first:last])
+        return found[start - first * width : stop - first * width]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _PLAIN.get(self._tensors[name].storage.name, torch.float32)
 
     def _rows(self, tensor: GgufTensor) -> numpy.ndarray[Any, numpy.dtype[numpy.uint8]]:
         """Stored bytes, [rows, bytes per row]."""

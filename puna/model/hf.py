@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,13 +27,14 @@ from puna.model.packed_files import (
 )
 from puna.model.spec import LlamaSpec
 from puna.model.uniform_grid import UniformGrid
-from puna.model.weights import EMBEDDING, HEAD, check_finite, fill_llama, progress
+from puna.model.weights import EMBEDDING, HEAD, WeightSource, check_finite, fill_llama, progress
 
 CONFIG = "config.json"
 OWN_CONFIG = "puna.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_READABLE = ("F64", "F32", "F16", "BF16")
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READABLE = tuple(_TYPES)
 _INTEGERS = ("I8", "I32", "I64")  # in packed checkpoints
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DAMAGED = "the file is damaged or cut short: fetch or write it again"
@@ -46,12 +48,15 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, types: tuple[str, ...] = _READABLE) -> None:
         self.path = path
+        self._offsets: dict[str, int] | None = None
         try:
             self._file = cast(Any, safe_open(path, framework="pt", device="cpu"))
             self.shapes: dict[str, tuple[int, ...]] = {}
+            self.types: dict[str, str] = {}
             for name in self._file.keys():  # noqa: SIM118 - no dictionary
                 view = self._file.get_slice(name)
                 self.shapes[name] = tuple(view.get_shape())
+                self.types[name] = view.get_dtype()
                 if view.get_dtype() not in types:
                     raise PunaError(
                         f"tensor {name!r} is stored in a type that holds no plain weights",
@@ -71,6 +76,47 @@ class SafetensorsFile:
         """One tensor, mapped from the file and not copied."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The texts by name in the file's header."""
+        return dict(self._file.metadata() or {})
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """The weights from ``start`` to ``stop`` of the tensor laid out flat, in their stored type.
+
+        Read with the file's own calls: pages of a mapped file would stay and count as this process's memory.
+        """
+        kind = _TYPES[self.types[name]]
+        part = torch.empty(stop - start, dtype=kind)
+        if stop > start:
+            view = bytes_of(part)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._begin(name) + start * kind.itemsize)
+                while view:
+                    read = file.readinto(view)
+                    if not read:
+                        raise PunaError("the file ends too early", where=self.path, fix=_DAMAGED)
+                    view = view[read:]
+        return part
+
+    def _begin(self, name: str) -> int:
+        """Where the tensor begins in the file; safetensors checked the header when it was opened."""
+        if self._offsets is None:
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            self._offsets = {
+                key: 8 + length + entry["data_offsets"][0]
+                for key, entry in header.items()
+                if key != "__metadata__"
+            }
+        return self._offsets[name]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, byte by byte."""
+    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
 
 
 def refuse_pickle(path: Path) -> None:
@@ -106,7 +152,16 @@ def read_hf(
     device: torch.device | str,
     adjust: Callable[[LlamaSpec], LlamaSpec] = lambda spec: spec,
 ) -> Llama:
-    """Open a checkpoint folder; ``adjust`` may change the spec before the weights come.
+    """Open a checkpoint folder (:func:`open_hf`); ``adjust`` may change the spec before the weights come."""
+    spec, source = open_hf(folder)
+    model = fill_llama(adjust(spec), source, dtype=dtype, device=device)
+    if isinstance(source, PackedSource):
+        model.grids = source.grids
+    return model
+
+
+def open_hf(folder: Path | str) -> tuple[LlamaSpec, WeightSource]:
+    """The spec of a checkpoint folder and where its weights lie; none is read yet.
 
     Left aside, and said on the log: rotary buffers of old checkpoints. A tied model may carry a
     head of its own: an equal one is dropped, a different one is kept and the model opens untied,
@@ -135,14 +190,11 @@ def read_hf(
     spec = LlamaSpec.from_config(config, where=folder / CONFIG)
     spec = _settle_head(spec, files, folder)
     if scheme is None:
-        return fill_llama(adjust(spec), FolderSource(folder, files), dtype=dtype, device=device)
-    packed = PackedSource(folder, files, scheme)
-    model = fill_llama(adjust(spec), packed, dtype=dtype, device=device)
-    model.grids = packed.grids
+        return spec, FolderSource(folder, files)
     if scheme.activation_bits is not None:
         bits = f"{scheme.activation_bits} bits"
         _log.warning("%s: what enters its matrices is meant for %s, and is not rounded here", folder, bits)
-    return model
+    return spec, PackedSource(folder, files, scheme)
 
 
 class FolderSource:
@@ -156,6 +208,14 @@ class FolderSource:
     def read_into(self, name: str, target: Tensor) -> None:
         """Copy one tensor."""
         target.copy_(self._files[name].get(name))
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Some weights of one tensor, laid out flat, as they are stored."""
+        return self._files[name].part(name, start, stop)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that it is stored in."""
+        return _TYPES[self._files[name].types[name]]
 
 
 class PackedSource:
@@ -190,6 +250,16 @@ class PackedSource:
         weight, grid = self._scheme.read(parts)
         self.grids[name] = grid
         target.copy_(weight)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """A part of a matrix is decoded with the whole of it."""
+        whole = torch.empty(self.shapes[name])
+        self.read_into(name, whole)
+        return whole.view(-1)[start:stop].clone()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Decoded."""
+        return torch.float32
 
 
 def _files(folder: Path, types: tuple[str, ...]) -> Iterator[SafetensorsFile]:
@@ -263,25 +333,37 @@ def write_hf(
     ``extra_config`` adds keys to config.json. ``packed`` writes the matrices that lie on a grid
     (``Llama.grids``) as integers in the layout of compressed-tensors.
     """
-    spec = model.spec
     tensors = plain_parameters(model, folder)
-    config = spec.to_config()
+    grid = None
     if packed:
-        config["quantization_config"] = quantisation_config(*common_grid(model.grids, folder))
+        grid = quantisation_config(*common_grid(model.grids, folder))
         for name, each in model.grids.items():
             tensors |= packed_tensors(name, tensors.pop(name), each, folder)
-    dtype = str(model.dtype).removeprefix("torch.")
-    ids = {"bos_token_id": spec.bos_id, "eos_token_id": config["eos_token_id"], "pad_token_id": spec.pad_id}
     with folder_aside(folder) as aside:
-        # Both names of the dtype key: transformers 5 reads the first, its elders the second.
-        write_json(aside / CONFIG, {**config, "dtype": dtype, "torch_dtype": dtype, **(extra_config or {})})
-        write_json(
-            aside / "generation_config.json",
-            {"_from_model_config": True, **{key: value for key, value in ids.items() if value is not None}},
-        )
-        if not spec.uniform:
-            write_json(aside / OWN_CONFIG, config)
+        write_configs(model.spec, model.dtype, aside, extra_config, quantised=grid)
         _write_tensors(tensors, aside, shard_bytes)
+
+
+def write_configs(
+    spec: LlamaSpec,
+    dtype: torch.dtype,
+    folder: Path,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    quantised: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what a checkpoint folder says of its weights: all files but the weights themselves."""
+    config = {**spec.to_config(), **({"quantization_config": quantised} if quantised else {})}
+    name = str(dtype).removeprefix("torch.")
+    ids = {"bos_token_id": spec.bos_id, "eos_token_id": config["eos_token_id"], "pad_token_id": spec.pad_id}
+    # Both names of the dtype key: transformers 5 reads the first, its elders the second.
+    write_json(folder / CONFIG, {**config, "dtype": name, "torch_dtype": name, **(extra or {})})
+    write_json(
+        folder / "generation_config.json",
+        {"_from_model_config": True, **{key: value for key, value in ids.items() if value is not None}},
+    )
+    if not spec.uniform:
+        write_json(folder / OWN_CONFIG, config)
 
 
 def plain_parameters(model: Llama, where: object) -> dict[str, Tensor]:

@@ -36,6 +36,12 @@ class WeightSource(Protocol):
     def read_into(self, name: str, target: Tensor) -> None:
         """Copy the tensor ``name`` into ``target``, converting its dtype."""
 
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """The weights from ``start`` to ``stop`` of the tensor ``name`` laid out flat, the caller's own."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that :meth:`part` gives."""
+
 
 def fill_llama(
     spec: LlamaSpec, source: WeightSource, *, dtype: torch.dtype, device: torch.device | str

@@ -109,3 +109,20 @@ def test_a_tar_members_bound_links_and_absence_are_errors(tmp_path: Path) -> Non
             archives.read_tar_member(large, "x", limit=50_000)
     with pytest.raises(PunaError, match="file not found"):
         archives.read_tar_member(tmp_path / "c.tar.gz", "y", limit=4)
+
+
+def test_a_folder_of_a_tar_archive_is_unpacked_and_nothing_else(tmp_path: Path) -> None:
+    members = {"p/d/x.csv": b"a,b\n", "p/d/in/y.csv": b"c", "p/other.txt": b"no", "p/dd/z": b"no"}
+    path = _tar(tmp_path / "a.tar.gz", members, link="p/d/way")
+    archives.unpack_tar_folder(path, "p/d", tmp_path / "out", limit=5)
+    found = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*.*")}
+    assert found == {"x.csv", "in/y.csv"}
+    with pytest.raises(PunaError, match="more than it may"):
+        archives.unpack_tar_folder(path, "p/d", tmp_path / "less", limit=4)
+    with pytest.raises(PunaError, match="no file in this folder"):
+        archives.unpack_tar_folder(path, "p/none", tmp_path / "none", limit=9)
+    evil = _tar(tmp_path / "b.tar.gz", {"p/d/../../out.txt": b"evil"})
+    with pytest.raises(PunaError, match="unsafe path"):
+        archives.unpack_tar_folder(evil, "p/d", tmp_path / "evil", limit=9)
+    with pytest.raises(PunaError, match="file not found"):
+        archives.unpack_tar_folder(tmp_path / "none.tar", "p", tmp_path / "none", limit=9)

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 from puna.core import assets, registries
-from puna.core.assets import Asset
+from puna.core.assets import Asset, SourceArchive
 from puna.core.errors import PunaError
 
 CONTENT = b"weights " * 5000
@@ -456,6 +457,24 @@ def test_a_file_of_a_source_archive_is_fetched_and_checked(
     path = assets.fetch_asset(asset)
     assert path.name == "data.bin" and path.read_bytes() == CONTENT
     assert assets.local(asset) == path and assets.recorded_sha256(asset) == sha(CONTENT)
+
+
+def test_a_folder_of_a_source_archive_is_an_asset_too(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILT", str(tmp_path / "built"))
+    file = make_source(index)
+    asset = declare_source(file, member=None, folder="littlesource-1.0", unpacked=100_000)
+    path = assets.fetch_asset(asset)
+    assert path.name == "littlesource-1.0" and (path / "data.bin").read_bytes() == CONTENT
+    assert assets.local(asset) == path and assets.recorded_sha256(asset) == sha(file.read_bytes())
+    (path / "data.bin").write_bytes(b"other")
+    assert assets.local(asset) is None
+
+
+def test_a_source_archive_names_a_member_or_a_folder() -> None:
+    with pytest.raises(pydantic.ValidationError, match="give a member, or a folder"):
+        SourceArchive(registry="pypi-source", package="p", version="1", sha256="0" * 64, bytes=1)
 
 
 def test_another_source_archive_is_refused_before_its_build_runs(

@@ -247,7 +247,7 @@ def test_a_missing_extra_is_told_with_what_to_install(
 def test_every_registered_source_can_be_named_in_a_recipe_and_has_a_format() -> None:
     assert set(models_of(AnySource)) == set(SOURCES)
     formats = [source.format for source in SOURCES.values()]
-    assert len(set(formats)) == len(formats) == 9
+    assert len(set(formats)) == len(formats) == 10
     assert all(source.kinds for source in SOURCES.values())
     assert json.dumps(formats)
 
@@ -262,3 +262,57 @@ def test_a_misspelt_asset_format_or_key_is_told(read: Any) -> None:
     ):
         with pytest.raises(PunaError, match=words):
             read("documents", **settings)
+
+
+def _task(*examples: Any) -> str:
+    return json.dumps({"name": "a task", "examples": list(examples)})
+
+
+def test_examples_of_a_task_become_questions_with_their_first_answer(
+    read: Any, write: Any, tmp_path: Path
+) -> None:
+    write(
+        "tasks/one/task.json",
+        _task({"input": " 2 + 2? ", "target": ["4", "four"]}, {"input": "a", "target": "b"}),
+    )
+    write("tasks/two/task.json", _task({"input": "red?", "target_scores": {"no": 0, "yes": 1}}))
+    settings = {"format": "bigbench", "path": str(tmp_path / "tasks")}
+    items, _ = read("messages", **settings, task="one", ask="Say: {input}")
+    assert [m["content"] for m in items[0].row["messages"]] == ["Say: 2 + 2?", "4"]
+    assert items[0].document != items[1].document  # so that a split parts them
+    assert read("messages", **settings, task="two")[0][0].row["messages"][1]["content"] == "yes"
+    file = str(tmp_path / "tasks" / "two" / "task.json")
+    assert len(read("messages", format="bigbench", path=file)[0]) == 1
+    with pytest.raises(PunaError, match="did you mean 'one'"):
+        read("messages", **settings, task="onne")
+    with pytest.raises(PunaError, match="which task is meant"):
+        read("messages", **settings)
+    with pytest.raises(PunaError, match="holds one task"):
+        read("messages", format="bigbench", path=file, task="two")
+    with pytest.raises(PunaError, match="no place"):
+        read("messages", **settings, task="one", ask="Say it")
+
+
+@pytest.mark.parametrize(
+    ("example", "place"),
+    [
+        ({"input": "", "target": "b"}, "field input"),
+        ({"input": "a", "target": []}, "field target"),
+        ({"input": "a"}, "field target"),
+        ({"input": "a", "target_scores": {"x": 1, "y": 1}}, "field target_scores"),
+        ("text", "field input"),
+    ],
+)
+def test_a_broken_example_is_told_by_file_and_place(read: Any, write: Any, example: Any, place: str) -> None:
+    path = str(write("task.json", _task({"input": "a", "target": "b"}, example)))
+    with pytest.raises(PunaError) as error:
+        read("messages", format="bigbench", path=path)
+    assert "example 1" in str(error.value) and place in str(error.value)
+    items, reading = read("messages", format="bigbench", path=path, on_bad_row="skip")
+    assert len(items) == 1 and reading.tally.dropped == {"bad row": 1}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"examples": 3}'])
+def test_a_file_that_is_no_task_is_refused(read: Any, write: Any, text: str) -> None:
+    with pytest.raises(PunaError, match="not a"):
+        read("messages", format="bigbench", path=str(write("task.json", text)))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import pydantic
 
 from puna.core import assets
+from puna.data.sources.bigbench import BigbenchSettings
 from puna.data.sources.chatterbot import ChatterbotSettings
 from puna.data.sources.common import SOURCES, Item, Reading, Source, SourceSettings, known_asset
 from puna.data.sources.debian_descriptions import DebianDescriptionsSettings
@@ -56,7 +57,8 @@ AnySource = Annotated[
     | LibreofficeHelpSettings
     | DebianDescriptionsSettings
     | HuggingfaceSettings
-    | ChatterbotSettings,
+    | ChatterbotSettings
+    | BigbenchSettings,
     pydantic.Field(discriminator="format"),
     pydantic.BeforeValidator(with_format),
 ]

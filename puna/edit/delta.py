@@ -1,0 +1,279 @@
+"""Differences of models from one base, read tensor by tensor and part by part, never whole.
+
+A delta of a model is its weights minus those of the base it came from (task vectors, 2212.04089; DARE's
+delta parameters, 2311.03099). It is full, two checkpoints subtracted while they are read, or of low rank,
+an adapter in PEFT's layout whose product is formed for the rows asked for. All arithmetic is float32.
+What is written down names its base by a hash of the base's weights, and is refused on any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from puna.core.errors import PunaError
+from puna.core.files import folder_aside, read_json, write_json
+from puna.model.adapter_files import ADAPTER_CONFIG, StoredAdapter, open_adapter
+from puna.model.checkpoint import open_weights
+from puna.model.hf import SafetensorsFile, bytes_of
+from puna.model.spec import LlamaSpec
+from puna.model.tensor_writer import TensorWriter
+from puna.model.weights import WeightSource
+from puna.text import pretrained
+
+PART = 1 << 20
+"""Weights in a part, but at least one row of the tensor: 4 MB in float32."""
+DELTA_CONFIG = "delta.json"
+DELTA_WEIGHTS = "delta.safetensors"
+_log = logging.getLogger(__name__)
+
+
+class Parts(Protocol):
+    """Tensors by name that are read in parts, as float32."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor."""
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """The weights from ``start`` to ``stop`` of the tensor laid out flat; they are the caller's own."""
+
+
+def count_of(shape: tuple[int, ...]) -> int:
+    """Weights in a tensor of this shape."""
+    return torch.Size(shape).numel()
+
+
+def parts_of(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Where the parts of a tensor begin and end, laid out flat: whole rows, about :data:`PART` weights."""
+    count, width = count_of(shape), shape[-1] if shape else 1
+    step = max(1, PART // max(1, width)) * width
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+@dataclass
+class Weights:
+    """A model's weights on disk; ``adapter``, if there is one, is added as they are read."""
+
+    where: Path
+    spec: LlamaSpec
+    source: WeightSource
+    adapter: StoredAdapter | None = None
+
+    @classmethod
+    def open(cls, source: str | Path, adapter: str | Path | None = None) -> Weights:
+        """Open a checkpoint folder, GGUF file, asset or hub id; an adapter folder opens with its base."""
+        path = pretrained.locate(source)
+        if adapter is None and path.is_dir() and (path / ADAPTER_CONFIG).exists():
+            path, adapter = pretrained.locate(pretrained.base_of(path)), path
+        spec, weights = open_weights(path)
+        opened = cls(path, spec, weights)
+        if adapter is not None:
+            opened.adapter = open_adapter(pretrained.locate(adapter), weights.shapes)
+        return opened
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor under the decoder's names."""
+        return self.source.shapes
+
+    @property
+    def label(self) -> str:
+        """What errors call it."""
+        return f"{self.where}+{self.adapter.where}" if self.adapter else str(self.where)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that the tensor ``name`` is stored in."""
+        return self.source.dtype(name)
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor laid out flat, float32."""
+        found = self.source.part(name, start, stop).float()
+        if self.adapter is not None:
+            if name in self.adapter.full:
+                return self.adapter.full_part(name, start, stop)
+            low = self.adapter.low_rank_part(name, start, stop, self.shapes[name])
+            if low is not None:
+                found += low
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all names, shapes and weights, these as float32; reads all of them once."""
+        digest = hashlib.sha256()
+        for name in sorted(self.shapes):
+            digest.update(json.dumps([name, list(self.shapes[name])]).encode())
+            for start, stop in parts_of(self.shapes[name]):
+                digest.update(bytes_of(self.part(name, start, stop)))
+        return digest.hexdigest()
+
+
+@dataclass
+class DeltaSet:
+    """One model's difference from ``base``, by the base's tensor names, float32.
+
+    :meth:`between` for a model, :meth:`of_adapter` for a LoRA alone, :meth:`read` for what
+    :meth:`write` left. ``changed`` are the tensors that can differ from zero.
+    """
+
+    base: Weights
+    label: str
+    changed: frozenset[str]
+    _model: Weights | None = None
+    _adapter: StoredAdapter | None = None
+    _stored: SafetensorsFile | None = field(default=None, repr=False)
+
+    @classmethod
+    def between(cls, base: Weights, model: Weights) -> DeltaSet:
+        """``model`` minus ``base``; other names or shapes are an error.
+
+        A model that is this base under an adapter gives the adapter's own product, unrounded.
+        """
+        if model.adapter is not None and model.where == base.where and base.adapter is None:
+            return cls._over(base, model.adapter)
+        check_same_shapes(base, model)
+        return cls(base, model.label, frozenset(base.shapes), _model=model)
+
+    @classmethod
+    def of_adapter(cls, base: Weights, folder: str | Path) -> DeltaSet:
+        """The adapter of ``folder``; one that states another base than ``base`` is an error."""
+        path = pretrained.locate(folder)
+        _check_stated_base(base, path)
+        return cls._over(base, open_adapter(path, base.shapes))
+
+    @classmethod
+    def _over(cls, base: Weights, adapter: StoredAdapter) -> DeltaSet:
+        changed = frozenset([*adapter.full, *adapter.low_rank])
+        return cls(base, str(adapter.where), changed, _adapter=adapter)
+
+    @classmethod
+    def read(cls, base: Weights, folder: str | Path) -> DeltaSet:
+        """The delta that :meth:`write` left in ``folder``; one of another base is an error."""
+        path = Path(folder)
+        stated = read_json(path / DELTA_CONFIG)
+        if not isinstance(stated, dict) or not isinstance(stated.get("base_sha256"), str):
+            raise PunaError("not a delta's description", where=path / DELTA_CONFIG, expected="base_sha256")
+        if stated["base_sha256"] != base.fingerprint:
+            raise PunaError(
+                "this delta was taken from another base",
+                where=path,
+                found=f"a base of SHA-256 {stated['base_sha256'][:16]}..., called {stated.get('base')}",
+                expected=f"{base.fingerprint[:16]}..., the weights of {base.label}",
+                fix="give the base that it was taken from",
+            )
+        file = SafetensorsFile(path / DELTA_WEIGHTS)
+        strange = [name for name in file.shapes if base.shapes.get(name) != file.shapes[name]]
+        if strange:
+            raise PunaError("the delta holds a tensor that the base has not", where=path, found=strange[0])
+        return cls(base, str(path), frozenset(file.shapes), _stored=file)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of each tensor of the base."""
+        return self.base.shapes
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor's difference laid out flat, float32."""
+        if name not in self.changed:
+            return torch.zeros(stop - start)
+        if self._stored is not None:
+            return self._stored.part(name, start, stop).float()
+        if self._model is not None:
+            return self._model.part(name, start, stop).sub_(self.base.part(name, start, stop))
+        assert self._adapter is not None
+        if name in self._adapter.full:
+            return self._adapter.full_part(name, start, stop).sub_(self.base.part(name, start, stop))
+        found = self._adapter.low_rank_part(name, start, stop, self.shapes[name])
+        assert found is not None  # it is one of ``changed``
+        return found
+
+    def child_part(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of the model itself, as far as it is stored: not a bit of it went through a subtraction."""
+        if self._model is not None:
+            return self._model.part(name, start, stop)
+        if self._adapter is not None and name in self._adapter.full:
+            return self._adapter.full_part(name, start, stop)
+        base = self.base.part(name, start, stop)
+        return added(base, self.part(name, start, stop)) if name in self.changed else base
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor's difference, in the tensor's shape."""
+        shape = self.shapes[name]
+        parts = [self.part(name, start, stop) for start, stop in parts_of(shape)]
+        return torch.cat(parts).view(shape) if parts else torch.zeros(shape)
+
+    def write(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the delta as a folder, with the hash of its base; bfloat16 keeps 8 bits of each element."""
+        target = Path(folder)
+        names = [name for name in self.shapes if name in self.changed]
+        with folder_aside(target) as aside:
+            with TensorWriter(
+                aside, {name: self.shapes[name] for name in names}, dtype, DELTA_WEIGHTS
+            ) as out:
+                for name in names:
+                    for start, stop in parts_of(self.shapes[name]):
+                        out.add(name, self.part(name, start, stop))
+            facts = {"base": self.base.where.name, "base_sha256": self.base.fingerprint, "of": self.label}
+            write_json(aside / DELTA_CONFIG, facts)
+        return target
+
+
+def added(base: Tensor, delta: Tensor) -> Tensor:
+    """``base`` plus ``delta``; where that is zero the base keeps its very bits, a negative zero too."""
+    return torch.where(delta == 0, base, base + delta)
+
+
+def check_same_shapes(base: Weights, model: Weights) -> None:
+    """Refuse a model whose tensors are not those of the base."""
+    ours, theirs = base.shapes, model.shapes
+    unlike = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if not unlike:
+        return
+    name = unlike[0]
+    vocabulary = base.spec.vocab_size != model.spec.vocab_size
+    raise PunaError(
+        f"tensor {name!r} is not the same in both models",
+        where=model.label,
+        found=list(theirs[name]) if name in theirs else "none of that name",
+        expected=f"{list(ours[name])} as in {base.label}"
+        if name in ours
+        else f"none, as in {base.label}: the models are not of one family",
+        fix="the vocabularies differ in size: say which tokenizer the merged model takes (tokenizer_source)"
+        if vocabulary
+        else "merge models that were trained from one base",
+    )
+
+
+def _check_stated_base(base: Weights, adapter: Path) -> None:
+    """Refuse an adapter whose stated base can be found and has other weights than ``base``."""
+    try:
+        stated = pretrained.locate(pretrained.base_of(adapter))
+    except PunaError as error:
+        _log.warning("%s: the base it states cannot be checked: %s", adapter, error.message)
+        return
+    if stated.resolve() == base.where.resolve() and base.adapter is None:
+        return
+    theirs = Weights.open(stated)
+    if theirs.fingerprint != base.fingerprint:
+        raise PunaError(
+            "this adapter belongs to another base",
+            where=adapter / ADAPTER_CONFIG,
+            found=f"{stated}, SHA-256 {theirs.fingerprint[:16]}...",
+            expected=f"{base.label}, SHA-256 {base.fingerprint[:16]}...",
+            fix="give the base that it was trained on",
+        )
+
+
+def each_part(parts: Parts, name: str) -> Iterator[Tensor]:
+    """The parts of one tensor in turn."""
+    for start, stop in parts_of(parts.shapes[name]):
+        yield parts.part(name, start, stop)
