@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 class Blockwise:
     """Rows of token ids [rows, time] on their way through the blocks, a few at a time.
 
-    ``hidden`` [rows, time, hidden] are the inputs of the block ``layer``, that which comes next.
+    ``hidden`` [rows, time, hidden] are the inputs of the block ``layer``, that which comes next, in the
+    dtype of the model. With ``dtype`` bfloat16 its products run in that.
     """
 
-    def __init__(self, model: Llama, ids: Tensor, *, rows_at_once: int = 4) -> None:
+    def __init__(
+        self, model: Llama, ids: Tensor, *, rows_at_once: int = 4, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.model, self.ids, self.rows_at_once = model, ids, rows_at_once
         self.layer = 0
+        self.dtype = dtype
         with torch.no_grad():
             self.hidden: Tensor = model.model.embed_tokens(ids)
         time = ids.shape[1]
@@ -40,7 +44,8 @@ class Blockwise:
             layout = self._layout
             if len(part) != layout.batch:
                 layout = lay_out(len(part), part.shape[1], part.device, None, None, None)
-            parts.append(cast(Tensor, block(part, self._rotations, layout, None)))
+            with torch.autocast(part.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                parts.append(cast(Tensor, block(part, self._rotations, layout, None)))
         return torch.cat(parts)
 
     def advance(self) -> None:

@@ -26,7 +26,7 @@ from puna.edit.quantize.planners import (
     SalientColumnsPlanner,
     SalientWeightsPlanner,
 )
-from puna.edit.quantize.rounding import Moments, gptq, ldlq, nearest
+from puna.edit.quantize.rounding import Moments, gptq, gptq_by_activation, ldlq, nearest
 from puna.edit.quantize.settings import (
     Awq,
     Binary,
@@ -74,8 +74,11 @@ def quantize(
     *,
     seed: int = 0,
     rows_at_once: int = 4,
+    dtype: torch.dtype = torch.float32,
 ) -> Quantized:
     """Quantise ``model``, float32 and plain, in place; ``rows`` [rows, time] are token ids to calibrate on.
+
+    Products of the passes over them run in ``dtype``; hidden states, moments and rounding are float32.
 
     ``model.grids`` has the grid of each matrix that lies on a uniform one afterwards. Raises
     :class:`PunaError` for a model in another dtype, with an adapter or in NF4, and where rows are needed and
@@ -86,7 +89,7 @@ def quantize(
     done = Quantized()
     model.grids = {}
     calibrated = settings.calibrated
-    passing = Blockwise(model, rows, rows_at_once=rows_at_once) if calibrated and rows is not None else None
+    passing = Blockwise(model, rows, rows_at_once=rows_at_once, dtype=dtype) if calibrated and rows is not None else None
     last = max(
         (layer for layer in range(len(model.spec.blocks)) if layer not in settings.skip_layers), default=-1
     )
@@ -244,7 +247,8 @@ def round_matrix(
     planner = make_planner(weights, settings, moments)
     if isinstance(settings.rounding, Gptq):
         assert moments is not None
-        found = gptq(weights, moments, planner)
+        rounding = gptq_by_activation if settings.rounding.by_activation else gptq
+        found = rounding(weights, moments, planner)
     elif isinstance(settings.rounding, Ldlq):
         assert moments is not None
         found = ldlq(weights, moments, planner)

@@ -3,8 +3,7 @@
 System S18. GPTQ (2210.17323): with U the upper Cholesky factor of the inverse Hessian, column i is rounded
 and its error over U_ii, times U_ij, is taken from each later column j. LDLQ (2307.13304): with H = (U + I) D
 (U + I)^T, U strictly upper, column k is rounded after the errors of the columns before it, times U_jk, were
-added to it. Without groups the two give the same weights. Columns are not reordered by activation (act-order
-is left out).
+added to it. Without groups the two give the same weights.
 
 Weights stand transposed, [columns, rows]. All matrices that read the same input go through together, rows
 below rows: the loop over columns is the cost, and its width costs little. Columns go in blocks of 32; what
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -52,6 +52,11 @@ class Moments:
         diagonal[self.dead] = mean if mean > 0 else 1.0
         diagonal += damping * mean
         self.settled = settled
+
+    @classmethod
+    def of_settled(cls, settled: Tensor) -> Moments:
+        """Of moments that are damped already."""
+        return cls(settled, damping=0.0)
 
     @functools.cached_property
     def factor(self) -> Tensor:
@@ -96,11 +101,10 @@ class Moments:
 
 
 def gptq(weights: Tensor, moments: Moments, planner: Planner) -> Tensor:
-    """Rounded weights [columns, rows].
+    """Rounded weights [columns, rows], columns in the order they stand in.
 
     The grid of a group is fitted when its first column's turn comes, on weights that were updated until then.
     """
-    factor = moments.factor
     found = weights.clone()
     found[moments.dead] = 0
     starts = planner.bounds(len(found))
@@ -110,17 +114,53 @@ def gptq(weights: Tensor, moments: Moments, planner: Planner) -> Tensor:
         if start in starts:
             fitted, group = planner.begin(start, found[start : _next(starts, start, len(found))]), start
         assert fitted is not None
-        errors = torch.empty(stop - start, found.shape[1])
-        for column in range(start, stop):
-            now = found[column]
-            rounded = fitted.nearest(now, column - group)
-            error = torch.sub(now, rounded, out=errors[column - start]).div_(factor[column, column])
-            now.copy_(rounded)
-            if column + 1 < stop:
-                found[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        if stop < len(found):
-            found[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        _round_block(found, start, stop, moments.factor, [(fitted, at - group) for at in range(start, stop)])
     return found
+
+
+def gptq_by_activation(weights: Tensor, moments: Moments, planner: Planner) -> Tensor:
+    """Rounded weights [columns, rows], the inputs of largest second moment first (act-order).
+
+    All groups are fitted beforehand, on the weights as they were (static groups).
+    """
+    exact = weights.clone()
+    exact[moments.dead] = 0
+    starts = planner.bounds(len(exact))
+    fitted = [
+        (grid, column)
+        for start in starts
+        for end in [_next(starts, start, len(exact))]
+        for grid in [planner.begin(start, exact[start:end])]
+        for column in range(end - start)
+    ]
+    order = moments.settled.diagonal().argsort(descending=True)
+    turned = Moments.of_settled(moments.settled[order][:, order])
+    found = exact[order]
+    for start, stop in _blocks(len(found), [0]):
+        places = order[start:stop].tolist()
+        _round_block(found, start, stop, turned.factor, [fitted[place] for place in places])
+    exact[order] = found
+    return exact
+
+
+def _round_block(
+    found: Tensor, start: int, stop: int, factor: Tensor, grids: Sequence[tuple[Fitted, int]]
+) -> None:
+    """Round columns ``start`` to ``stop`` in place and make their errors good in those that follow.
+
+    ``grids`` has for each column its grid and its place in the grid's group.
+    """
+    errors = torch.empty(stop - start, found.shape[1])
+    for column in range(start, stop):
+        now = found[column]
+        grid, place = grids[column - start]
+        rounded = grid.nearest(now, place)
+        error = torch.sub(now, rounded, out=errors[column - start]).div_(factor[column, column])
+        now.copy_(rounded)
+        if column + 1 < stop:
+            found[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+    if stop < len(found):
+        found[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
 
 
 def ldlq(weights: Tensor, moments: Moments, planner: Planner) -> Tensor:

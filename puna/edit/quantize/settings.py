@@ -76,6 +76,8 @@ class Gptq(Parameters):
     kind: Literal["gptq"] = "gptq"
     damping: float = pydantic.Field(0.01, gt=0)
     """Added to the diagonal of the Hessian, in means of the diagonal."""
+    by_activation: bool = False
+    """Inputs of the largest second moment first, groups fitted beforehand (act-order with static groups)."""
 
 
 class Ldlq(Parameters):
