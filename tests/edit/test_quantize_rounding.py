@@ -118,6 +118,18 @@ def test_a_group_is_fitted_on_weights_that_were_updated_until_then() -> None:
     assert all(not torch.equal(seen[start], exact[start : start + 32]) for start in (32, 64, 96))
 
 
+def test_large_inputs_first_help_where_they_stand_last() -> None:
+    exact, seen = weight(), moments()
+    turned = Moments(seen.sums.flip(0, 1))  # the largest inputs are the last ones
+    for group in (32, None):
+        grid = Uniform(bits=3, group=group)
+        found = [
+            error(round_matrix(exact, Quantization(grid=grid, rounding=rounding), turned).weight, exact, turned)
+            for rounding in (Gptq(), Gptq(by_activation=True))
+        ]
+        assert found[1] < 0.9 * found[0]
+
+
 def test_inputs_that_never_came_neither_break_nor_disturb_gptq() -> None:
     exact, seen = weight(), moments()
     sums = seen.sums.clone()

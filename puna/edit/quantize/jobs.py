@@ -46,7 +46,8 @@ def run_quantize(context: Context, parameters: Quantize) -> Outcome:
     settings = chosen if isinstance(chosen, Quantization) else setting(chosen).quantization
     model = open_plain(context)
     rows = _rows(context, parameters, model) if settings.calibrated and context.inputs.get("corpus") else None
-    done = quantize(model, settings, rows, seed=context.seed)
+    dtype = pretrained.DTYPES[context.dtype]
+    done = quantize(model, settings, rows, seed=context.seed, dtype=dtype)
     path = _write(model, parameters, context.out)
     storage = done.storage
     figures = {

@@ -44,7 +44,7 @@ class Method:
 
 METHODS = {
     "rtn": Method("RTN", "2404.14047", "nothing: zero is always among the levels"),
-    "gptq": Method("GPTQ", "2210.17323", "columns are not reordered by activation"),
+    "gptq": Method("GPTQ", "2210.17323", "columns stay in order; act-order is an option of the rounding"),
     "awq": Method("AWQ", "2306.00978", "the error searched on is that of each matrix's own outputs"),
     "slim": Method("SliM-LLM", "2405.14917", "groups are mixed by squared error, not by divergence"),
     "quip": Method(

@@ -88,8 +88,9 @@ def quantize(
     began = time.perf_counter()
     done = Quantized()
     model.grids = {}
-    calibrated = settings.calibrated
-    passing = Blockwise(model, rows, rows_at_once=rows_at_once, dtype=dtype) if calibrated and rows is not None else None
+    passing = None
+    if settings.calibrated and rows is not None:
+        passing = Blockwise(model, rows, rows_at_once=rows_at_once, dtype=dtype)
     last = max(
         (layer for layer in range(len(model.spec.blocks)) if layer not in settings.skip_layers), default=-1
     )

@@ -37,7 +37,7 @@ EXACT = "exact"
 class Given:
     """What every row is measured on; ``rows`` [rows, tokens] to calibrate, ``lessons`` to train on.
 
-    Quantising computes in float32; what is measured afterwards is measured in ``dtype``.
+    Rounding computes in float32; passes over the calibration text, and what is measured then, in ``dtype``.
     """
 
     rows: Tensor
@@ -91,9 +91,15 @@ def _projections(model: Llama) -> Iterator[torch.nn.Linear]:
 
 
 def apply(
-    model: Llama, chosen: Setting, rows: Tensor, lessons: Tensor, budget: Budget, seed: int
+    model: Llama,
+    chosen: Setting,
+    rows: Tensor,
+    lessons: Tensor,
+    budget: Budget,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Quantized:
-    """Quantise ``model`` in place, and train behind it where the setting says so."""
+    """Quantise ``model`` in place, and train behind it where the setting says so; passes run in ``dtype``."""
     began = time.perf_counter()
     if chosen.training == "dual":
         grid = chosen.quantization.grid
@@ -102,7 +108,7 @@ def apply(
         teacher = twin(model)
         tune_dual(model, teacher, grid, lessons, budget, seed)
     else:
-        done = quantize(model, chosen.quantization, rows, seed=seed)
+        done = quantize(model, chosen.quantization, rows, seed=seed, dtype=dtype)
         if chosen.training is not None:
             tune_lora(model, lessons, budget, seed, pooled=chosen.training == "pooled_lora")
             done.storage = done.storage + _lora_storage(model, budget.rank)
@@ -128,7 +134,7 @@ def _lora_storage(model: Llama, rank: int) -> Storage:
 
 def _row(model: Llama, chosen: Setting, given: Given) -> dict[str, float]:
     changed = twin(model)
-    done = apply(changed, chosen, given.rows, given.lessons, given.budget, given.seed)
+    done = apply(changed, chosen, given.rows, given.lessons, given.budget, given.seed, given.dtype)
     changed.to(given.dtype)
     figures = quality(changed, given.texts, given.task, chosen.quantization.activation_bits)
     if done.errors:

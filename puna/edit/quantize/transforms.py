@@ -4,8 +4,8 @@
   out of what produces them: the norm before q, k, v or gate, up; the values before the output projection,
   where every query head has values of its own; up before down. Then the range of each group is searched for,
   but not of queries and keys. Simplified: the error that is minimised is the squared error of the matrices'
-  own outputs over all of the calibration text, from second moments, not that of the whole attention, and on
-  no subset of it.
+  own outputs, at most 512 of them, over all of the calibration text, from second moments, not that of the
+  whole attention.
 * SmoothQuant (2211.10438; S18): s_j = max|x_j|^p / max|w_j|^(1-p), into the two norms only.
 * Rotation (QuIP, 2307.13304; S18): W between random orthogonal Kronecker products, after inputs were rescaled
   so that weights and second moments have the same diagonal. What is kept is turned back; at run time a packed
@@ -29,6 +29,7 @@ from puna.edit.quantize.settings import Awq, Smooth, Uniform
 from puna.model.sites import Site, fold_inputs
 
 _CLIPS = 10  # ranges tried, from whole down to half
+_ROWS = 512  # of a site's outputs AWQ's search goes by so many at most, evenly spaced
 
 
 @dataclass
@@ -61,7 +62,8 @@ def awq(site: Site, inputs: Inputs, settings: Awq, grid: Uniform) -> float:
     """Search the power, fold the scales; returns the power (0 where nothing can be folded)."""
     if site.folds_into is None:
         return 0.0
-    weights = torch.cat([linear.weight.detach() for linear in site.linears]).T.contiguous()  # [in, rows]
+    every = torch.cat([linear.weight.detach() for linear in site.linears])
+    weights = every[:: -(-len(every) // _ROWS)].T.contiguous()  # [in, rows]
     moments = Moments(inputs.sums)
     best, chosen, power = torch.inf, torch.ones(len(weights)), 0.0
     for step in range(settings.points + 1):
