@@ -52,8 +52,14 @@ class Quantize(Calibrated):
         return value
 
 
-def _operations(parameters: Calibrated, spec: Any) -> float:
-    """Two passes over the calibration text, its second moments, and the updates of rounding."""
+def _seconds(parameters: Calibrated, shapes: Any) -> float:
+    """Of one calibrated quantisation: passes in the run's dtype, the rest in float32."""
+    passes, rest = _operations(parameters, shapes.spec)
+    return float(shapes.device.seconds(passes, shapes.dtype) + shapes.device.seconds(rest, "float32"))
+
+
+def _operations(parameters: Calibrated, spec: Any) -> tuple[float, float]:
+    """Two passes over the calibration text; its second moments and the updates of rounding."""
     tokens = parameters.calibration_rows * parameters.calibration_tokens
     passes = 2 * tokens * plan.forward_operations(spec, parameters.calibration_tokens)
     moments = rounding = 0.0
@@ -61,7 +67,7 @@ def _operations(parameters: Calibrated, spec: Any) -> float:
         for outputs, inputs in plan.projections(spec, block).values():
             moments += tokens * inputs * inputs
             rounding += outputs * inputs * inputs + _ROUNDING_OPERATIONS * outputs * inputs
-    return float(passes + moments + rounding)
+    return float(passes), float(moments + rounding)
 
 
 def _plan_quantize(parameters: Quantize, shapes: Any) -> Cost:
@@ -69,17 +75,22 @@ def _plan_quantize(parameters: Quantize, shapes: Any) -> Cost:
     spec = shapes.spec
     if spec is None:
         return Cost()
-    tokens = parameters.calibration_rows * parameters.calibration_tokens
+    chosen = parameters.quantization
+    if isinstance(chosen, str):
+        from puna.edit.quantize.methods import SETTINGS
+
+        chosen = SETTINGS[chosen].quantization
     weights = spec.parameter_count()
+    moved = shapes.device.read_seconds((4 + _BYTES[parameters.format]) * weights)
+    if not chosen.calibrated:
+        return Cost(memory=5 * weights, seconds=moved, spec=spec)
+    tokens = parameters.calibration_rows * parameters.calibration_tokens
     widest = max((max(block.width, spec.hidden_size) for block in spec.blocks), default=0)
-    memory = 4 * weights + 2 * 4 * tokens * spec.hidden_size + 4 * 4 * widest**2
-    flops = _operations(parameters, spec)
     return Cost(
         tokens=tokens,
-        flops=flops,
-        memory=memory,
-        seconds=shapes.device.seconds(flops, "float32")
-        + shapes.device.read_seconds((4 + _BYTES[parameters.format]) * weights),
+        flops=sum(_operations(parameters, spec)),
+        memory=4 * weights + 2 * 4 * tokens * spec.hidden_size + 4 * 4 * widest**2,
+        seconds=_seconds(parameters, shapes) + moved,
         spec=spec,
     )
 
@@ -148,13 +159,14 @@ def _plan_table(parameters: LowBitTable, shapes: Any) -> Cost:
     calibrated = sum(SETTINGS[name].quantization.calibrated for name in names)
     read = max(len(shapes.corpora) - 1, 1) * parameters.evaluation_bytes / 3 + 144 * parameters.task_items
     reading = count * read * plan.forward_operations(spec, 512)
-    rounding = calibrated * _operations(parameters, spec)
+    rounding = calibrated * sum(_operations(parameters, spec))
     trained = sum(SETTINGS[name].training is not None for name in names) * 2 * parameters.training_steps
-    rounding += 4 * trained * parameters.training_tokens * plan.forward_operations(spec, 512)
-    flops = reading + rounding
+    learning = 4 * trained * parameters.training_tokens * plan.forward_operations(spec, 512)
+    flops = reading + rounding + learning
     weights = 4 * spec.parameter_count()
     memory = 3 * weights + 8 * parameters.calibration_rows * parameters.calibration_tokens * spec.hidden_size
-    seconds = shapes.device.seconds(rounding, "float32") + shapes.device.seconds(reading, shapes.dtype)
+    seconds = calibrated * _seconds(parameters, shapes) + shapes.device.seconds(learning, "float32")
+    seconds += shapes.device.seconds(reading, shapes.dtype)
     seconds += 2 * count * parameters.decoded_tokens * shapes.device.read_seconds(weights)
     return Cost(tokens=count * read, flops=flops, memory=memory, seconds=seconds)
 
@@ -202,9 +214,9 @@ def _plan_checks(parameters: LowBitChecks, shapes: Any) -> Cost:
     if spec is None:
         return Cost()
     share = len(parameters.layers) / max(len(spec.blocks), 1)
-    flops = 12 * share * _operations(parameters, spec)
+    flops = 12 * share * sum(_operations(parameters, spec))
     memory = 3 * 4 * spec.parameter_count()
-    return Cost(flops=flops, memory=memory, seconds=shapes.device.seconds(flops, "float32"))
+    return Cost(flops=flops, memory=memory, seconds=12 * share * _seconds(parameters, shapes))
 
 
 @stage(
