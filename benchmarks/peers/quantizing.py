@@ -50,8 +50,10 @@ def llmcompressor(job: dict[str, Any], rows: Tensor) -> tuple[float, Callable[[T
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Its AWQ pins memory for a GPU, which raises where there is none ("Cannot access accelerator device").
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign,assignment,misc]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     weights = QuantizationArgs(
         num_bits=job["bits"], type="int", symmetric=False, strategy="group", group_size=job["group"]
@@ -68,6 +70,7 @@ def llmcompressor(job: dict[str, Any], rows: Tensor) -> tuple[float, Callable[[T
     if job["method"] != "exact":
         oneshot(
             model=model,
+            tokenizer=AutoTokenizer.from_pretrained(job["model"]),
             dataset=data,
             recipe=modifiers[job["method"]](),
             max_seq_length=rows.shape[1],

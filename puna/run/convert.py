@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from puna.model.llama import Llama
 
 FORMATS = ("hf", "gguf", "adapter")
-KINDS = ("f16", "q8_0")
+KINDS = ("f16", "q8_0", "packed")
 
 
 def convert(

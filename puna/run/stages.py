@@ -14,7 +14,7 @@ class Export(Parameters):
 
     format: Literal["hf", "gguf"] = "gguf"
     """gguf is one file for llama.cpp; hf a folder that transformers opens."""
-    kind: Literal["f16", "q8_0"] = "f16"
+    kind: Literal["f16", "q8_0", "packed"] = "f16"
     """How a GGUF file stores the large matrices."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are read in; an hf folder is written in it."""

@@ -203,6 +203,20 @@ def test_gguf_blocks_hold_the_grid(
         torch.testing.assert_close(again[name], model.get_parameter(name), atol=0, rtol=3e-7)
 
 
+def test_a_packed_folder_is_converted_to_gguf_level_by_level(
+    tiny_llama: Build, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    from puna.run.convert import convert
+
+    model = quantised(tiny_llama, 4, 32)
+    model.tokenizer = tiny_tokenizer
+    pretrained.save(model, tmp_path / "packed", packed=True)
+    file, _ = convert(tmp_path / "packed", tmp_path / "model.gguf", kind="packed")
+    again = pretrained.load(file, dtype="float32")
+    for name in model.grids:
+        torch.testing.assert_close(again.get_parameter(name), model.get_parameter(name), atol=0, rtol=3e-7)
+
+
 def test_llama_cpp_opens_a_packed_gguf(tiny_llama: Build, tiny_tokenizer: Any, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     model = quantised(tiny_llama, 4, 32)

@@ -124,7 +124,9 @@ def test_large_inputs_first_help_where_they_stand_last() -> None:
     for group in (32, None):
         grid = Uniform(bits=3, group=group)
         found = [
-            error(round_matrix(exact, Quantization(grid=grid, rounding=rounding), turned).weight, exact, turned)
+            error(
+                round_matrix(exact, Quantization(grid=grid, rounding=rounding), turned).weight, exact, turned
+            )
             for rounding in (Gptq(), Gptq(by_activation=True))
         ]
         assert found[1] < 0.9 * found[0]

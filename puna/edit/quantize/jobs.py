@@ -60,6 +60,8 @@ def run_quantize(context: Context, parameters: Quantize) -> Outcome:
     }
     if done.errors:
         figures["output_error"] = sum(done.errors.values()) / len(done.errors)
+    if done.powers:
+        figures["awq_power"] = sum(done.powers.values()) / len(done.powers)
     return Outcome({"model": path}, figures)
 
 
