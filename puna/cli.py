@@ -324,9 +324,7 @@ def convert(
     to: Annotated[
         str | None, typer.Option("--format", help="hf, gguf or adapter; told from OUT by default.")
     ] = None,
-    kind: Annotated[
-        str, typer.Option(help="Weights of a GGUF file: f16, q8_0, or packed as quantised.")
-    ] = "f16",
+    kind: Annotated[str, typer.Option(help="Weights of a GGUF file: f16, q8_0 or packed.")] = "f16",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Write a model in another format, tokenizer included."""

@@ -56,7 +56,8 @@ class Quantized:
     """What was done: storage of all matrices together and of each, seconds, and where it is known, errors.
 
     ``errors`` are the squared errors of a matrix's outputs over the squared outputs, on the calibration text
-    as the matrix met it: of each that was calibrated. ``powers`` are those AWQ chose, by a site's first matrix.
+    as the matrix met it: of each that was calibrated. ``powers`` are those AWQ chose, by a site's first
+    matrix.
     """
 
     storage: Storage = NOTHING
