@@ -53,6 +53,8 @@ class _Pending:
     first: int
     pieces: list[Tensor] = field(default_factory=list)
     skipped: int = 0
+    depth: int = 0
+    ready: Tensor | None = None
     result: Result | None = None
 
 
@@ -232,9 +234,11 @@ class Batcher:
         outputs = stepper.step([read for _, _, read in planned])
         self._steps += 1
         done: list[tuple[Job, _Pending]] = []
-        for (job, pending, read), hidden, skipped in zip(planned, outputs, stepper.skipped, strict=True):
+        told = zip(stepper.skipped, stepper.depths, stepper.ready, strict=True)
+        for (job, pending, read), hidden, (skipped, depth, ready) in zip(planned, outputs, told, strict=True):
             self._read += len(read.ids)
             pending.skipped += skipped
+            pending.depth, pending.ready = depth, ready
             if read.outputs or not pending.pieces:
                 pending.pieces.append(hidden)
             pending.lane.share()
@@ -244,9 +248,10 @@ class Batcher:
             pending.pieces[0] if len(pending.pieces) == 1 else torch.cat(pending.pieces)
             for _, pending in done
         ]
-        logits = StepLogits(stepper, joined)
+        logits = StepLogits(stepper, joined, [pending.ready for _, pending in done])
         for place, (_, pending) in enumerate(done):
-            pending.result = Result(joined[place], logits, place, pending.skipped)
+            counts = {"skipped": pending.skipped, "depth": pending.depth}
+            pending.result = Result(joined[place], logits, place, **counts)
         for job in dict.fromkeys(job for job, _ in done):
             results = [pending.result for pending in job.pending if pending.result is not None]
             if len(results) == len(job.pending):

@@ -19,6 +19,7 @@ from puna.model.stepper import FeedForwardSkip, Read, Stepper
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from puna.model.early_exit import EarlyExit
     from puna.model.paged import PagedSequence
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class Forward:
     ids: tuple[int, ...]
     outputs: int = 1
     skip: FeedForwardSkip | None = None
+    exits: EarlyExit | None = None
 
 
 Steps: TypeAlias = Generator["Forward | tuple[Forward, ...]", Any, T]
@@ -41,15 +43,18 @@ Steps: TypeAlias = Generator["Forward | tuple[Forward, ...]", Any, T]
 class Result:
     """What reading gave: ``hidden`` [outputs, hidden] after the final norm, and logits when asked for.
 
-    ``skipped`` counts feed-forwards that were left out. Results of one step make their logits
-    together, the first time one of them is asked.
+    ``skipped`` counts feed-forwards that were left out, ``depth`` the layers below the outputs. Results
+    of one step make their logits together, the first time one of them is asked.
     """
 
-    __slots__ = ("_logits", "_place", "hidden", "skipped")
+    __slots__ = ("_logits", "_place", "depth", "hidden", "skipped")
 
-    def __init__(self, hidden: Tensor, logits: StepLogits, place: int, skipped: int = 0) -> None:
+    def __init__(
+        self, hidden: Tensor, logits: StepLogits, place: int, *, skipped: int = 0, depth: int = 0
+    ) -> None:
         self.hidden = hidden
         self.skipped = skipped
+        self.depth = depth
         self._logits = logits
         self._place = place
 
@@ -60,26 +65,37 @@ class Result:
 
 
 class StepLogits:
-    """Logits of all that a step gave, made in one product when the first of them is looked at."""
+    """Logits of all that a step gave, made in one product when the first of them is looked at.
+
+    ``ready`` are those that are made already.
+    """
 
     __slots__ = ("_hidden", "_parts", "_stepper")
 
-    def __init__(self, stepper: Stepper, hidden: Sequence[Tensor]) -> None:
+    def __init__(
+        self, stepper: Stepper, hidden: Sequence[Tensor], ready: Sequence[Tensor | None] | None = None
+    ) -> None:
         self._stepper = stepper
         self._hidden = hidden
-        self._parts: Sequence[Tensor] | None = None
+        self._parts: list[Tensor | None] = list(ready) if ready else [None] * len(hidden)
 
     def of(self, place: int) -> Tensor:
         """Logits of the hidden states at ``place``."""
-        if self._parts is None:
-            if len(self._hidden) == 1:
-                self._parts = (self._stepper.logits(self._hidden[0]),)
-            else:
-                import torch
+        found = self._parts[place]
+        if found is not None:
+            return found
+        missing = [index for index, part in enumerate(self._parts) if part is None]
+        if len(missing) == 1:
+            self._parts[place] = made = self._stepper.logits(self._hidden[place])
+            return made
+        import torch
 
-                logits = self._stepper.logits(torch.cat(list(self._hidden)))
-                self._parts = torch.split(logits, [len(rows) for rows in self._hidden])
-        return self._parts[place]
+        logits = self._stepper.logits(torch.cat([self._hidden[index] for index in missing]))
+        for index, part in zip(
+            missing, torch.split(logits, [len(self._hidden[index]) for index in missing]), strict=True
+        ):
+            self._parts[index] = part
+        return self.of(place)
 
 
 @dataclass(slots=True)
@@ -99,7 +115,7 @@ class Lane:
     is what reading a token costs, in tokens of the target.
     """
 
-    __slots__ = ("_adopt", "_by_length", "_marks", "ids", "sequence", "stepper", "weight")
+    __slots__ = ("_adopt", "_by_length", "_exits", "_marks", "ids", "sequence", "stepper", "weight")
 
     def __init__(
         self,
@@ -116,17 +132,23 @@ class Lane:
         self._adopt = adopt
         self._by_length = any(depends_on_length(b.rope) for b in stepper.spec.blocks if b.attention == "full")
         self._marks: list[_Mark] = []  # only if reading differs from token to token
+        self._exits: EarlyExit | None = None  # of the last token; those before are read as if without
 
     def read(
-        self, ids: Sequence[int], outputs: int = 1, skip: FeedForwardSkip | None = None
+        self,
+        ids: Sequence[int],
+        outputs: int = 1,
+        skip: FeedForwardSkip | None = None,
+        exits: EarlyExit | None = None,
     ) -> Steps[Result]:
         """``result = yield from lane.read(ids)``: read ``ids`` behind what was read before.
 
-        Of the last ``outputs`` of them, at most all, the result has hidden states and logits.
+        Of the last ``outputs`` of them, at most all, the result has hidden states and logits. With
+        ``exits`` a single token is read, which may leave early.
         """
-        if not 0 <= outputs <= len(ids) or not ids:
-            raise ValueError(f"{outputs} outputs of {len(ids)} tokens")
-        result: Result = yield Forward(self, tuple(ids), outputs, skip)
+        if not 0 <= outputs <= len(ids) or not ids or (exits is not None and len(ids) > 1):
+            raise ValueError(f"{outputs} outputs of {len(ids)} tokens{' with exits' if exits else ''}")
+        result: Result = yield Forward(self, tuple(ids), outputs, skip, exits)
         return result
 
     def catch_up(self, ids: Sequence[int], outputs: int = 1) -> Steps[Result]:
@@ -185,6 +207,7 @@ class Lane:
     def extend(self, forward: Forward) -> None:
         """Take a forward's tokens on; they are stored by the reads that :meth:`next_read` gives."""
         self.ids.extend(forward.ids)
+        self._exits = forward.exits
         if self._by_length or self._marks or forward.skip is not None:
             start = len(self.ids) - len(forward.ids)
             if not self._marks and start:
@@ -198,11 +221,16 @@ class Lane:
         """
         start = self.sequence.length
         end = min(start + tokens, len(self.ids))
-        extent, skip = None, None
+        extent, skip, exits = None, None, None
+        if self._exits is not None:
+            # What was read before and lost is read again in full: the keys are the same.
+            before = len(self.ids) - 1
+            exits, end = (self._exits, end) if start == before else (None, min(end, before))
         if self._marks:
             mark = next(mark for mark in self._marks if mark.end > start)
             end, extent, skip = min(end, mark.end), mark.extent, mark.skip
-        return Read(self.sequence, self.ids[start:end], max(0, end - max(start, first_output)), skip, extent)
+        outputs = max(0, end - max(start, first_output))
+        return Read(self.sequence, self.ids[start:end], outputs, skip, extent, exits)
 
 
 def together(*branches: Steps[T]) -> Steps[list[T]]:

@@ -18,6 +18,7 @@ MODULES = (
     "puna.decode.entropy_switching",
     "puna.decode.nudging",
     "puna.decode.feed_forward_skipping",
+    "puna.decode.early_exit",
     "puna.decode.best_of",
     "puna.decode.speculative",
     "puna.decode.acceptance",

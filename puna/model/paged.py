@@ -199,7 +199,7 @@ class BlockPool:
         if not self.sharing:
             return
         names = sequence._names
-        for place in range(len(names), sequence.length // BLOCK):
+        for place in range(len(names), sequence.settled // BLOCK):
             key = (names[-1] if names else 0, tuple(ids[place * BLOCK : (place + 1) * BLOCK]))
             node = self._known.get(key) or _Node(next(self._names), key, len(self._groups))
             for number, group in enumerate(self._groups):
@@ -260,14 +260,16 @@ class PagedSequence:
     """The stored keys of one text in one model.
 
     ``tables[group][i]`` is the block with tokens 16 i to 16 i + 15, or -1 where the policy let it
-    go. ``length`` tokens are stored; a table may reach further, into what is reserved.
+    go. ``length`` tokens are stored; a table may reach further, into what is reserved. ``waiting[n]`` are
+    the rows [tokens, hidden] of tokens that the layers from n on have not read: the latest wait lowest.
     """
 
-    __slots__ = ("_first", "_names", "length", "pool", "tables")
+    __slots__ = ("_first", "_names", "length", "pool", "tables", "waiting")
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
         self.length = 0
+        self.waiting: dict[int, Tensor] = {}
         self.tables: list[list[int]] = [[] for _ in pool._groups]
         self._names: list[int] = []  # of the nodes of its full blocks, as far as they are findable
         self._first = [0] * len(self.tables)  # before these blocks, sinks aside, everything was let go
@@ -276,6 +278,18 @@ class PagedSequence:
     def blocks(self) -> list[int]:
         """The table of the first group, the only one where all layers keep the same."""
         return self.tables[0]
+
+    @property
+    def settled(self) -> int:
+        """Tokens that every layer has read."""
+        return self.length - sum(map(len, self.waiting.values()))
+
+    def wait(self, layer: int, rows: Tensor) -> None:
+        """Let ``rows`` [tokens, hidden], the latest tokens', wait before ``layer``."""
+        import torch
+
+        earlier = self.waiting.get(layer)
+        self.waiting[layer] = rows if earlier is None else torch.cat((earlier, rows))
 
     @property
     def bytes(self) -> int:
@@ -383,6 +397,12 @@ class PagedSequence:
                 if block != GONE:
                     self.pool._release(number, block)
             del table[blocks_of(length) :]
+        beyond = self.length - length
+        for layer in sorted(self.waiting):
+            rows = self.waiting.pop(layer)
+            if len(rows) > beyond:
+                self.waiting[layer] = rows[: len(rows) - beyond]
+            beyond -= min(beyond, len(rows))
         self.length = length
         del self._names[length // BLOCK :]
 
@@ -390,6 +410,7 @@ class PagedSequence:
         """Another text that shares everything stored so far."""
         other = PagedSequence(self.pool)
         other.length = self.length
+        other.waiting = dict(self.waiting)
         other._names = list(self._names)
         other._first = list(self._first)
         for number, table in enumerate(self.tables):
@@ -407,6 +428,7 @@ class PagedSequence:
                     self.pool._release(number, block)
             table.clear()
         self.length = 0
+        self.waiting.clear()
         self._names.clear()
         self._first = [0] * len(self.tables)
 

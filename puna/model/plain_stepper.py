@@ -7,7 +7,7 @@ few. Adapters and hooks in the model work as they do elsewhere, since the module
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from puna.core.errors import PunaError
 from puna.model.attention import dense_attention
+from puna.model.early_exit import climb, climbs
 from puna.model.paged import BLOCK, GONE, BlockPool, CachePolicy, PagedSequence, blocks_of
 from puna.model.rope import Rotation, depends_on_length, rotation
 from puna.model.spec import BlockSpec, RopeRule
@@ -54,6 +55,8 @@ class PlainStepper:
             )
         self.model, self.spec = model.eval(), model.spec
         self.skipped: Sequence[int] = ()
+        self.depths: Sequence[int] = ()
+        self.ready: Sequence[Tensor | None] = ()
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         theirs = set() if like is None else {id(parameter) for parameter in like.model.parameters()}
         self.shared_bytes = sum(
@@ -89,26 +92,51 @@ class PlainStepper:
     def step(self, reads: Sequence[Read]) -> list[Tensor]:
         """See :meth:`Stepper.step`."""
         reserve_all(reads)
+        layers = len(self.spec.blocks)
+        if any(climbs(read) for read in reads):
+            climbed = climb(self, reads)
+            outputs, self.skipped = climbed.outputs, climbed.skipped
+            self.depths, self.ready = climbed.depths, climbed.ready
+        else:
+            outputs, _ = self.run(reads, 0, layers, None)
+            self.depths, self.ready = [layers] * len(reads), [None] * len(reads)
+        for read in reads:
+            read.sequence.advance(len(read.ids))
+        return outputs
+
+    def run(
+        self, reads: Sequence[Read], first: int, last: int, entering: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """See :meth:`puna.model.early_exit.LayerRanges.run`."""
         order = sorted(range(len(reads)), key=lambda place: len(reads[place].ids))
         line = [reads[place] for place in order]
-        ids = torch.tensor([token for read in line for token in read.ids], device=self.model.device)
         store = _Store(self._stores, self._group_of)
         for number, policy in enumerate(self._groups):
             store.slots.append(_slots(line, number, self.model.device))
             store.spans.append(_spans(line, number, policy, self.model.device))
-        hidden = cast(Tensor, self.model.model.embed_tokens(ids[None]))  # [1, rows, hidden]
+        hidden = self._entering(reads, order, entering)  # [1, rows, hidden]
         rotations = self._rotations(line, hidden.dtype)
         turns = _Turns(line) if any(read.skip is not None for read in line) else None
-        for layer, block in enumerate(cast("Iterable[Block]", self.model.model.layers)):
+        for layer in range(first, last):
+            block = cast("Block", self.model.model.layers[layer])
             if turns is None:
                 hidden = block(hidden, rotations, store, store)
             else:
                 hidden = turns.feed(layer, block, block.attend(hidden, rotations, store, store))
         counts = turns.counts() if turns is not None else [0] * len(line)
         self.skipped = [counts[order.index(place)] for place in range(len(reads))]
-        for read in reads:
-            read.sequence.advance(len(read.ids))
-        return self._outputs(line, order, hidden[0])
+        lengths = [len(read.ids) for read in line]
+        parts = dict(zip(order, torch.split(hidden[0], lengths), strict=True))
+        stream = torch.cat([parts[place] for place in range(len(reads))])
+        return self._outputs(line, order, hidden[0]), stream
+
+    def _entering(self, reads: Sequence[Read], order: Sequence[int], entering: Tensor | None) -> Tensor:
+        """The rows that the first layer reads, [1, rows, hidden], in the line's ``order``."""
+        if entering is not None:
+            parts = torch.split(entering, [len(read.ids) for read in reads])
+            return torch.cat([parts[place] for place in order])[None]
+        ids = [token for place in order for token in reads[place].ids]
+        return cast(Tensor, self.model.model.embed_tokens(torch.tensor(ids, device=self.model.device)[None]))
 
     def _outputs(self, line: Sequence[Read], order: Sequence[int], hidden: Tensor) -> list[Tensor]:
         """The final norm of what each read asked for, in the order the reads were given."""
@@ -132,7 +160,7 @@ class PlainStepper:
     def _rotations(self, line: Sequence[Read], dtype: torch.dtype) -> dict[tuple[RopeRule, int], Rotation]:
         """Cosines and sines [1, rows, 1, head_dim / 2] of each rule; each text goes by its own length."""
         device = self.model.device
-        parts = [(read.sequence.length, read.sequence.length + len(read.ids), read.extent) for read in line]
+        parts = [(read.begin, read.begin + len(read.ids), read.extent) for read in line]
         whole = torch.tensor([place for start, end, _ in parts for place in range(start, end)], device=device)
         found: dict[tuple[RopeRule, int], Rotation] = {}
         for rule, dim in self._rules:
@@ -210,9 +238,9 @@ def _slots(line: Sequence[Read], group: int, device: torch.device) -> Tensor:
     slots: list[int] = []
     for read in line:
         table = read.sequence.tables[group]
-        start = read.sequence.length
         slots += [
-            table[place // BLOCK] * BLOCK + place % BLOCK for place in range(start, start + len(read.ids))
+            table[place // BLOCK] * BLOCK + place % BLOCK
+            for place in range(read.begin, read.begin + len(read.ids))
         ]
     return torch.tensor(slots, device=device)
 
@@ -264,12 +292,12 @@ def _span(texts: Sequence[Read], group: int, policy: CachePolicy, first: int, de
     time = len(texts[0].ids)
     held: list[list[tuple[int, int]]] = []  # (place in the text, block) of each text's blocks
     for read in texts:
-        end = blocks_of(read.sequence.length + time)
+        end = blocks_of(read.begin + time)
         table = read.sequence.tables[group][:end]
         held.append([(place, block) for place, block in enumerate(table) if block != GONE])
     widest = max(map(len, held))
     blocks = torch.tensor([[b for _, b in row] + [0] * (widest - len(row)) for row in held], device=device)
-    lengths = {read.sequence.length + time for read in texts}
+    lengths = {read.begin + time for read in texts}
     all_seen = policy.window is None or policy.sink + policy.window >= max(lengths)
     if time == 1 and all_seen and len(lengths) == 1 and all(len(row) == widest for row in held):
         (length,) = lengths
@@ -277,7 +305,7 @@ def _span(texts: Sequence[Read], group: int, policy: CachePolicy, first: int, de
     starts = [[p * BLOCK for p, _ in row] + [-BLOCK] * (widest - len(row)) for row in held]
     inside = torch.arange(BLOCK, device=device)
     keys = (torch.tensor(starts, device=device)[:, :, None] + inside).flatten(1)[:, None]  # [texts, 1, keys]
-    begins = torch.tensor([read.sequence.length for read in texts], device=device)
+    begins = torch.tensor([read.begin for read in texts], device=device)
     queries = (begins[:, None] + torch.arange(time, device=device))[:, :, None]  # [texts, time, 1]
     return _Span(len(texts), time, first, blocks, policy.visible(queries, keys), widest * BLOCK)
 

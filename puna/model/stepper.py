@@ -16,6 +16,8 @@ from puna.model.spec import LlamaSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from puna.model.early_exit import EarlyExit
+
 
 class FeedForwardTurns(Protocol):
     """One read's rows on their way through the layers: which run their feed-forward, which skip it."""
@@ -47,8 +49,10 @@ class Read:
     """Tokens of one text to be read in a step.
 
     Of the last ``outputs`` tokens the final hidden states are returned. ``skip`` leaves out
-    feed-forwards. ``extent`` is the length that rotations which depend on the text's length go by;
-    None: the length after this read.
+    feed-forwards, ``exits`` lets the last token leave before the last layer. ``extent`` is the length
+    that rotations which depend on the text's length go by; None: the length after this read. ``start``
+    is the first token's position, for layers that have read fewer tokens than the first; None: behind
+    what is stored.
     """
 
     sequence: PagedSequence
@@ -56,6 +60,13 @@ class Read:
     outputs: int = 1
     skip: FeedForwardSkip | None = None
     extent: int | None = None
+    exits: EarlyExit | None = None
+    start: int | None = None
+
+    @property
+    def begin(self) -> int:
+        """Position of the first token."""
+        return self.sequence.length if self.start is None else self.start
 
 
 class Stepper(Protocol):
@@ -74,6 +85,10 @@ class Stepper(Protocol):
     """Of these, what another stepper holds: the one that this was made ``like``."""
     skipped: Sequence[int]
     """Of the last step, by read: feed-forwards that were skipped."""
+    depths: Sequence[int]
+    """Of the last step, by read: the layers that its outputs went through."""
+    ready: Sequence[Tensor | None]
+    """Of the last step, by read: logits of its outputs, where an exit has asked for them already."""
 
     def sequence(self) -> PagedSequence:
         """An empty text of this model."""

@@ -42,6 +42,7 @@ EXAMPLES: dict[str, Callable[[], dict[str, Any]]] = {
     "specdec-pp": lambda: {"head": _head("acceptance", blocks=2, ways=2)},
     "judge-decoding": lambda: {"head": _head("judge")},
     "feed-forward-skip": lambda: {"first": 0, "last": 1, "threshold": -2.0, "budget": 1, "warm_up": 2},
+    "early-exit": lambda: {"exits": [1], "threshold": 0.05},
     "best-of": lambda: {"samples": 3},
     "rapid": lambda: {"begin": "the", "end": "t"},
 }

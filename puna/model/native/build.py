@@ -68,7 +68,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "puna_norm": (c_void_p, c_int, c_int, c_void_p),
     "puna_rope": (c_void_p, c_int, c_void_p, c_void_p, c_int),
     "puna_copy_block": (c_void_p, c_int, c_int, c_int),
-    "puna_step": (c_void_p, c_int, *[c_void_p] * 4, c_int, *[c_void_p] * 4, c_int),
+    "puna_step": (
+        *(c_void_p, c_int, *[c_void_p] * 4, c_int, *[c_void_p] * 3),
+        *(c_int, c_int, c_void_p, c_void_p, c_void_p, c_int),
+    ),
     "puna_logits": (c_void_p, c_void_p, c_int, c_void_p, c_int),
 }
 _FAILURES = {

@@ -257,10 +257,12 @@ int puna_copy_block(void* handle, int table, int source, int target) {
 
 // shapes [reads, 3]: tokens, position of the first, hidden states wanted. Tables [reads, groups] follow one another in
 // `tables` from `table_starts` on. Null or, for each read, the middle's first and last layer and the budget [reads, 3],
-// the threshold, and where to count what is skipped; a middle that ends before it begins skips nothing.
+// the threshold, and where to count what is skipped; a middle that ends before it begins skips nothing. Layers
+// `first_layer` to `last_layer` - 1 run, over `entering` where it is given; `leaving` is null or takes the stream.
 int puna_step(const void* handle, int reads, const std::int32_t* ids, const std::int32_t* shapes,
               const std::int32_t* tables, const std::int32_t* table_starts, int groups, const std::int32_t* middles,
-              const float* thresholds, std::int32_t* skipped, float* hidden, int threads) {
+              const float* thresholds, std::int32_t* skipped, int first_layer, int last_layer, const float* entering,
+              float* leaving, float* hidden, int threads) {
   return puna::guarded([&] {
     std::vector<const std::int32_t*> starts;
     for (int i = 0; i < reads * groups; i++) starts.push_back(tables + table_starts[i]);
@@ -272,7 +274,8 @@ int puna_step(const void* handle, int reads, const std::int32_t* ids, const std:
       given.push_back({ids, shape[0], shape[1], shape[2], starts.data() + i * groups, skip, skipped + i});
       ids += shape[0];
     }
-    puna::step(*static_cast<const puna::Model*>(handle), given, hidden, threads);
+    const puna::Range range{first_layer, last_layer, entering, leaving};
+    puna::step(*static_cast<const puna::Model*>(handle), given, range, hidden, threads);
   });
 }
 

@@ -109,8 +109,18 @@ struct Read {
   std::int32_t* skipped;  // counts the feed-forwards that are left out
 };
 
-// All tokens of all reads through all layers; final hidden states [sum of outputs, hidden] in the order of reads.
-void step(const Model& model, const std::vector<Read>& reads, float* hidden, int threads);
+// The layers that a step runs, `first` to `last` - 1, and the stream before and behind them, [tokens, hidden] in the
+// order of reads. Without `entering` it begins with the embeddings; without `leaving` it is not wanted.
+struct Range {
+  int first = 0;
+  int last = 0;
+  const float* entering = nullptr;
+  float* leaving = nullptr;
+};
+
+// All tokens of all reads through a range of layers; hidden states behind the last norm [sum of outputs, hidden] in
+// the order of reads.
+void step(const Model& model, const std::vector<Read>& reads, const Range& range, float* hidden, int threads);
 
 // Float32 logits [rows, vocabulary] of final hidden states [rows, hidden].
 void logits(const Model& model, const float* hidden, int rows, float* target, int threads);

@@ -1,4 +1,4 @@
-// One step: all tokens of all reads through all layers, phase by phase, on all threads together.
+// One step: all tokens of all reads through a range of layers, phase by phase, on all threads together.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -107,9 +107,10 @@ class Team {
 
 class Pass {
  public:
-  Pass(const Model& model, const Plan& plan, float* hidden, int threads)
+  Pass(const Model& model, const Plan& plan, const Range& range, float* hidden, int threads)
       : model_(model),
         plan_(plan),
+        range_(range),
         hidden_(hidden),
         rows_(static_cast<int>(plan.rows.size())),
         threads_(threads),
@@ -130,7 +131,8 @@ class Pass {
   void measure();
   void lay_out(Pieces& pieces);
   void work(int thread);
-  void embed(int thread);
+  void enter(int thread);
+  void embed(int row, float* target) const;
   void attention(std::size_t number, int thread);
   void attend_all(std::size_t number, int thread);
   void feed_forward(int number, int thread);
@@ -140,6 +142,7 @@ class Pass {
 
   const Model& model_;
   const Plan& plan_;
+  const Range range_;
   float* const hidden_;
   const int rows_, threads_;
   Team team_;
@@ -183,29 +186,36 @@ void Pass::lay_out(Pieces& pieces) {
 }
 
 void Pass::work(int thread) {
-  embed(thread);
-  for (std::size_t number = 0; number < model_.layers.size(); number++) {
+  enter(thread);
+  for (int number = range_.first; number < range_.last; number++) {
     if (model_.layers[number].heads) attention(number, thread);
-    if (model_.layers[number].width) feed_forward(static_cast<int>(number), thread);
+    if (model_.layers[number].width) feed_forward(number, thread);
   }
   finish(thread);
 }
 
-void Pass::embed(int thread) {
+void Pass::enter(int thread) {
   const int padded = model_.padded_hidden();
   for (int row = team_.share(rows_, thread); row < team_.share(rows_, thread + 1); row++) {
     float* target = residual_ + static_cast<std::size_t>(row) * padded;
-    const std::size_t id = plan_.rows[row].id, first = id * model_.hidden;
-    if (model_.embedding == nullptr)
-      unpack(model_.head, static_cast<int>(id), target);
-    else if (model_.embedding_stored == Stored::float32)
-      std::memcpy(target, static_cast<const float*>(model_.embedding) + first, sizeof(float) * model_.hidden);
+    if (range_.entering)
+      std::memcpy(target, range_.entering + static_cast<std::size_t>(row) * model_.hidden, sizeof(float) * model_.hidden);
     else
-      for (int i = 0; i < model_.hidden; i++)
-        target[i] = from_bfloat16(static_cast<const std::uint16_t*>(model_.embedding)[first + i]);
+      embed(row, target);
     std::memset(target + model_.hidden, 0, sizeof(float) * (padded - model_.hidden));
   }
   team_.wait();
+}
+
+void Pass::embed(int row, float* target) const {
+  const std::size_t id = plan_.rows[row].id, first = id * model_.hidden;
+  if (model_.embedding == nullptr)
+    unpack(model_.head, static_cast<int>(id), target);
+  else if (model_.embedding_stored == Stored::float32)
+    std::memcpy(target, static_cast<const float*>(model_.embedding) + first, sizeof(float) * model_.hidden);
+  else
+    for (int i = 0; i < model_.hidden; i++)
+      target[i] = from_bfloat16(static_cast<const std::uint16_t*>(model_.embedding)[first + i]);
 }
 
 void Pass::attention(std::size_t number, int thread) {
@@ -304,8 +314,10 @@ void Pass::finish(int thread) {
   const int padded = model_.padded_hidden();
   float* own = team_.own_row(thread);
   for (int row = team_.share(rows_, thread); row < team_.share(rows_, thread + 1); row++) {
-    if (plan_.rows[row].output < 0) continue;
     const float* residual = residual_ + static_cast<std::size_t>(row) * padded;
+    if (range_.leaving)
+      std::memcpy(range_.leaving + static_cast<std::size_t>(row) * model_.hidden, residual, sizeof(float) * model_.hidden);
+    if (plan_.rows[row].output < 0) continue;
     normalise(residual, model_.final_norm, model_.hidden, padded, model_.epsilon, own);
     float* target = hidden_ + static_cast<std::size_t>(plan_.rows[row].output) * model_.hidden;
     std::memcpy(target, own, sizeof(float) * model_.hidden);
@@ -333,13 +345,17 @@ struct Head {
 
 }  // namespace
 
-void step(const Model& model, const std::vector<Read>& reads, float* hidden, int threads) {
+void step(const Model& model, const std::vector<Read>& reads, const Range& range, float* hidden, int threads) {
   const std::lock_guard<std::mutex> guard(turn);
   std::vector<Read> parts;
   std::vector<int> first_output;
   int rows = 0, outputs = 0;
+  Range rest = range;  // of the rows that are still to be read
   const auto flush = [&] {
-    if (rows) Pass(model, make_plan(model, parts, first_output, threads), hidden, threads).run();
+    if (rows) Pass(model, make_plan(model, parts, first_output, threads), rest, hidden, threads).run();
+    const std::size_t numbers = static_cast<std::size_t>(rows) * model.hidden;
+    if (rest.entering) rest.entering += numbers;
+    if (rest.leaving) rest.leaving += numbers;
     parts.clear();
     first_output.clear();
     rows = 0;

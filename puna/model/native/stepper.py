@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
+from puna.model.early_exit import climb, climbs
 from puna.model.feed_forward_skip import FeedForwardSkip
 from puna.model.native.build import LayerDescription, Library, ModelDescription, load
 from puna.model.native.weights import DOWN, HEAD, OUT, Place, Quantize, check_model, fill, formats, sources
@@ -62,6 +63,8 @@ class NativeStepper:
         self.spec, self.dtype = model.spec, model.dtype
         self.threads = threads or torch.get_num_threads()
         self.skipped: Sequence[int] = ()
+        self.depths: Sequence[int] = ()
+        self.ready: Sequence[Tensor | None] = ()
         self._library = library or load()
         by_layer = layer_policies(self.spec.blocks) if policies is None else list(policies)
         check_policies(self.spec.blocks, by_layer)
@@ -103,11 +106,33 @@ class NativeStepper:
         """See :meth:`Stepper.step`; hidden states have the type of the model's weights."""
         self._check(reads)
         reserve_all(reads)
-        self._turn_up_to(max(read.sequence.length + len(read.ids) for read in reads))
+        self._turn_up_to(max(read.begin + len(read.ids) for read in reads))
+        layers = len(self.spec.blocks)
+        if any(climbs(read) for read in reads):
+            climbed = climb(self, reads)
+            outputs, self.skipped = climbed.outputs, climbed.skipped
+            self.depths, self.ready = climbed.depths, climbed.ready
+        else:
+            outputs, _ = self._run(reads, 0, layers, None, None)
+            self.depths, self.ready = [layers] * len(reads), [None] * len(reads)
+        for read in reads:
+            read.sequence.advance(len(read.ids))
+        return outputs
+
+    def run(
+        self, reads: Sequence[Read], first: int, last: int, entering: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """See :meth:`puna.model.early_exit.LayerRanges.run`; the stream is in float32."""
+        leaving = torch.empty(sum(len(read.ids) for read in reads), self.spec.hidden_size)
+        return self._run(reads, first, last, entering, leaving)
+
+    def _run(
+        self, reads: Sequence[Read], first: int, last: int, entering: Tensor | None, leaving: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
         ids, shapes, tables, starts = array("i"), array("i"), array("i"), array("i")
         for read in reads:
             ids.extend(read.ids)
-            shapes.extend((len(read.ids), read.sequence.length, read.outputs))
+            shapes.extend((len(read.ids), read.begin, read.outputs))
             for table in read.sequence.tables:
                 starts.append(len(tables))
                 tables.extend(table)
@@ -118,13 +143,13 @@ class NativeStepper:
         skipped = array("i", bytes(4 * len(reads)))
         skips = [numbers.buffer_info()[0] if numbers else 0 for numbers in (middles, thresholds, skipped)]
         groups = len(self._groups)
-        self._library.call(
-            "step", self._handle, len(reads), *addresses, groups, *skips, hidden.data_ptr(), self.threads
-        )
-        for read in reads:
-            read.sequence.advance(len(read.ids))
+        entering = None if entering is None else entering.contiguous()
+        streams = [0 if rows is None else rows.data_ptr() for rows in (entering, leaving)]
+        given = (self._handle, len(reads), *addresses, groups, *skips)
+        self._library.call("step", *given, first, last, *streams, hidden.data_ptr(), self.threads)
         self.skipped = skipped.tolist()
-        return list(torch.split(hidden.to(self.dtype), outputs))
+        stream = hidden if leaving is None else leaving
+        return list(torch.split(hidden.to(self.dtype), outputs)), stream
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`Stepper.logits`."""
