@@ -1,6 +1,7 @@
-"""Stages of S34, S68, S25 and S53.
+"""Stages of S34, S68, S25, S53 and S24.
 
-``entropy_switching``, ``nudging``, ``self_evaluation_data``, ``self_evaluation``, ``feed_forward_skip``.
+``entropy_switching``, ``nudging``, ``self_evaluation_data``, ``self_evaluation``, ``feed_forward_skip``,
+``early_exits``.
 """
 
 from __future__ import annotations
@@ -262,6 +263,56 @@ def feed_forward_skip(context: Context, parameters: FeedForwardSkipStage) -> Out
     plan is what the strategy ``feed-forward-skip`` reads; it may say that there is nothing to skip.
     """
     from puna.decode.skip_stage import run
+
+    return run(context, parameters)
+
+
+class EarlyExitsStage(Parameters):
+    """Parameters of the stage ``early_exits``."""
+
+    exits: tuple[int, ...] = pydantic.Field(min_length=1)
+    """Layers behind which a token may leave, counted from 1, rising."""
+    thresholds: dict[str, tuple[float, ...]] = pydantic.Field(min_length=1)
+    """Thresholds of the exits, one each, by a name that the metrics carry."""
+    skip: int = pydantic.Field(0, ge=0)
+    """Questions that are passed over, for other stages; the order is drawn by the run's seed alone."""
+    rows: int = pydantic.Field(50, ge=1)
+    """Questions that are answered, each once."""
+    max_tokens: int = pydantic.Field(48, ge=2)
+    """Tokens of an answer at most; answers are greedy."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Lay the weights out in integers: what agrees is then compared with the model as it is saved."""
+    kernels: Literal["auto", "native", "plain"] = "auto"
+    """What runs the model that answers."""
+    timed_rows: int = pydantic.Field(4, ge=1)
+    """Questions whose answers are timed, one at a time."""
+    timed_rounds: int = pydantic.Field(3, ge=1)
+    """Times that they are, the whole model and each set of thresholds in turn."""
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> EarlyExitsStage:
+        for label, thresholds in self.thresholds.items():
+            if len(thresholds) != len(self.exits):
+                raise ValueError(f"thresholds.{label} needs {len(self.exits)} numbers, one for each exit")
+            if label == "whole":
+                raise ValueError("'whole' stands for the model without exits: name the thresholds otherwise")
+        return self
+
+
+@stage(
+    "early_exits",
+    parameters=EarlyExitsStage,
+    inputs={"model": Input("model"), "corpus": Input("corpus")},
+    plan=lambda parameters, shapes: _cost(
+        shapes, parameters.rows * (40.0 + parameters.max_tokens) * (3 + 2 * len(parameters.thresholds))
+    ),
+)
+def early_exits(context: Context, parameters: EarlyExitsStage) -> Outcome:
+    """Answer questions with tokens leaving at inner layers: what is saved, and what agrees (S24).
+
+    Time grows with the answers and with the number of sets of thresholds.
+    """
+    from puna.decode.exit_measures import run
 
     return run(context, parameters)
 

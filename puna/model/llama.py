@@ -7,6 +7,7 @@ Seams, from the inside out: rope (``rope.py``), attention for training, prefill 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -341,6 +342,18 @@ class Llama(nn.Module):
         default to counting from 0 in each document. With a cache the tokens follow those stored,
         going on in each row's last document unless ``segments`` says otherwise.
         """
+        (hidden,) = self.hidden_at((len(self.model.layers),), input_ids, positions, segments, cache)
+        return hidden
+
+    def hidden_at(
+        self,
+        depths: Sequence[int],
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> list[Tensor]:
+        """:meth:`hidden` of the models that end behind ``depths`` layers, numbers that rise from 1."""
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise PunaError("input_ids must be [batch, time]", found=tuple(input_ids.shape))
         batch, time = input_ids.shape
@@ -350,14 +363,17 @@ class Llama(nn.Module):
         layout = lay_out(batch, time, input_ids.device, positions, segments, cache)
         rotations = self._rotations(layout.positions, hidden.dtype)
         again = self.recomputed_layers if torch.is_grad_enabled() and cache is None else 0
+        found = []
         for index, block in enumerate(self.model.layers):
             if index < again:
                 hidden = checkpoint(block, hidden, rotations, layout, cache, use_reentrant=False)
             else:
                 hidden = block(hidden, rotations, layout, cache)
+            if index + 1 in depths:
+                found.append(cast(Tensor, self.model.norm(hidden)))
         if cache is not None:
             cache.advance(time)
-        return cast(Tensor, self.model.norm(hidden))
+        return found
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """[batch, time] to [batch, time, hidden]; the trainer may set a sink."""

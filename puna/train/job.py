@@ -34,6 +34,7 @@ from puna.train.ledger import check_trained, ledger, ledger_metrics, ledger_tabl
 from puna.train.loader import Feed
 from puna.train.loop import Handed, Loop, LoopSettings, measuring
 from puna.train.metrics import read_metrics
+from puna.train.nested_exits import CrossEntropyAtExits, NestedCrossEntropy, check_exits
 from puna.train.objectives import OBJECTIVES, CrossEntropy, Objective
 from puna.train.optimizer import Optimizer, OptimizerSettings
 from puna.train.preferences import (
@@ -96,7 +97,8 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         feed = _feed(sources, parameters, seed, here)
         settings = _settings(parameters, feed, seed)
         held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
-        objective: Objective = CrossEntropy()
+        check_exits(parameters.exits, len(model.spec.blocks))
+        objective: Objective = NestedCrossEntropy(parameters.exits) if parameters.exits else CrossEntropy()
         if feed.unit == "pairs":
             start = time.perf_counter()
             reference = Reference(context.out / "reference.safetensors", recipe, here)
@@ -299,7 +301,8 @@ def _held_out_corpus(model: Llama, corpus: Corpus, parameters: Train) -> HeldOut
     packed = pack(chosen, parameters.max_length, mode=mode, group=group)
     # Text is measured as text beside any objective, pairs as pairs beside one of theirs.
     compared = corpus.kind == "preferences" and OBJECTIVES[parameters.objective].unit == "pairs"
-    return HeldOutCorpus(packed, size, unit="pairs" if compared else "tokens")
+    objective = CrossEntropyAtExits(parameters.exits) if parameters.exits else CrossEntropy()
+    return HeldOutCorpus(packed, size, objective, unit="pairs" if compared else "tokens")
 
 
 def _preferences(

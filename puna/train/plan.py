@@ -141,6 +141,11 @@ def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
     return total + 6 * lora_parameters(spec, dataclasses.replace(method, dora=False))
 
 
+def exit_operations(spec: LlamaSpec, method: Method) -> float:
+    """What :func:`training_operations` grows by for each exit: the head once more."""
+    return (6.0 if method.trains_head(spec) else 4.0) * spec.vocab_size * spec.hidden_size
+
+
 def magnitude_operations(spec: LlamaSpec, method: Method) -> float:
     """Operations with which DoRA makes B A, for the norms of its rows, once for each micro-batch.
 
@@ -243,8 +248,9 @@ def memory(
     *,
     device: str = "cpu",
     recomputed: int = 0,
+    exits: int = 0,
 ) -> float:
-    """Peak bytes of weights, optimiser, activations of ``positions`` and the loss.
+    """Peak bytes of weights, optimiser, activations of ``positions`` and the loss, also at ``exits``.
 
     Per trained weight: a float32 gradient and two moments, and a master where the model is not
     float32. The peak is the end of the forward pass, when all activations, a chunk of logits and
@@ -256,9 +262,11 @@ def memory(
     trained = trained_parameters(spec, method)
     weights = weight_bytes(spec, method, dtype) + decoded_bytes(spec, method, dtype)
     optimiser = trained * (12 + (4 if size != 4 else 0))
-    loss = min(positions, LOGITS_AT_ONCE) * spec.vocab_size * size
+    rows = positions * (1 + exits)  # of the head
+    loss = min(rows, LOGITS_AT_ONCE) * spec.vocab_size * size
+    loss += 3 * exits * positions * spec.hidden_size * size  # states, those at labels, their gradients
     if method.trains_head(spec):
-        several = positions > LOGITS_AT_ONCE
+        several = rows > LOGITS_AT_ONCE
         loss += spec.vocab_size * spec.hidden_size * (size + (8 if several and size != 4 else 0))
     kept = activation_bytes(spec, method, dtype, device=device, recomputed=recomputed)
     activations = kept * positions

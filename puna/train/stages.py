@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from puna.train.plan import (
     DROPOUT_TRAFFIC,
     Method,
     dropped_elements,
+    exit_operations,
     forward_operations,
     magnitude_operations,
     memory,
@@ -89,6 +91,9 @@ class Train(Parameters):
     """simpo: the paper's gamma, the margin of rewards that is aimed at."""
     likelihood_weight: float = pydantic.Field(1.0, ge=0)
     """cpo: weight of the chosen answer's mean token loss."""
+    exits: tuple[int, ...] = ()
+    """clm, sft: layers, counted from 1, behind which the model learns to end too (S24); the loss is the mean
+    over these and the last. Empty: the last alone."""
     epochs: int | None = pydantic.Field(None, ge=1)
     """Passes over the corpus; one, if neither this nor another limit is given."""
     max_steps: int | None = pydantic.Field(None, ge=1)
@@ -226,6 +231,10 @@ class Train(Parameters):
                 "packing 'wrap' cuts conversations, so that the end of an answer would be learnt without its "
                 f"question: with objective {self.objective!r} take 'fit' or 'off'"
             )
+        if any(later <= earlier for earlier, later in itertools.pairwise((0, *self.exits))):
+            raise ValueError("exits are numbers of layers, and rise from 1 on")
+        if self.exits and self.sharding == "full":
+            raise ValueError("exits do not go with sharding 'full' yet")
         if self.store_teacher and self.top_k is None:
             raise ValueError("store_teacher keeps the teacher's likeliest tokens: say how many with top_k")
         if self.objective in WITH_TEACHER and self.sharding == "full":
@@ -271,6 +280,7 @@ _READ_BY_SCHEDULES = {
 }
 
 _READ_BY_OBJECTIVES = {
+    "exits": ("clm", "sft"),
     "train_on": ("sft", "distill_sft"),
     "last_turn_only": ("sft", "distill_sft"),
     "divergence": ("distill", "distill_sft"),
@@ -335,6 +345,7 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
         looked_at += sum(available.values())
     flops = tokens * training_operations(spec, method, parameters.max_length)
     flops += tokens / parameters.micro_batch_tokens * magnitude_operations(spec, method)
+    flops += tokens * len(parameters.exits) * exit_operations(spec, method)
     flops += looked_at * forward_operations(spec, parameters.max_length)
     taught, beside = _teacher_cost(parameters, shapes, tokens, dtype)
     flops += taught
@@ -370,7 +381,8 @@ def memory_of(
     """Peak bytes of one of so many processes; ``recomputed`` layers keep their input alone."""
     method, positions = method_of(parameters), parameters.micro_batch_tokens
     if parameters.sharding == "none" or processes == 1:
-        return memory(spec, method, dtype, positions, device=device, recomputed=recomputed)
+        exits = len(parameters.exits)
+        return memory(spec, method, dtype, positions, device=device, recomputed=recomputed, exits=exits)
     return sharded_memory(
         spec,
         method,
