@@ -55,6 +55,7 @@ from puna.train.stages import (
     WITH_REFERENCE,
     Lora,
     Train,
+    exits_learnt,
     layers_to_recompute,
     memory_of,
     pair_settings,
@@ -98,7 +99,8 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         settings = _settings(parameters, feed, seed)
         held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
         check_exits(parameters.exits, len(model.spec.blocks))
-        objective: Objective = NestedCrossEntropy(parameters.exits) if parameters.exits else CrossEntropy()
+        learnt = exits_learnt(parameters)
+        objective: Objective = NestedCrossEntropy(parameters.exits) if learnt else CrossEntropy()
         if feed.unit == "pairs":
             start = time.perf_counter()
             reference = Reference(context.out / "reference.safetensors", recipe, here)

@@ -94,6 +94,8 @@ class Train(Parameters):
     exits: tuple[int, ...] = ()
     """clm, sft: layers, counted from 1, behind which the model learns to end too (S24); the loss is the mean
     over these and the last. Empty: the last alone."""
+    exit_loss: Literal["mean", "measured"] = "mean"
+    """Of exits: measured learns from the last layer alone, and says of held-out text how the exits fare."""
     epochs: int | None = pydantic.Field(None, ge=1)
     """Passes over the corpus; one, if neither this nor another limit is given."""
     max_steps: int | None = pydantic.Field(None, ge=1)
@@ -233,6 +235,8 @@ class Train(Parameters):
             )
         if any(later <= earlier for earlier, later in itertools.pairwise((0, *self.exits))):
             raise ValueError("exits are numbers of layers, and rise from 1 on")
+        if "exit_loss" in given and not self.exits:
+            raise ValueError("exit_loss means nothing without exits")
         if self.exits and self.sharding == "full":
             raise ValueError("exits do not go with sharding 'full' yet")
         if self.store_teacher and self.top_k is None:
@@ -345,7 +349,7 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
         looked_at += sum(available.values())
     flops = tokens * training_operations(spec, method, parameters.max_length)
     flops += tokens / parameters.micro_batch_tokens * magnitude_operations(spec, method)
-    flops += tokens * len(parameters.exits) * exit_operations(spec, method)
+    flops += tokens * exits_learnt(parameters) * exit_operations(spec, method)
     flops += looked_at * forward_operations(spec, parameters.max_length)
     taught, beside = _teacher_cost(parameters, shapes, tokens, dtype)
     flops += taught
@@ -365,6 +369,11 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
     )
 
 
+def exits_learnt(parameters: Train) -> int:
+    """At how many exits the head is trained."""
+    return len(parameters.exits) if parameters.exit_loss == "mean" else 0
+
+
 def _teacher_cost(parameters: Train, shapes: Any, tokens: float, dtype: str) -> tuple[float, float]:
     """Operations of the teacher, and the bytes it takes beside the student: none once it is stored."""
     spec = shapes.models.get("teacher")
@@ -381,7 +390,7 @@ def memory_of(
     """Peak bytes of one of so many processes; ``recomputed`` layers keep their input alone."""
     method, positions = method_of(parameters), parameters.micro_batch_tokens
     if parameters.sharding == "none" or processes == 1:
-        exits = len(parameters.exits)
+        exits = exits_learnt(parameters)
         return memory(spec, method, dtype, positions, device=device, recomputed=recomputed, exits=exits)
     return sharded_memory(
         spec,

@@ -107,11 +107,23 @@ def test_without_exits_a_run_is_the_same_to_the_bit(places: dict[str, Path], tmp
         assert torch.equal(tensor, weights(empty)[name]), name
 
 
+def test_exits_that_are_only_measured_change_no_bit(places: dict[str, Path], tmp_path: Path) -> None:
+    plain, _ = train(places, tmp_path / "plain", held_out=True)
+    measured, _ = train(places, tmp_path / "measured", held_out=True, exits=[1], exit_loss="measured")
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(measured)[name]), name
+    short = shorten(pretrained.load(measured.outputs["model"], dtype="float32"), [0])
+    pretrained.save(short, tmp_path / "short")
+    again, _ = train({**places, "model": tmp_path / "short"}, tmp_path / "again", held_out=True, max_steps=1)
+    assert measured.metrics["after.en.exit_1"] == pytest.approx(again.metrics["before.en.loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"exits": [2, 1]}, "rise from 1"),
         ({"exits": [0]}, "rise from 1"),
+        ({"exit_loss": "measured"}, "means nothing without exits"),
         ({"exits": [1], "objective": "dpo"}, "exits means nothing with objective 'dpo'"),
         ({"exits": [1], "sharding": "full"}, "sharding 'full'"),
     ],
