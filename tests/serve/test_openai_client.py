@@ -206,7 +206,7 @@ def test_a_request_opens_no_file_by_its_path(client: openai.OpenAI, server: Live
 def test_strategies_tell_what_they_lack_here(server: Live) -> None:
     cards = {card["name"]: card for card in server.http.get("/v1/strategies").json()["data"]}
     usable = {name for name, card in cards.items() if not card["missing"]}
-    assert usable == {"plain", "best-of", "rapid", "feed-forward-skip"}
+    assert usable == {"plain", "best-of", "rapid", "feed-forward-skip", "early-exit"}
     assert cards["speculative"]["missing"] == ["the model 'draft' (--companion draft=MODEL)"]
     assert len(cards["judge-decoding"]["missing"]) == 2  # a draft and a head
     assert cards["rapid"]["settings"]["properties"]["draft"]["enum"] == ["target"]
