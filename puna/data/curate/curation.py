@@ -24,6 +24,7 @@ from puna.data.curate.executors import Executor, make_executor
 from puna.data.curate.gates import quantile_bounds, reduced
 from puna.data.curate.guard import Range
 from puna.data.curate.layout import at_rows, column_of, read_table, strings, write_table
+from puna.data.curate.named_files import files_of
 from puna.data.curate.operator import Spans, checked
 from puna.data.curate.pipeline import Phase, Pipeline
 from puna.data.curate.planner import plan
@@ -77,6 +78,7 @@ class Curation:
     def _prepared(self, pipeline: Pipeline) -> Pool:
         """The pool's folder with ``pool.json``, and with what an earlier pool has that still holds."""
         parameters, path = self.parameters, self.path
+        read = files_of(pipeline)
         sources = [
             source.model_dump(mode="json", exclude_defaults=True) | {"format": source.format}
             for source in parameters.sources
@@ -110,6 +112,7 @@ class Curation:
             "batch_seconds": parameters.batch_seconds,
             "short_circuit": parameters.short_circuit,
             "modules": parameters.modules,
+            "read": read,
         }
         same = [old.get(key) == meta[key] for key in ("sources", "limits", "parts", "shard_bytes")]
         if old and not all(same):

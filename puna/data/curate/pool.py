@@ -79,7 +79,9 @@ class Pool:
     def keys(self) -> list[tuple[str, str]]:
         """Per phase, what its signals and its decisions depend on, as hashes."""
         keys: list[tuple[str, str]] = []
-        before = fingerprint([self.meta["sources"], self.meta["limits"]])
+        # Files that settings name are told by what is in them; pools without any have the names they had.
+        read = [self.meta["read"]] if self.meta.get("read") else []
+        before = fingerprint([self.meta["sources"], self.meta["limits"], *read])
         for phase in self.phases:
             steps = [step.as_json() for step in phase.steps if step.gate is None or not self.everything]
             entry = None if phase.entry is None else phase.entry.as_json()

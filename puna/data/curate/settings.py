@@ -56,10 +56,16 @@ class CurateParameters(Parameters):
     """Python modules to import that register operators of one's own."""
 
     def files(self) -> list[Path]:
-        """The files that decide what is kept."""
-        given = [Path(self.pipeline)] if isinstance(self.pipeline, str) else []
+        """The files that decide what is kept: the pipeline's, those its steps name, and the sources'."""
+        from puna.data.curate.named_files import named, named_in
+
+        if isinstance(self.pipeline, str):
+            file = Path(self.pipeline)
+            given = [file, *named_in(file)] if file.is_file() else []
+        else:
+            given = list(named(self.pipeline))
         read = [file for source in self.sources for file in source.files()]
-        return [file for file in given if file.is_file()] + read
+        return [*given, *named(self.settings), *read]
 
     @pydantic.field_validator("sources")
     @classmethod

@@ -19,7 +19,7 @@ from puna.run.planner import duration
 from puna.run.report import charts
 from puna.run.report.gather import View, finite, gather
 
-_FIGURE = re.compile(r"[-+–]?[\d.,]+\s?(%|x|kB|MB|GB|k|M|G)?( to .*)?$|baseline$|–$")
+_FIGURE = re.compile(r"[-+–]?[\d.,]+(?:e[-+]?\d+)?\s?(%|x|kB|MB|GB|k|M|G)?( to .*)?$|baseline$|–$")
 
 
 def write_report(run_folder: Path | str) -> Path:
