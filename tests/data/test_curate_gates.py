@@ -115,6 +115,8 @@ def test_quantiles_may_be_those_of_a_language():
         ({"minimum": 1, "above": 1}, "bound the same side"),
         ({"minimum": 1, "quantile_minimum": 0.5}, "bound the same side"),
         ({"minimum": float("nan")}, "finite"),
+        ({"minimum": 5, "maximum": 3}, "nothing passes: minimum 5, maximum 3"),
+        ({"minimum": 3, "below": 3}, "nothing passes"),
         (
             {"quantile_minimum": 0.5, "when": {"signal": "t", "quantile_minimum": 0.5}},
             "quantiles bound the gate",

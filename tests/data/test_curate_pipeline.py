@@ -55,10 +55,13 @@ def test_an_included_preset_stands_in_place():
     [
         ([{"scor": "text.sizes"}], "did you mean 'score'"),
         ([{"score": "text.size"}], r"did you mean 'text\.sizes'"),
+        ([{"map": "text.sizes"}], r"write \{score: text\.sizes\}"),
+        ([], "found:    none"),
         ([{"score": "text.sizes", "setting": {}}], "did you mean 'settings'"),
         ([{"score": "text.sizes", "settings": {"a": 1}}], "unknown key 'a'"),
         ([{"score": "text.sizes"}, {"score": "text.sizes"}], "the same name"),
-        ([{"gate": {"name": "g", "signal": "text.sizes.words", "minimum": 1}}], "unknown signal"),
+        ([{"gate": {"name": "g", "signal": "text.sizes.words", "minimum": 1}}], r"put \{score: text\.sizes"),
+        ([{"gate": {"name": "g", "signal": "nobody.knows", "minimum": 1}}], "unknown signal"),
         ([STEPS[1], {"gate": {"name": "g", "signal": "text.sizes.word", "minimum": 1}}], "did you mean"),
         ([STEPS[1], {"gate": {"name": "g", "signal": "text.sizes.line_words", "minimum": 1}}], "say how"),
         (

@@ -262,6 +262,8 @@ def test_what_is_wrong_with_the_parameters_is_told(tmp_path):
     with pytest.raises(PunaError, match="two sources are named"):
         source = {"path": "a.jsonl"}
         validate(CurateParameters, {"sources": [source, source], "pipeline": "example"}, where="t")
+    with pytest.raises(PunaError, match=r"such as \{include: gopher\}"):
+        validate(CurateParameters, {"pipeline": ["gopher"]}, where="t")
     with pytest.raises(PunaError, match="nothing to read"):
         Curation(validate(CurateParameters, {"pipeline": "example"}, where="t"), tmp_path / "pool").run()
     with pytest.raises(PunaError, match="module cannot be imported"):

@@ -19,6 +19,7 @@ from puna.data.curate.operator import Spans
 from puna.data.curate.segments import ratio
 
 Reduction = Literal["mean", "share", "max", "min", "sum", "count"]
+_BOTH = ("minimum", "maximum")  # that may be equal
 BOUNDS = ("minimum", "maximum", "above", "below")
 
 
@@ -44,6 +45,10 @@ class Bounds(Parameters):
             given = [key for key in (one, other, f"quantile_{one}") if getattr(self, key) is not None]
             if len(given) > 1:
                 raise ValueError(f"{given[0]} and {given[1]} bound the same side")
+        low = next(((key, v) for key in ("minimum", "above") if (v := getattr(self, key)) is not None), None)
+        high = next(((key, v) for key in ("maximum", "below") if (v := getattr(self, key)) is not None), None)
+        if low and high and (low[1] > high[1] or (low[1] == high[1] and (low[0], high[0]) != _BOTH)):
+            raise ValueError(f"nothing passes: {low[0]} {low[1]:g}, {high[0]} {high[1]:g}")
         return self
 
     def given(self) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy
 from numpy.typing import NDArray
 
-from puna.core.errors import unknown_name
+from puna.core.errors import PunaError, unknown_name
 from puna.core.stage import Parameters
 from puna.data.curate.segments import Segments
 from puna.data.curate.texts import Texts
@@ -264,6 +264,10 @@ def get_operator(kind: Kind, name: str, *, where: object = None) -> Operator:
     """The operator of that kind and name; an unknown one is an error with the nearest name."""
     known = {operator.name: operator for operator in all_operators() if operator.kind == kind}
     if name not in known:
+        others = [operator.kind for operator in all_operators() if operator.name == name]
+        if others:
+            fix = f"write {{{others[0]}: {name}}}"
+            raise PunaError(f"no {kind} operator, but of kind {others[0]}", where=where, found=name, fix=fix)
         raise unknown_name(f"{kind} operator", name, known, where=where)
     return known[name]
 

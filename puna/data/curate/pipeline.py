@@ -24,7 +24,7 @@ from puna.core.errors import PunaError, nearest, unknown_name
 from puna.core.files import fingerprint
 from puna.core.stage import Parameters, validate
 from puna.data.curate.gates import Condition, Gate, characters_of
-from puna.data.curate.operator import Kind, Operator, get_operator
+from puna.data.curate.operator import Kind, Operator, all_operators, get_operator
 
 PRESETS = Path(__file__).parent / "presets"
 _KINDS = ("extract", "map", "score", "global")
@@ -186,7 +186,8 @@ def _read(name: str) -> Any:
 def _steps(value: Any, where: object, inside: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
     """Each step as its key and its mapping, with the included pipelines' steps in place."""
     if not isinstance(value, list) or not value:
-        raise PunaError("a pipeline is a list of steps", where=where, found=type(value).__name__)
+        found = "none" if value in (None, []) else type(value).__name__
+        raise PunaError("a pipeline is a list of steps", where=where, found=found)
     steps: list[tuple[str, dict[str, Any]]] = []
     for number, given in enumerate(value, start=1):
         place = f"{where}: step {number}"
@@ -277,6 +278,14 @@ def _check(steps: Sequence[Step], where: object) -> None:
 
 def _check_condition(condition: Condition, stored: Mapping[str, bool], where: str) -> None:
     if condition.signal not in stored:
+        makers = [each for each in all_operators() if condition.signal in each.signal_names()]
+        if makers:
+            raise PunaError(
+                "no step before the gate stores this signal",
+                where=where,
+                found=condition.signal,
+                fix=f"put {{{makers[0].kind}: {makers[0].name}}} before it",
+            )
         raise unknown_name("signal", condition.signal, stored, where=where)
     if stored[condition.signal] and condition.reduce is None:
         raise PunaError(

@@ -67,6 +67,14 @@ class CurateParameters(Parameters):
         read = [file for source in self.sources for file in source.files()]
         return [*given, *named(self.settings), *read]
 
+    @pydantic.field_validator("pipeline", mode="before")
+    @classmethod
+    def _of_steps(cls, pipeline: Any) -> Any:
+        for step in pipeline if isinstance(pipeline, list) else ():
+            if isinstance(step, str):
+                raise ValueError(f"a step is a mapping, such as {{include: {step}}}")
+        return pipeline
+
     @pydantic.field_validator("sources")
     @classmethod
     def _told_apart(cls, sources: list[Any]) -> list[Any]:
