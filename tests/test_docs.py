@@ -15,6 +15,7 @@ import typer.main
 import puna
 from puna.cli import app
 from puna.core import assets, stage
+from puna.data.curate import operator
 from puna.model.gguf_header import STORAGE
 from puna.model.spec import RopeKind
 from puna.run import docs
@@ -132,6 +133,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(assets, "fetch", lambda name: tmp_path / "asset")
     # What an example registers goes with it.
     monkeypatch.setattr(stage, "_STAGES", stage.all_stages())
+    operator.all_operators()  # Puna's own are registered once, for good.
+    monkeypatch.setattr(operator, "_OPERATORS", dict(operator._OPERATORS))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
