@@ -166,8 +166,14 @@ def _() -> tuple[kit.Forward, kit.Forward]:
 
 @kit.neutral("masks of ones")
 def _() -> tuple[kit.Forward, kit.Forward]:
-    model, masked = kit.decoder(kit.spec_of()), kit.decoder(kit.spec_of())
-    soft_mask(masked, Masks.of(masked.spec, Kept.everything(masked.spec))).__enter__()
+    model, changed = kit.decoder(kit.spec_of()), kit.decoder(kit.spec_of())
+    ones = Masks.of(changed.spec, Kept.everything(changed.spec))
+
+    def masked(ids: torch.Tensor) -> torch.Tensor:
+        with soft_mask(changed, ones):
+            assert changed.model.layers[1].mlp.down_proj._forward_pre_hooks
+            return changed(ids)
+
     return model, masked
 
 
