@@ -23,7 +23,7 @@ _MARKS: dict[Kind, tuple[str, ...]] = {
     "corpus": (META,),
     "model": ("config.json", "puna.json", "adapter_config.json"),
     "tokenizer": ("tokenizer.json", "tokenizer.model", "spiece.model"),
-    "state": ("state.json",),
+    "state": ("state.json", "pool.json"),
 }
 """Files that tell the kind of a folder, the first kind that has one first."""
 # What else may stand where a kind is asked for: a model's folder holds its tokenizer.

@@ -9,7 +9,9 @@ import numpy
 import pytest
 from typer.testing import CliRunner
 
+from puna.cli import app
 from puna.core.stage import Context, validate
+from puna.data.corpus import Corpus
 from puna.data.curate.analyze import _histogram
 from puna.data.curate.layout import read_table
 from puna.data.curate.pool import Pool
@@ -142,3 +144,12 @@ def test_presets_and_operators_are_listed():
     shown = told("operators", "pii.mask")
     assert "pii.mask.masked" in shown and "kinds" in shown
     assert "unknown operator 'gopher.word'" in told("operators", "gopher.word")
+
+
+def test_other_bounds_over_the_pool_of_an_earlier_run(stage_folder, tmp_path):
+    """As docs/curate.md has it: the pool that a stage left goes into another one by its path."""
+    bounds = "gates={words: {minimum: 1}}"
+    words = ["stage", "curate", "--out", str(tmp_path / "again"), "--in", f"pool={stage_folder / 'pool'}"]
+    told = CliRunner().invoke(app, [*words, "pipeline=example", bounds, "executor=here"])
+    assert told.exit_code == 0, told.exception
+    assert Corpus.open(tmp_path / "again" / "corpus").count == 12
