@@ -3,7 +3,7 @@ signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
 (documents -> questions whose answer is known), ``table_questions`` (a table -> questions about it),
 ``quality_classifier`` and ``importance_model`` (corpora -> models that score documents), and
-``duplicate_checks``."""
+the checks of claims, ``duplicate_checks``, ``curation_checks``, ``juicer_checks`` and ``setu_checks``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import Any
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Kind, Outcome, stage
-from puna.data.curate.checks_settings import JuicerChecksParameters, SetuChecksParameters
+from puna.data.curate.checks_settings import (
+    CurationChecksParameters,
+    JuicerChecksParameters,
+    SetuChecksParameters,
+)
 from puna.data.curate.duplicates.settings import DuplicateChecksParameters
 from puna.data.curate.learned.settings import ImportanceParameters, QualityClassifierParameters
 from puna.data.curate.settings import CurateParameters
@@ -346,6 +350,26 @@ def duplicate_checks(context: Context, parameters: DuplicateChecksParameters) ->
     from puna.data.curate.duplicates.checks import checks
 
     return Outcome(metrics=checks(parameters, context.seed))
+
+
+@stage(
+    "curation_checks",
+    parameters=CurationChecksParameters,
+    inputs={
+        "corpus": Input("corpus"),
+        "same": Input("corpus", many=True, optional=True),
+        "importance": Input("file", optional=True),
+    },
+)
+def curation_checks(context: Context, parameters: CurationChecksParameters) -> Outcome:
+    """Measure what filters promise: bounds from both sides, orders of steps, spans, scores elsewhere.
+
+    Corpora under ``same`` should hold the same documents. ``importance`` is a model of the stage
+    ``importance_model``. Time grows linearly with the documents times the repeats.
+    """
+    from puna.data.curate.checks_pages import run
+
+    return run(context, parameters)
 
 
 @stage("juicer_checks", parameters=JuicerChecksParameters, inputs={"corpus": Input("corpus")})

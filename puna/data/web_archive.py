@@ -29,6 +29,8 @@ class PageSource(Parameters):
     """The asset's name; it is a folder with HTML files."""
     under: str = ""
     """Folder below it, such as text/scalc."""
+    without: tuple[str, ...] = ()
+    """Folders below that one which are left out."""
     limit: pydantic.PositiveInt | None = None
     """Pages at most, the first by name; null takes all."""
     times: pydantic.PositiveInt = 1
@@ -56,7 +58,13 @@ def write_web_archive(parameters: WebArchiveParameters, file: Path) -> dict[str,
 def _pages(source: PageSource) -> Iterator[tuple[str, bytes]]:
     root = assets.fetch(source.asset)
     folder = root / source.under
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)[: source.limit]
+    left_out = [folder / name for name in source.without]
+    absent = [path for path in left_out if not path.is_dir()]
+    if absent:
+        raise PunaError("a folder to leave out is not there", where=folder, found=absent[0].name)
+    pages = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    kept = (path for path in pages if not any(path.is_relative_to(other) for other in left_out))
+    files = sorted(kept)[: source.limit]
     if not files:
         raise PunaError("no HTML page lies there", where=folder, expected="files such as index.html")
     for number in range(source.times):

@@ -41,6 +41,8 @@ class Said:
     text: str = ""
     scores: tuple[tuple[float, ...], ...] = ()
     taken: tuple[int, ...] = ()
+    choice_tokens: int = 0
+    """Tokens of the choices that were scored, and of the leads of slots that stand alone; 0 of a server."""
 
 
 class Asker(Protocol):
@@ -90,7 +92,7 @@ class EngineAsker:
     def score(self, prompts: Sequence[Messages], slots: Sequence[Sequence[Slot]]) -> list[Said]:
         """The slots of each prompt scored and filled."""
         return [
-            Said(tokens, "", tuple(map(tuple, method.scores)), tuple(method.said))
+            Said(tokens, "", tuple(map(tuple, method.scores)), tuple(method.said), method.tokens)
             for tokens, method in choices.score(self.engine, prompts, slots)
         ]
 

@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 class Slot:
     """A place for an answer: the text before it, the choices, and what is taken off each one's score.
 
-    ``offsets`` are in nats, none for no calibration.
+    ``offsets`` are in nats, none for no calibration. One that stands ``alone`` is read as if nothing had been
+    said in the slots before it.
     """
 
     lead: str
     choices: tuple[str, ...]
     offsets: tuple[float, ...] = ()
+    alone: bool = False
 
 
 class ChoiceScoring:
@@ -53,6 +55,7 @@ class ChoiceScoring:
         self.slots = list(slots)
         self.scores: list[list[float]] = []
         self.said: list[int] = []
+        self.tokens = 0  # of the choices, and of what stands before those alone
 
     def run(self, request: Running) -> Steps[None]:
         """Read the prompt, then score and fill slot after slot."""
@@ -64,12 +67,16 @@ class ChoiceScoring:
             wholes = [[*request.prompt, *_encode(request, before + choice)] for choice in slot.choices]
             scores = yield from together(*[_score(request.lane, read, whole, logs) for whole in wholes])
             offsets = slot.offsets or (0.0,) * len(scores)
+            self.tokens += sum(len(whole) - len(read) for whole in wholes)
+            self.tokens += len(read) - len(request.prompt) if slot.alone else 0
             self.scores.append(scores)
             self.said.append(max(range(len(scores)), key=lambda index: scores[index] - offsets[index]))
         request.end()
 
     def _so_far(self, place: int) -> str:
         """What the assistant has said before the answer of slot ``place``."""
+        if self.slots[place].alone:
+            return self.slots[place].lead
         lines = [slot.lead + slot.choices[said] for slot, said in zip(self.slots, self.said, strict=False)]
         return "\n".join([*lines, self.slots[place].lead])
 

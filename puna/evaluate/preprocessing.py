@@ -4,8 +4,10 @@ System S71, large language models as data preprocessors (Zhang and others 2023, 
 question ends with an answer of its own or with none: what was said out of format is asked again, alone
 and with a reminder, and after the last attempt it counts as failed. Nothing is guessed.
 
-Beyond the paper: answers of small models are scored instead of read (``choices.py``), and two calibrations
-take off what a model says anyway: its scores of a question whose cells are all null (contextual
+Beyond the paper: answers of small models are scored instead of read (``choices.py``); or the data are, by
+Bayes' rule with equal priors: which answer makes the second row likelier to stand beside the first, behind
+examples with that answer (the noisy channel, Min and others 2022, arXiv:2108.04106). Two calibrations take
+off what a model says anyway: its scores of a question whose cells are all null (contextual
 calibration, Zhao and others 2021, arXiv:2102.09690), or their mean over the questions asked (batch
 calibration, Zhou and others 2023, arXiv:2309.17249).
 """
@@ -20,7 +22,17 @@ from puna.core.errors import PunaError
 from puna.data.tables.answers import parse_answers
 from puna.data.tables.columns import informative
 from puna.data.tables.grouping import group
-from puna.data.tables.prompts import Messages, Wording, answer_lead, compile_prompt, one_line, reminder
+from puna.data.tables.prompts import (
+    Messages,
+    Wording,
+    answer_lead,
+    compile_prompt,
+    compile_writing,
+    one_line,
+    reminder,
+    written_data,
+    written_lead,
+)
 from puna.data.tables.questions import Question
 from puna.evaluate.choices import Slot
 
@@ -90,7 +102,8 @@ def preprocess(
     examples = [question.only(columns) for question in labelled[: way.examples]]
     asking = _Asking(asker, asked, examples, way)
     groups = group(asked, way.batch, way.grouping, seed)
-    found = asking.scored(groups) if way.answer == "scored" else asking.written(groups)
+    how = {"scored": asking.scored, "written": asking.written, "channel": asking.channel}
+    found = how[way.answer](groups)
     found.columns = columns
     return found
 
@@ -194,6 +207,48 @@ class _Asking:
             if scores is not None:
                 best = max(range(len(scores)), key=lambda index: scores[index] - means[index])
                 found.answers[place] = self.questions[place].choices[best]
+
+    # ---- scored the other way round --------------------------------------------------------------------
+
+    def channel(self, groups: Sequence[Sequence[int]]) -> Answered:
+        """For each answer how likely the data are to be written; the answer that makes them likeliest."""
+        if not self.asker.scores_batches:
+            raise PunaError("a server does not score the data", fix="answer: scored, or answer: written")
+        found = Answered.nothing(len(self.questions))
+        batches = [[self.questions[place] for place in places] for places in groups]
+        choices = self.questions[0].choices
+        slots = [
+            [
+                # Alone: earlier data, which are as they are and not as the answer would have them, mislead.
+                Slot(written_lead(number, question, self.many), (written_data(question),), alone=True)
+                for number, question in enumerate(batch, 1)
+            ]
+            for batch in batches
+        ]
+        by_choice: list[dict[int, float]] = []
+        for choice in choices:
+            prompts = [
+                compile_writing(batch, self.examples, choice, self.wording, numbered=self.many)
+                for batch in batches
+            ]
+            said = self.asker.score(prompts, slots)
+            found.note(said)
+            found.prompt_tokens += sum(each.choice_tokens for each in said)
+            by_choice.append(
+                {
+                    place: scores[0]
+                    for places, each in zip(groups, said, strict=True)
+                    for place, scores in zip(places, each.scores, strict=True)
+                }
+            )
+        for place in range(len(self.questions)):
+            scores = tuple(each[place] for each in by_choice)
+            found.attempts[place] = 1
+            found.scores[place] = scores
+            found.answers[place] = choices[max(range(len(choices)), key=scores.__getitem__)]
+        if self.way.calibration == "mean":
+            self._over_the_mean(found)
+        return found
 
     # ---- written ---------------------------------------------------------------------------------------
 

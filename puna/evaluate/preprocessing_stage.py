@@ -26,8 +26,9 @@ class Way(Parameters):
     """Questions in one prompt."""
     grouping: Grouping = "random"
     """Which questions share a prompt: any, or alike ones (k-means)."""
-    answer: Literal["scored", "written"] = "scored"
-    """Score the choices by their likelihood, or read what the model writes."""
+    answer: Literal["scored", "written", "channel"] = "scored"
+    """Score the choices by their likelihood, read what the model writes, or score the data instead: which
+    answer makes the second row of a pair, or the cell that is asked about, likelier to be written."""
     calibration: Literal["none", "empty_row", "mean"] = "none"
     """What is taken off scores: nothing, those of a question whose cells are null, or their mean over the
     questions asked."""
@@ -49,6 +50,8 @@ class Way(Parameters):
             raise ValueError("scored answers behind reasons go one by one: batch is 1, or answer is written")
         if self.calibration != "none" and self.answer == "written":
             raise ValueError("calibration means nothing for written answers")
+        if self.answer == "channel" and (self.reasons or self.calibration == "empty_row"):
+            raise ValueError("scoring the data knows neither reasons nor the calibration empty_row")
         if self.calibration == "empty_row" and self.reasons:
             raise ValueError("a question about nothing has no reasons: calibration is none or mean")
         return self

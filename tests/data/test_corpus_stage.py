@@ -206,6 +206,7 @@ def test_the_room_registers_its_stages() -> None:
         "duplicate_checks",
         "importance_model",
         "instructions",
+        "curation_checks",
         "juicer_checks",
         "planted",
         "preferences",

@@ -39,6 +39,21 @@ def test_gates_are_ordered_by_what_they_drop_for_their_cost():
     assert plan(phase, counts)[:2] == ["dear", "few"]
 
 
+def test_gates_of_one_score_count_together():
+    steps = [
+        {"score": "text.sizes", "as": "one"},
+        {"gate": {"name": "single", "signal": "one.words", "minimum": 2}},
+        {"score": "text.sizes", "as": "two"},
+        {"gate": {"name": "first", "signal": "two.characters", "minimum": 6}},
+        {"gate": {"name": "second", "signal": "two.lines", "minimum": 1}},
+    ]
+    phase = make_pipeline(steps).phases()[0]
+    counts = {"one": count(1.0), "two": count(1.0)}
+    counts |= {"single": count(0, 30), "first": count(0, 20), "second": count(0, 25)}
+    # Alone each gate of "two" drops less than "single", together they drop 40%.
+    assert plan(phase, counts) == ["two", "second", "first", "one", "single"]
+
+
 @pytest.mark.parametrize("numbers", list(itertools.permutations(range(3))))
 def test_every_order_keeps_the_same_documents(numbers):
     pairs = [STEPS[0:2], STEPS[2:4], [{"score": "text.sizes", "as": "third"}]]

@@ -6,135 +6,46 @@ just those pages are dropped whose signal is out of bounds, by the gate that is 
 
 from __future__ import annotations
 
-import itertools
-import string
-
 import numpy
 import pytest
 
+from puna.data.curate.bound_pages import (
+    dclm_families,
+    long_words,
+    many_words,
+    marked,
+    n_grams,
+    numbers,
+    one_word_lines,
+    page,
+    repeated,
+    repetition,
+    short_words,
+    stop_words,
+    with_lines,
+    words,
+)
 from puna.data.curate.execute import execute
 from puna.data.curate.gates import reduced
 from puna.data.curate.pipeline import load_pipeline, preset_names
 from puna.data.curate.texts import Texts
 
 
-def fresh(length=5):
-    """Words that never come twice."""
-    return ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=length))
-
-
-def words(count, length=5):
-    """``count`` different words, beginning with four stop words."""
-    return [*["the", "of", "and", "to"], *itertools.islice(fresh(length), count - 4)]
-
-
-def page(items, per_line=10):
-    rows = [items[at : at + per_line] for at in range(0, len(items), per_line)]
-    return "\n".join(" ".join(row) for row in rows)
-
-
-def many_words(k):
-    return page(words(k))
-
-
-def short_words(k):  # k words of 2 letters among words of 3
-    return page(["the", "and", *itertools.islice(fresh(2), k), *itertools.islice(fresh(3), 60 - k)])
-
-
-def long_words(k):  # words of 10 letters, k of them longer
-    many = ["the", "and", *itertools.islice(fresh(10), 60)]
-    return page([word + "x" * (1 < at < k) for at, word in enumerate(many)])
-
-
-def marked(mark, total=60):
-    def make(k):
-        return page([f"{mark}{word}" if 4 <= at < k + 4 else word for at, word in enumerate(words(total))])
-
-    return make
-
-
-def numbers(k):
-    return page([*words(60 - k), *map(str, range(10001, 10001 + k))])
-
-
-def stop_words(*given):
-    def make(k):
-        return page([*given[:k], *itertools.islice(fresh(), 60)])
-
-    return make
-
-
-def with_lines(begin="", end=""):
-    """Ten lines, of which k begin or end with something."""
-
-    def make(k):
-        rows = page(words(100)).split("\n")
-        return "\n".join(f"{begin}{row}{end}" if at < k else row for at, row in enumerate(rows))
-
-    return make
-
-
-def repeated(separator):
-    """Ten long lines, or paragraphs of three lines, and k times one short line between them."""
-
-    def make(k):
-        rows = page(words(300), 30).split("\n")
-        if separator == "\n\n":
-            rows = [page(row.split()) for row in rows]
-        pairs = [[row, "short line"] if at < k else [row] for at, row in enumerate(rows)]
-        return separator.join(itertools.chain(*pairs))
-
-    return make
-
-
-def long_lines(k):
-    """Thirty lines, and twice a word of k letters alone in one."""
-    rows = page(words(300)).split("\n")
-    return "\n".join([*rows[:10], "x" * k, *rows[10:20], "x" * k, *rows[20:]])
-
-
-def long_paragraphs(k):
-    """Thirty paragraphs, and twice one of two short lines with k spaces behind the first."""
-    rows, copy = page(words(300)).split("\n"), "aa" + " " * k + "\nbb"
-    return "\n\n".join([*rows[:10], copy, *rows[10:20], copy, *rows[20:]])
-
-
-def phrases(n, total=1200):
-    """k copies of n words, always with another word between them, in a page of ``total`` words."""
-
-    def make(k):
-        source = words(total)
-        phrase, others = [word + "q" for word in source[-n:]], iter(source)
-        copies = itertools.chain(*([*phrase, next(others)] for _ in range(k)))
-        head = list(copies)
-        return page(head + list(itertools.islice(others, total - len(head))))
-
-    return make
-
-
-def gopher(counted, own):
+def gopher():
     """Families of Gopher's rules: gate, bounds, pages, numbers."""
     return [
         ("words", (50, 100000), many_words, (49, 50, 100000, 100001)),
         ("word length", (3, None), short_words, (0, 1, 2)),
         ("word length", (None, 10), long_words, range(12, 20)),
         ("bullets", (None, 0.9), with_lines(begin="•"), (8, 9, 10)),
-        ("ellipses" if own else "line ellipses", (None, 0.3), with_lines(end=" end..."), (2, 3, 4)),
-        ("alphabetic words", (None, 0.2) if own else (0.8, None), numbers, (11, 12, 13)),
-        ("paragraphs", (None, 0.3), repeated("\n\n"), range(10)),
-        ("repeated lines", (None, 0.3), repeated("\n"), range(10)),
-        ("line characters", (None, 0.2), long_lines, range(50, 1000, 25)),
-        ("paragraph characters", (None, 0.2), long_paragraphs, range(50, 1000, 25)),
-        *n_grams(),
+        ("line ellipses", (None, 0.3), with_lines(end=" end..."), (2, 3, 4)),
+        ("alphabetic words", (0.8, None), numbers, (11, 12, 13)),
+        *as_rows(repetition("")),
     ]
 
 
-def n_grams():
-    tops, copies = {2: 0.2, 3: 0.18, 4: 0.16}, {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
-    return [
-        *((f"top {n}-gram", (None, bound), phrases(n), range(20, 140)) for n, bound in tops.items()),
-        *((f"{n}-grams", (None, bound), phrases(n), range(5, 45)) for n, bound in copies.items()),
-    ]
+def as_rows(families):
+    return [(f.gate, (f.minimum, f.maximum), f.make, f.numbers) for f in families]
 
 
 def sentence_lines(k):
@@ -145,26 +56,18 @@ def spoilt(spoil):
     return lambda k: "\n".join([sentence_lines(6), *[spoil] * k])
 
 
-def one_word_lines(k):
-    return page(words(100)) + "\n" + "\n".join(itertools.islice(fresh(6), k))
-
-
 def three_lines(k):
     return "\n".join(["x" * 300, "y" * k, "z" * 300, "short"])
 
 
 FAMILIES = {
     "gopher": [
-        *gopher("extra", own=False),
+        *gopher(),
         ("hashes", (None, 0.1), marked("#"), (5, 6, 7)),
         ("ellipses", (None, 0.1), marked("..."), (5, 6, 7)),
         ("stop words", (2, None), stop_words("the", "of"), (0, 1, 2)),
     ],
-    "dclm-pages": [
-        *gopher("duplicate", own=True),
-        ("symbols", (None, 0.1), marked("#"), (5, 6, 7)),
-        ("stop words", (2, None), stop_words("The", "THE"), (0, 1, 2)),
-    ],
+    "dclm-pages": [(name.removeprefix("dclm "), *row) for name, *row in as_rows(dclm_families()[:-1])],
     "c4": [
         ("lorem ipsum", (None, 0), spoilt("Here is lorem ipsum for you."), (0, 1)),
         ("curly brackets", (None, 0), spoilt("Here is a { for all of you."), (0, 1)),
@@ -180,7 +83,7 @@ FAMILIES = {
         ("ellipses", (None, 0.3), with_lines(end=" end..."), (2, 3, 4)),
         ("alphabetic words", (None, 0.2), numbers, (11, 12, 13)),
     ],
-    "redpajama-v2-repetition": n_grams(),
+    "redpajama-v2-repetition": as_rows(n_grams("")),
     "redpajama-v2-c4": [
         ("lorem ipsum", (None, 0), spoilt("Here is lorem ipsum for you."), (0, 1)),
         ("curly brackets", (None, 0), spoilt("Here is a { for all of you."), (0, 1)),

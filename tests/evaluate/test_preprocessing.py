@@ -313,9 +313,81 @@ def test_who_is_asked_must_be_told(tmp_path: Path) -> None:
         ({"ways": {}}, "ways"),
         ({"ways": {"a": {"reasons": True, "batch": 2}}}, "one by one"),
         ({"ways": {"a": {"answer": "written", "calibration": "mean"}}}, "means nothing"),
+        ({"ways": {"a": {"answer": "channel", "calibration": "empty_row"}}}, "neither reasons nor"),
         ({"ways": {"a": {}}, "compare": [["a", "b"]]}, "none of the ways"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(PunaError, match=said):
         validate(AskTables, values, where="test")
+
+
+class Written:
+    """Finds data the likelier, the more of them its prompt shows in examples; notes prompts and slots."""
+
+    scores_batches = True
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Messages, Sequence[Slot]]] = []
+
+    def write(
+        self, prompts: Sequence[Messages], max_tokens: Sequence[int], stop: tuple[str, ...] = ()
+    ) -> list[Said]:
+        raise AssertionError("nothing is written")
+
+    def score(self, prompts: Sequence[Messages], slots: Sequence[Sequence[Slot]]) -> list[Said]:
+        self.asked += zip(prompts, slots, strict=True)
+        found = []
+        for prompt, each in zip(prompts, slots, strict=True):
+            shown = [message["content"] for message in prompt if message["role"] == "assistant"]
+            scores = tuple((float("\n".join(shown).count(slot.choices[0])),) for slot in each)
+            found.append(Said(10, "", scores, (0,) * len(each), 3 * len(each)))
+        return found
+
+
+def pairs(count: int, role: Any = "asked") -> list[Question]:
+    """Pairs of rows; of even numbers the second row is always the same."""
+    return [
+        Question(
+            "entity_matching",
+            ({"name": f"a{number}"}, {"name": f"odd{number % 4}" if number % 2 else "even"}),
+            answer=NO if number % 2 else YES,
+            role=role,
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_data_are_scored_behind_the_examples_of_each_answer(batch: int) -> None:
+    asker = Written()
+    way = Way(examples=6, batch=batch, answer="channel")
+    found = preprocess(asker, pairs(8), pairs(6, "example"), way, 0)
+    assert found.answers == [right(number) for number in range(8)]
+    assert found.scores[0] == (3.0, 0.0) and found.scores[1] == (0.0, 2.0)
+    assert found.counts()["tokens"] == 2 * (10 / batch + 3)
+    for prompt, slots in asker.asked:
+        contents = "\n".join(message["content"] for message in prompt)
+        behind_yes = 'name: "even"' in contents
+        assert behind_yes != ('name: "odd' in contents)  # no example has the other answer
+        given = prompt[-1]["content"].split("\n")
+        assert [slot.lead for slot in slots] == ([""] if batch == 1 else [f"{line} " for line in given])
+        assert all(slot.alone for slot in slots)
+        assert all(slot.choices[0] not in prompt[-1]["content"] for slot in slots)
+
+
+def test_the_engine_scores_data_of_a_batch_each_on_its_own(model: Any) -> None:
+    asker = EngineAsker(Engine(model))
+    prompt: Messages = [{"role": "user", "content": "the cat and the mat"}]
+    slots = [Slot("1. ", ("in the end",), alone=True), Slot("2. ", ("that cat", "it went"), alone=True)]
+    together, reversed_, first, second = asker.score([prompt] * 4, [slots, slots[::-1], slots[:1], slots[1:]])
+    own = [*first.scores[0], *second.scores[0]]
+    assert [score for each in together.scores for score in each] == pytest.approx(own, abs=1e-4)
+    assert [score for each in reversed_.scores[::-1] for score in each] == pytest.approx(own, abs=1e-4)
+    assert together.choice_tokens == first.choice_tokens + second.choice_tokens > 0
+
+
+def test_gaps_cannot_be_asked_the_other_way_round() -> None:
+    gap = Question("imputation", ({"name": "a", "town": None},), "town", choices=("x", "y"))
+    with pytest.raises(PunaError, match="only questions of yes or no"):
+        preprocess(Written(), [gap], [], Way(answer="channel"), 0)

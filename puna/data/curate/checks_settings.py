@@ -1,4 +1,4 @@
-"""Parameters of the stages that measure what Data-Juicer and Setu claim."""
+"""Parameters of the stages that measure what DCLM, RedPajama, Data-Juicer and Setu claim."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import pydantic
 
 from puna.core.stage import Parameters
 from puna.data.curate.detectors import Detector
+
+
+class CurationChecksParameters(Parameters):
+    """How much is looked at, and which rules are run in two orders."""
+
+    preset: str = "dclm-pages"
+    """Pipeline whose scores and gates are timed in two orders."""
+    documents: pydantic.PositiveInt = 3_000
+    """Documents of the corpus, the first ones, at most."""
+    batch: pydantic.PositiveInt = 1_000
+    """Documents that are worked on at once."""
+    repeats: pydantic.PositiveInt = 3
+    """Runs of each order; its time is their median."""
 
 
 class JuicerChecksParameters(Parameters):

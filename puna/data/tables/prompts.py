@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from puna.core.errors import PunaError
-from puna.data.tables.questions import Question, Task
+from puna.data.tables.questions import NO, YES, Question, Task
 from puna.data.tables.rows import cell, render
 
 ROLE = "You are a database engineer."
@@ -21,6 +21,18 @@ _TASKS: dict[Task, str] = {
     "imputation": "Say what the missing value of one attribute of a record should be.",
     "schema_matching": "Decide whether two attributes of different tables mean the same.",
     "entity_matching": "Decide whether two records are of the same thing, even if written differently.",
+}
+# What the model is told to write, where it is asked for the data of an answer and not for the answer.
+_WRITES: dict[tuple[Task, str], str] = {
+    ("entity_matching", YES): "Write each record once more, as another table has it: the same thing.",
+    ("entity_matching", NO): "Write beside each record one of another thing.",
+    ("schema_matching", YES): "Write for each attribute one of another table that means the same.",
+    ("schema_matching", NO): "Write for each attribute one of another table that means something else.",
+    (
+        "error_detection",
+        YES,
+    ): "Fill in one attribute of each record, but with a misspelling.",
+    ("error_detection", NO): "Fill in one attribute of each record, correctly.",
 }
 _SIDES = ("A", "B")
 Messages = list[dict[str, str]]
@@ -53,6 +65,65 @@ def compile_prompt(
         messages.append({"role": "assistant", "content": _answers(turn, wording, many)})
     messages.append({"role": "user", "content": _data(asked, many)})
     return messages
+
+
+def compile_writing(
+    asked: Sequence[Question], examples: Sequence[Question], answer: str, wording: Wording, *, numbered: bool
+) -> Messages:
+    """The messages that ask for the data of ``asked`` as they would be if ``answer`` were the answer.
+
+    Examples are those with that answer. What is to be written is :func:`written_data`: the second row of a
+    pair, or the cell that is asked about.
+    """
+    task = asked[0].task
+    if (task, answer) not in _WRITES:
+        raise PunaError(
+            "only questions of yes or no can be asked the other way round",
+            found=f"{answer!r} to {task}",
+            expected=", ".join(sorted({name for name, _ in _WRITES})),
+        )
+    shown = [example for example in examples if example.answer == answer]
+    messages = [{"role": "system", "content": f"{wording.role} {_WRITES[task, answer]}"}]
+    turns = [shown] if numbered and shown else [[example] for example in shown]
+    for turn in turns:
+        messages.append({"role": "user", "content": _given(turn, numbered)})
+        lines = [
+            written_lead(number, example, numbered) + written_data(example)
+            for number, example in enumerate(turn, 1)
+        ]
+        messages.append({"role": "assistant", "content": "\n".join(lines)})
+    messages.append({"role": "user", "content": _given(asked, numbered)})
+    return messages
+
+
+def written_lead(number: int, question: Question, many: bool) -> str:
+    """What stands before the data that are written: where there are several, a number and what is given.
+
+    Given data are said again there, since a small model does not find them by the number alone.
+    """
+    return f"{answer_lead(number, many)}{_given_row(question)} " if many else ""
+
+
+def written_data(question: Question) -> str:
+    """What of a question's data is written: the second row of a pair, or the cell that is asked about."""
+    if len(question.records) > 1:
+        return render(question.records[1])
+    assert question.column is not None
+    return cell(question.records[0][question.column])
+
+
+def _given(questions: Sequence[Question], many: bool) -> str:
+    """The data of questions without what is to be written."""
+    return "\n".join(
+        answer_lead(number, many) + _given_row(question) for number, question in enumerate(questions, 1)
+    )
+
+
+def _given_row(question: Question) -> str:
+    if len(question.records) > 1:
+        return render(question.records[0])
+    row = {name: value for name, value in question.records[0].items() if name != question.column}
+    return f"{render(row)} {question.column}:"
 
 
 def answer_lead(number: int, many: bool) -> str:
