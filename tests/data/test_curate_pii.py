@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from puna.core import assets
 from puna.core.errors import PunaError
 from puna.core.stage import validate
 from puna.data.curate.operator import apply_map, apply_score, get_operator
@@ -172,3 +173,16 @@ def test_unwanted_words_are_the_users(tmp_path: Path):
     assert signals["count"].tolist() == [2, 0, 0]
     assert signals["ratio"][:2].tolist() == [0.5, 0.0]
     assert numpy.isnan(signals["ratio"][2])
+
+
+def test_a_list_of_unwanted_words_is_an_asset():
+    try:
+        assets.fetch("profanity-words")
+    except PunaError as error:
+        pytest.skip(f"not within reach: {error}")
+    operator = get_operator("score", "toxicity.words")
+    chosen = operator.settings(words="profanity-words")
+    signals = apply_score(operator, Texts(["Damn it, what the hell!", "A damnation of shellfish."]), chosen)
+    assert signals["count"].tolist() == [2, 0]
+    with pytest.raises(PunaError, match="cannot read a list of words"):
+        apply_score(operator, Texts(["a"]), operator.settings(words="profanity-word"))

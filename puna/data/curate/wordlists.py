@@ -1,4 +1,4 @@
-"""Lists of words that users give as files, looked up by the hashes that segments have."""
+"""Lists of words that users give as files or assets, looked up by the hashes that segments have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from puna.core import assets
 from puna.core.errors import PunaError, unknown_name
 from puna.data.curate.texts import hashes_of
 
@@ -46,6 +47,8 @@ def words_of_list(path: Path, language: str | None = None) -> list[str]:
 
 def hashes_of_list(path: Path, language: str | None = None) -> NDArray[numpy.uint64]:
     """The hashes of a file's words, sorted; read again only when the file changes."""
+    if not path.exists() and assets.is_asset(str(path)):
+        path = assets.fetch(str(path))
     try:
         stamp = path.stat().st_mtime_ns
     except OSError as error:

@@ -45,8 +45,8 @@ class WordListSettings(WordSettings):
     """A list of words."""
 
     words: str | None = None
-    """File with one word a line, or a JSON file: a list of words, or lists by language. Null: there is no
-    list, and the ratio is null."""
+    """File with one word a line, a JSON file (a list of words, or lists by language), or an asset. Null:
+    there is no list, and the ratio is null."""
     language: str | None = None
     """Which list of a JSON file with lists by language; "all" for all of them."""
     groups: list[pydantic.PositiveInt] = pydantic.Field(default_factory=list)

@@ -129,7 +129,7 @@ class ListSettings(Parameters):
     """Which words."""
 
     words: str
-    """File with one word a line, or a JSON file: a list, or lists by language."""
+    """File with one word a line, a JSON file (a list, or lists by language), or an asset."""
     language: str | None = None
     """Which list of a JSON file with lists by language; "all" for all of them."""
 
