@@ -1,7 +1,8 @@
 """Personal data and unwanted words as signals.
 
 Which words are unwanted is the user's to say: a file with one a line, or the asset ``profanity-words``, a
-list of English ones. There is no classifier: those of alt-profanity-check are pickles, which puna does not open.
+list of English ones. There is no classifier: those of alt-profanity-check are pickles, which puna does
+not open.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class UnwantedSettings(Parameters):
     """Which words."""
 
     words: str
-    """File with one word a line, a JSON file (a list, or lists by language), or the asset profanity-words.
-    Case does not matter, and phrases of several words are never found."""
+    """File with one word a line, a JSON file (a list, or lists by language), or the asset
+    profanity-words. Case does not matter, and phrases of several words are never found."""
     language: str | None = None
     """Which list of a JSON file with lists by language; "all" for all of them."""
 
