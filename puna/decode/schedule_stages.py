@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+
+if TYPE_CHECKING:
+    from puna.decode.step_costs import Share
 
 Kernels = Literal["auto", "native", "plain"]
 _SECONDS_PER_TOKEN_OF_WEIGHT = 1e-11  # of reading a weight and computing with it, two cores, for plans only
@@ -103,7 +106,7 @@ def chunked_prefill(context: Context, parameters: ChunkedPrefill) -> Outcome:
 class StepCostsParameters(Parameters):
     """Parameters of the stage ``step_costs``."""
 
-    decodes: tuple[int, ...] = (4, 8, 16)
+    decodes: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of decoding texts in the steps that are compared."""
     rows: int = pydantic.Field(128, ge=2)
     """Rows of the mixed step: the decoding texts and a chunk."""
@@ -113,8 +116,10 @@ class StepCostsParameters(Parameters):
     """Tokens behind which steps are timed to tell what attention costs."""
     table: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     """Numbers of rows whose steps are timed for the simulator."""
+    rounds: int = pydantic.Field(100, ge=1)
+    """Times that the steps with and without decoding texts are taken, in turn."""
     repeats: int = pydantic.Field(15, ge=1)
-    """Times that each step is taken; the median counts."""
+    """Times that each step of the table is taken; the median counts."""
     kernels: Kernels = "auto"
     """What runs the model."""
 
@@ -127,9 +132,9 @@ class StepCostsParameters(Parameters):
 
 def plan_step_costs(parameters: StepCostsParameters, shapes: Any) -> Cost:
     """Steps that are timed."""
-    rounds = parameters.repeats + 1
-    tokens = rounds * (2 * parameters.rows * len(parameters.decodes) + sum(parameters.table))
-    steps = rounds * (3 * len(parameters.decodes) + 2 + len(parameters.table))
+    rounds, repeats = parameters.rounds + 1, parameters.repeats + 1
+    tokens = rounds * 2 * parameters.rows * len(parameters.decodes) + repeats * sum(parameters.table)
+    steps = rounds * 3 * len(parameters.decodes) + repeats * (4 + len(parameters.table))
     weights = max(spec.parameter_count() for spec in shapes.models.values())
     seconds = (0.3 * tokens + 10 * steps) * weights * _SECONDS_PER_TOKEN_OF_WEIGHT
     return Cost(tokens=tokens, flops=2.0 * tokens * weights, memory=8.0 * weights, seconds=seconds)
@@ -141,6 +146,7 @@ def plan_step_costs(parameters: StepCostsParameters, shapes: Any) -> Cost:
     inputs={"model": Input("model"), "corpus": Input("corpus")},
     outputs={"costs": "file"},
     plan=plan_step_costs,
+    version=2,
 )
 def step_costs(context: Context, parameters: StepCostsParameters) -> Outcome:
     """Time steps by their rows, and what a decoding row adds to the step of a prompt's chunk."""
@@ -164,18 +170,15 @@ def step_costs(context: Context, parameters: StepCostsParameters) -> Outcome:
             decodes=decodes,
             rows=parameters.rows,
             context=parameters.context,
-            repeats=parameters.repeats,
+            repeats=parameters.rounds,
         )
-        metrics |= {
-            f"marginal_share.decodes_{decodes}": found.marginal_share,
-            f"seconds.decode_only.decodes_{decodes}": found.decode_only,
-            f"seconds.chunk_only.decodes_{decodes}": found.chunk_only,
-            f"seconds.mixed.decodes_{decodes}": found.mixed,
-        }
-        times = (found.decode_only, found.chunk_only, found.mixed)
-        shares.append(
-            [decodes, *(f"{1000 * seconds:.1f}" for seconds in times), f"{found.marginal_share:.2f}"]
-        )
+        for name, share in (("marginal_share", found.share), ("marginal_share.layers", found.layers)):
+            key = f"{name}.decodes_{decodes}"
+            metrics |= {key: share.median, f"{key}.low": share.low, f"{key}.high": share.high}
+        times = {"decode_only": found.decode_only, "chunk_only": found.chunk_only, "mixed": found.mixed}
+        metrics |= {f"seconds.{name}.decodes_{decodes}": seconds for name, seconds in times.items()}
+        milliseconds = (f"{1000 * seconds:.1f}" for seconds in times.values())
+        shares.append([decodes, *milliseconds, *map(_interval, (found.share, found.layers))])
     costs = measure_costs(
         stepper, ids, rows=parameters.table, long_context=parameters.long_context, repeats=parameters.repeats
     )
@@ -186,7 +189,10 @@ def step_costs(context: Context, parameters: StepCostsParameters) -> Outcome:
     context.report["tables"] = [
         {
             "title": f"Milliseconds of steps of {parameters.rows} rows ({stepper.name} kernels)",
-            "columns": ["decoding texts", "alone", "the chunk alone", "both in one", "a row's share"],
+            "columns": [
+                *("decoding texts", "alone", "the chunk alone", "both in one"),
+                *("a row's share", "the same without logits"),
+            ],
             "rows": shares,
         },
         {
@@ -196,6 +202,10 @@ def step_costs(context: Context, parameters: StepCostsParameters) -> Outcome:
         },
     ]
     return Outcome(outputs={"costs": path}, metrics=metrics)
+
+
+def _interval(share: Share) -> str:
+    return f"{share.median:.2f} ({share.low:.2f} to {share.high:.2f})"
 
 
 class GivenCosts(Parameters):

@@ -1,18 +1,21 @@
 """Time of a step by its rows and its attention, measured on this machine for the simulator.
 
 System S76, SARATHI (arXiv:2308.16369): what a decoding row costs in a step that a prompt's chunk fills
-anyway, against a step of its own. Steps to be compared are timed in turn, so that a machine that slows
-down slows all of them.
+anyway, against a step of its own. Steps to be compared are timed in turn, to and fro, so that a machine
+that slows down slows all of them. What the rows add to a chunk's step is a small difference of two large
+times, which vary by more than it from one step to the next: it takes many rounds, and is told with its
+interval.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from puna.core.errors import PunaError
 from puna.core.progress import Track
@@ -24,18 +27,40 @@ if TYPE_CHECKING:
     from puna.model.stepper import Stepper
 
 
+class Seconds(NamedTuple):
+    """Of one step: through the layers, and for the logits of the rows that decode."""
+
+    layers: float
+    head: float
+
+    @property
+    def whole(self) -> float:
+        """Both."""
+        return self.layers + self.head
+
+
+class Share(NamedTuple):
+    """A median over rounds, between the ends of its 95% interval."""
+
+    low: float
+    median: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Piggyback:
     """Median seconds of three steps: the decoding rows alone, the chunk alone, both in one.
 
-    ``marginal_share`` is what a decoding row adds to the chunk's step over what it costs in a step of
-    decoding rows: the median of the rounds, so that a slow one does not count.
+    ``share`` is what the decoding rows add to the chunk's step over what they cost in a step of their
+    own, their logits in both; ``layers`` is the same without logits. The chunk does not end its prompt,
+    so that nobody else needs the head.
     """
 
     decode_only: float
     chunk_only: float
     mixed: float
-    marginal_share: float
+    share: Share
+    layers: Share
 
 
 class _Bench:
@@ -54,18 +79,27 @@ class _Bench:
     def _some(self, count: int) -> list[int]:
         return (self.ids * (count // len(self.ids) + 1))[:count]
 
-    def seconds(self, decodes: int, chunk: int) -> float:
-        """Of a step with so many decoding rows and a chunk of a fresh prompt; undone afterwards."""
+    def step(self, decodes: int, chunk: int) -> Seconds:
+        """A step with so many decoding rows and a chunk of a fresh prompt; undone afterwards."""
+        import torch
+
         reads = [Read(sequence, self.ids[:1]) for sequence in self.decoding[:decodes]]
         if chunk:
-            reads.append(Read(self.prompt, self._some(chunk)))
+            reads.append(Read(self.prompt, self._some(chunk), 0))
         begun = time.perf_counter()
-        self.stepper.step(reads)
-        took = time.perf_counter() - begun
+        hidden = self.stepper.step(reads)
+        through = time.perf_counter()
+        if decodes:
+            self.stepper.logits(torch.cat(hidden[:decodes]))
+        ended = time.perf_counter()
         for sequence in self.decoding[:decodes]:
             sequence.crop(self.context)
         self.prompt.crop(0)
-        return took
+        return Seconds(through - begun, ended - through)
+
+    def layers(self, decodes: int, chunk: int) -> float:
+        """Seconds of such a step through the layers."""
+        return self.step(decodes, chunk).layers
 
     def longer(self, chunk: int) -> float:
         """Seconds of a step in which one of the texts reads a chunk; undone afterwards."""
@@ -86,27 +120,45 @@ def measure_piggyback(
     if decodes >= rows:
         raise PunaError("a mixed step has no room for a chunk", found=f"{decodes} decodes in {rows} rows")
     bench = _Bench(stepper, ids, decodes, context)
-    kinds = {"decode": (decodes, 0), "chunk": (0, rows - decodes), "mixed": (decodes, rows - decodes)}
-    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    kinds = ((decodes, 0), (0, rows - decodes), (decodes, rows - decodes))
+    rounds: list[list[Seconds]] = []
     with Track("timing mixed steps", repeats + 1, "rounds") as track:
-        for turn in range(repeats + 1):  # the first is not counted
-            for kind, (texts, chunk) in kinds.items():
-                seconds = bench.seconds(texts, chunk)
-                if turn:
-                    taken[kind].append(seconds)
+        for turn in range(repeats + 1):
+            order = kinds if turn % 2 else kinds[::-1]
+            taken = {kind: bench.step(*kind) for kind in order}
+            if turn:  # the first is not counted
+                rounds.append([taken[kind] for kind in kinds])
             track.advance()
     for sequence in (*bench.decoding, bench.prompt):
         sequence.free()
-    rounds = zip(taken["decode"], taken["chunk"], taken["mixed"], strict=True)
-    share = statistics.median((mixed - chunk) / decode for decode, chunk, mixed in rounds)
-    median = {kind: statistics.median(times) for kind, times in taken.items()}
-    return Piggyback(median["decode"], median["chunk"], median["mixed"], share)
+    decode, chunk, mixed = zip(*rounds, strict=True)
+    return Piggyback(
+        decode_only=statistics.median(time.whole for time in decode),
+        chunk_only=statistics.median(time.whole for time in chunk),
+        mixed=statistics.median(time.whole for time in mixed),
+        share=_share([time.whole for time in decode], _added(chunk, [time.whole for time in mixed])),
+        layers=_share([time.layers for time in decode], _added(chunk, [time.layers for time in mixed])),
+    )
+
+
+def _added(chunk: Sequence[Seconds], mixed: Sequence[float]) -> list[float]:
+    """What the mixed step of each round took longer than that of the chunk."""
+    return [both - alone.whole for alone, both in zip(chunk, mixed, strict=True)]
+
+
+def _share(decode: Sequence[float], added: Sequence[float]) -> Share:
+    """The medians' ratio, its interval from the order of what was added."""
+    ordered, alone, count = sorted(added), statistics.median(decode), len(added)
+    aside = max(0, math.floor(count / 2 - 0.98 * math.sqrt(count)))  # of a sign test at 5%
+    return Share(
+        *(seconds / alone for seconds in (ordered[aside], statistics.median(added), ordered[-1 - aside]))
+    )
 
 
 def measure_costs(
     stepper: Stepper, ids: Sequence[int], *, rows: Sequence[int], long_context: int, repeats: int
 ) -> StepCosts:
-    """A cost table over ``rows``, and the costs of attention; each a median of ``repeats``.
+    """A cost table over ``rows``, and the costs of attention, without logits; each a median of ``repeats``.
 
     Up to 16 rows are texts of one new token, more are a prompt's chunk. A key's cost is that of 4 texts
     going on behind ``long_context`` tokens against behind 16, a pair's that of a chunk of 64
@@ -114,12 +166,12 @@ def measure_costs(
     """
     short, long = _Bench(stepper, ids, 16, 16), _Bench(stepper, ids, _TEXTS, long_context)
     steps: dict[object, Callable[[], float]] = {
-        row: functools.partial(short.seconds, *((row, 0) if row <= 16 else (0, row))) for row in set(rows)
+        row: functools.partial(short.layers, *((row, 0) if row <= 16 else (0, row))) for row in set(rows)
     }
     steps |= {
-        "near": functools.partial(short.seconds, _TEXTS, 0),
-        "far": functools.partial(long.seconds, _TEXTS, 0),
-        "fresh": functools.partial(short.seconds, 0, _CHUNK),
+        "near": functools.partial(short.layers, _TEXTS, 0),
+        "far": functools.partial(long.layers, _TEXTS, 0),
+        "fresh": functools.partial(short.layers, 0, _CHUNK),
         "behind": functools.partial(long.longer, _CHUNK),
     }
     taken: dict[object, list[float]] = {kind: [] for kind in steps}

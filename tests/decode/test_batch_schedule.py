@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ class Slow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, inner: Any) -> None:
         self.inner, self.pool, self.now = inner, inner.pool, 0.0
+        self.more: Iterator[float] = itertools.repeat(0.0)  # what each step takes longer
         monkeypatch.setattr("puna.decode.step_costs.time.perf_counter", lambda: self.now)
 
     def sequence(self) -> Any:
@@ -142,8 +143,12 @@ class Slow:
         )
         rows = sum(len(read.ids) for read in reads)
         keys = sum(read.sequence.length + len(read.ids) for read in reads)
-        self.now += 0.02 + 0.001 * rows + 1e-6 * pairs + 2e-5 * keys
+        self.now += 0.02 + 0.001 * rows + 1e-6 * pairs + 2e-5 * keys + next(self.more)
         return self.inner.step(reads)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.now += 0.004 + 0.0005 * len(hidden)
+        return self.inner.logits(hidden)  # type: ignore[no-any-return]
 
 
 def test_measured_costs_are_those_of_the_steps(
@@ -157,9 +162,27 @@ def test_measured_costs_are_those_of_the_steps(
     assert [row for row, _ in costs.table] == [1, 8, 16, 64]
     assert [seconds for _, seconds in costs.table] == pytest.approx([0.021, 0.028, 0.036, 0.084], rel=1e-3)
     found = measure_piggyback(slow, ids, decodes=4, rows=32, context=50, repeats=2)
-    added = 4 * 0.001 + 4 * 51e-6 + 4 * 51 * 2e-5
-    assert found.marginal_share == pytest.approx(added / (0.02 + added), rel=1e-3)
+    added, head = 4 * 0.001 + 4 * 51e-6 + 4 * 51 * 2e-5, 0.004 + 4 * 0.0005
+    assert found.layers == pytest.approx((added / (0.02 + added),) * 3, rel=1e-3)
+    assert found.share == pytest.approx(((added + head) / (0.02 + added + head),) * 3, rel=1e-3)
+    assert found.mixed - found.chunk_only == pytest.approx(added + head)
     assert slow.pool.used == 0
+
+
+def test_a_share_survives_a_machine_that_slows_down_and_tells_its_interval(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable[..., Any]
+) -> None:
+    slow: Any = Slow(monkeypatch, make_stepper(tiny_llama(), cache_tokens=400, kernels="plain"))
+    steady = measure_piggyback(slow, [5, 6, 7], decodes=2, rows=20, context=40, repeats=24)
+    assert steady.share.low == pytest.approx(steady.share.high)
+    added = steady.mixed - steady.chunk_only
+    slow.more = itertools.count(0.0, 1e-4)  # each step takes longer than the one before
+    slowing = measure_piggyback(slow, [5, 6, 7], decodes=2, rows=20, context=40, repeats=24)
+    assert slowing.mixed - slowing.chunk_only == pytest.approx(added, abs=1e-4)
+    assert slowing.share.low < slowing.share.median < slowing.share.high
+    slow.more = itertools.cycle([0.0] * 29 + [1.0])  # one step in ten rounds is a bad one
+    hit = measure_piggyback(slow, [5, 6, 7], decodes=2, rows=20, context=40, repeats=24)
+    assert hit.share.median == pytest.approx(steady.share.median)
 
 
 def corpus_of(folder: Path, text: str) -> None:
@@ -211,10 +234,13 @@ def test_measured_costs_feed_the_simulation(assets: dict[str, Any], tmp_path: Pa
         context=40,
         long_context=64,
         table=[1, 16, 64],
+        rounds=2,
         repeats=1,
         kernels="plain",
     )
     assert measured.metrics["seconds.mixed.decodes_3"] > 0
+    share = "marginal_share.decodes_3"
+    assert measured.metrics[f"{share}.low"] <= measured.metrics[share] <= measured.metrics[f"{share}.high"]
     assert {row for row, _ in read_json(measured.outputs["costs"])["table"]} == {1, 16, 64}
     outcome, context = run("schedule", tmp_path / "plan", {"costs": measured.outputs["costs"]}, requests=12)
     assert outcome.metrics["decode_maximal.passed_over"] == 0
