@@ -148,16 +148,20 @@ struct Choice {
   Kernel kernel;
 };
 
+// One for each number of rows: what is left over of a batch takes one pass over the panel, not two or three.
 constexpr int most_rows = 12;
-constexpr Choice float32_kernels[] = {{12, multiply_float32<12>}, {6, multiply_float32<6>}, {4, multiply_float32<4>},
-                                      {3, multiply_float32<3>},   {2, multiply_float32<2>}, {1, multiply_float32<1>}};
-constexpr Choice bfloat16_kernels[] = {{12, multiply_bfloat16<12>}, {6, multiply_bfloat16<6>},
-                                       {4, multiply_bfloat16<4>},   {3, multiply_bfloat16<3>},
-                                       {2, multiply_bfloat16<2>},   {1, multiply_bfloat16<1>}};
+constexpr Choice float32_kernels[] = {
+    {12, multiply_float32<12>}, {11, multiply_float32<11>}, {10, multiply_float32<10>}, {9, multiply_float32<9>},
+    {8, multiply_float32<8>}, {7, multiply_float32<7>}, {6, multiply_float32<6>}, {5, multiply_float32<5>},
+    {4, multiply_float32<4>}, {3, multiply_float32<3>}, {2, multiply_float32<2>}, {1, multiply_float32<1>}};
+constexpr Choice bfloat16_kernels[] = {
+    {12, multiply_bfloat16<12>}, {11, multiply_bfloat16<11>}, {10, multiply_bfloat16<10>}, {9, multiply_bfloat16<9>},
+    {8, multiply_bfloat16<8>}, {7, multiply_bfloat16<7>}, {6, multiply_bfloat16<6>}, {5, multiply_bfloat16<5>},
+    {4, multiply_bfloat16<4>}, {3, multiply_bfloat16<3>}, {2, multiply_bfloat16<2>}, {1, multiply_bfloat16<1>}};
 template <bool four_bits>
 constexpr Choice integer_kernels[] = {
-    {6, multiply_integers<6, four_bits>}, {4, multiply_integers<4, four_bits>}, {3, multiply_integers<3, four_bits>},
-    {2, multiply_integers<2, four_bits>}, {1, multiply_integers<1, four_bits>}};
+    {6, multiply_integers<6, four_bits>}, {5, multiply_integers<5, four_bits>}, {4, multiply_integers<4, four_bits>},
+    {3, multiply_integers<3, four_bits>}, {2, multiply_integers<2, four_bits>}, {1, multiply_integers<1, four_bits>}};
 
 const Choice* kernels_of(Format format) {
   switch (format) {
