@@ -13,9 +13,10 @@ The released head applies one residual block three times (``shared``); the paper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import pydantic
 import torch
@@ -31,6 +32,7 @@ from puna.decode.heads import (
     HeadTraining,
     area_under_curve,
     binary_divergence,
+    check_width,
     constant_rate,
     load_head,
     train_head,
@@ -44,6 +46,8 @@ from puna.decode.strategy import strategy
 from puna.decode.verifiers import ExactVerifier
 
 if TYPE_CHECKING:
+    from puna.decode.protocols import Proposer
+    from puna.decode.request import Running
     from puna.model.llama import Llama
     from puna.text.encode import Encoded
 
@@ -56,6 +60,7 @@ _POSITIONS = 64  # whose distributions over the vocabulary exist at a time
 class AdaptiveSettings(DraftSettings):
     """S83: speculative sampling whose drafts end where a trained head expects a rejection."""
 
+    files: ClassVar[Mapping[str, Callable[[str], object]]] = {"head": partial(load_head, kind=KIND)}
     head: str
     """The head, a file that the stage ``acceptance_head`` made."""
     threshold: float = pydantic.Field(0.3, ge=0, le=1)
@@ -69,7 +74,12 @@ class AdaptiveSettings(DraftSettings):
         """The strategy with these settings."""
         head = load_head(self.head, kind=KIND)
         make = self.drafter(lambda: HeadStopper(head, self.threshold, self.least))
-        return Speculative("specdec-pp", make, ExactVerifier(), self.draft_tokens)
+
+        def propose_for(request: Running) -> Proposer:
+            check_width(head, request.model(self.draft))
+            return make(request)
+
+        return Speculative("specdec-pp", propose_for, ExactVerifier(), self.draft_tokens)
 
 
 @dataclass(frozen=True)

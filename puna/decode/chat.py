@@ -315,7 +315,8 @@ def chat(
 
     ``lines`` are the user's lines (None: standard input); a prompt is shown only on a terminal, so
     that piped output holds the answers alone. Mistakes (an unknown command, a message longer than
-    the context) are printed and the chat goes on. ``compare`` is a second model that answers too.
+    the context) are printed and the chat goes on; where standard input is a pipe or a file they make an
+    error of its end. ``compare`` is a second model that answers too.
     """
     to = out or sys.stdout
     usual = sampling or Sampling(max_tokens=512)
@@ -325,6 +326,7 @@ def chat(
     interactive = lines is None and sys.stdin.isatty()
     engine = conversation.sides[0].engine
     form = (layout or {}).get("quantize") or str(model.dtype).removeprefix("torch.")
+    mistakes = 0
     told = f"{conversation.sides[0].name}, {form}, {engine.kernels} kernels"
     for line in _typed(told) if interactive else (sys.stdin if lines is None else lines):
         text = line.strip()
@@ -336,9 +338,12 @@ def chat(
             elif not conversation.command(text):
                 break
         except PunaError as error:
+            mistakes += 1
             print(error, file=sys.stderr)
         except KeyboardInterrupt:  # stops this answer; the question is forgotten with it
             print("\n(interrupted)", file=sys.stderr)
+    if mistakes and lines is None and not interactive:
+        raise PunaError("not every line was answered", found=f"{mistakes} with a mistake, told above")
     return conversation.messages
 
 

@@ -8,6 +8,7 @@ runs, so the cache holds every token in every layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +32,7 @@ _FIELDS = ("first", "last", "threshold", "budget")
 class FeedForwardSkipSettings(StrategySettings):
     """Settings of skipping: a plan that calibration wrote, or its four numbers."""
 
+    files: ClassVar[Mapping[str, Callable[[str], object]]] = {"plan": lambda file: read_plan(file)}
     plan: str | None = None
     """File that the stage ``feed_forward_skip`` left; one that says "nothing to skip" skips nothing."""
     first: int | None = pydantic.Field(None, ge=0)

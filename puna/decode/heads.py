@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,9 @@ from torch.nn import functional
 from puna.core.errors import PunaError
 from puna.core.files import write_aside
 from puna.core.seeds import torch_generator
+
+if TYPE_CHECKING:
+    from puna.model.llama import Llama
 
 _FORMAT = "1"
 
@@ -196,8 +199,8 @@ def save_head(head: Head, path: Path | str) -> Path:
     return Path(path)
 
 
-def load_head(path: Path | str, *, kind: str | None = None, width: int | None = None) -> Head:
-    """Read what :func:`save_head` wrote; a head of another kind (``about["kind"]``) or width is an error.
+def load_head(path: Path | str, *, kind: str | None = None) -> Head:
+    """Read what :func:`save_head` wrote; a head of another kind (``about["kind"]``) is an error.
 
     A file that did not change is read once.
     """
@@ -210,14 +213,19 @@ def load_head(path: Path | str, *, kind: str | None = None, width: int | None = 
     found = head.about.get("kind")
     if kind is not None and found != kind:
         raise PunaError("a head of another kind is needed here", where=path, found=found, expected=kind)
-    if width is not None and head.spec.width != width:
+    return head
+
+
+def check_width(head: Head, model: Llama) -> None:
+    """Refuse a head that reads hidden states of another width than the model has."""
+    if head.spec.width != model.spec.hidden_size:
         raise PunaError(
             "the head was trained on another model's hidden states",
-            where=path,
+            where=f"a head of kind {head.about.get('kind')!r}",
             found=f"width {head.spec.width}",
-            expected=f"width {width}",
+            expected=f"width {model.spec.hidden_size}",
+            fix="train one for this model: puna stage acceptance_head, judge_head",
         )
-    return head
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,9 +9,10 @@ text are right, and what follows a mistake is not learnt.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import pydantic
 import torch
@@ -21,13 +22,24 @@ from puna.core.errors import PunaError
 from puna.core.progress import Track
 from puna.core.seeds import numpy_generator
 from puna.decode.acceptance import batches, read_together
-from puna.decode.heads import Head, HeadSpec, HeadTraining, area_under_curve, load_head, train_head
+from puna.decode.heads import (
+    Head,
+    HeadSpec,
+    HeadTraining,
+    area_under_curve,
+    check_width,
+    load_head,
+    train_head,
+)
 from puna.decode.mistakes import Spoilt
+from puna.decode.request import TARGET
 from puna.decode.speculative import DraftSettings, Speculative
 from puna.decode.strategy import strategy
 from puna.decode.verifiers import TopVerifier, UnionVerifier
 
 if TYPE_CHECKING:
+    from puna.decode.protocols import Proposer
+    from puna.decode.request import Running
     from puna.model.llama import Llama
 
 KIND = "judge"
@@ -38,6 +50,7 @@ KIND = "judge"
 class JudgeSettings(DraftSettings):
     """S44: drafted tokens also stand where a judge finds them right. Lossy: not the target's own law."""
 
+    files: ClassVar[Mapping[str, Callable[[str], object]]] = {"head": partial(load_head, kind=KIND)}
     head: str
     """The judge, a file that the stage ``judge_head`` made."""
     threshold: float = pydantic.Field(0.5, ge=0)
@@ -47,8 +60,14 @@ class JudgeSettings(DraftSettings):
 
     def build(self) -> Speculative:
         """The strategy with these settings."""
-        verifier = UnionVerifier(load_head(self.head, kind=KIND), self.threshold)
-        return Speculative("judge-decoding", self.drafter(), verifier, self.draft_tokens)
+        head, make = load_head(self.head, kind=KIND), self.drafter()
+
+        def propose_for(request: Running) -> Proposer:
+            check_width(head, request.model(TARGET))
+            return make(request)
+
+        verifier = UnionVerifier(head, self.threshold)
+        return Speculative("judge-decoding", propose_for, verifier, self.draft_tokens)
 
 
 @strategy("top-k-speculative")

@@ -254,6 +254,7 @@ def _check(request: Running) -> None:
     if found := [name for name, given in unfit.items() if given]:
         raise PunaError(
             "nudging is greedy and hands over text, so it cannot follow this sampling",
+            where="strategy 'nudging'",
             found=", ".join(found),
             expected="temperature 0 and nothing else that acts on single tokens; the nudger ends the answer",
         )

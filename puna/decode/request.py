@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from puna.core.errors import unknown_name
+from puna.core.errors import PunaError
 from puna.decode.lane import Forward, Lane
 from puna.decode.pieces import TextPieces
 from puna.decode.sampling import Law, Sampling, entropy_bits, make_law, penalised
@@ -119,7 +119,12 @@ class Running:
 
     def _found(self, name: str) -> Loaded:
         if name not in self._models:
-            raise unknown_name("model of the engine", name, self._models)
+            raise PunaError(
+                f"unknown model of the engine {name!r}",
+                where=f"strategy {self.strategy.name!r}",
+                expected=f"one of {', '.join(sorted(self._models))}",
+                fix=f"give it one of that name: --companion {name}=MODEL, or Engine(models=...)",
+            )
         return self._models[name]
 
     def law(

@@ -58,6 +58,8 @@ class StrategySettings(Parameters):
 
     companions: ClassVar[tuple[str, ...]] = ()
     """The settings that name a model among the engine's models."""
+    files: ClassVar[Mapping[str, Callable[[str], object]]] = {}
+    """The settings that name a file, each with what opens it and refuses one of another kind."""
 
     def build(self) -> Strategy:
         """The strategy with these settings."""

@@ -65,6 +65,8 @@ class ApiError(Exception):
 def from_puna(error: PunaError, *, param: str | None = None) -> ApiError:
     """A mistake that the engine found in a request: 400, or the code that clients know for a long prompt."""
     code = "context_length_exceeded" if "does not fit" in error.message else "invalid_value"
+    if param is None and str(error.where).startswith("strategy"):
+        param = "strategy"
     return ApiError(400, str(error), param=param, code=code)
 
 
@@ -107,10 +109,8 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if place == ["body"] and kind != "value_error":
         return _without_object(request).response()
     name = ".".join(place[1:])
-    if any(
-        "[" in part or "-" in part for part in place
-    ):  # one of several forms; pydantic's names are no help
-        name, said = place[1], f"it has none of its forms; of the first one: {said}"
+    if any("[" in part or "-" in part for part in place):  # one of several forms
+        name, said = place[1], "; or ".join(dict.fromkeys(_forms(error, place[1])))
     message = f"{name}: {said}" if name else said
     code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(kind)
     if kind == "extra_forbidden":
@@ -118,6 +118,14 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     elif kind == "missing":
         message = f"missing parameter {name!r}"
     return ApiError(400, message, param=name or None, code=code or "invalid_value").response()
+
+
+def _forms(error: RequestValidationError, name: str) -> list[str]:
+    """What a value with several forms lacks for each of them; pydantic's names of forms are no help."""
+    wrong = [one for one in error.errors() if str(one["loc"][1]) == name]
+    return [
+        f"key {one['loc'][3]!r}: {one['msg']}" if len(one["loc"]) > 3 else str(one["msg"]) for one in wrong
+    ]
 
 
 def _without_object(request: Request) -> ApiError:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from puna.core.errors import PunaError, unknown_name
+from puna.core.errors import PunaError
 from puna.decode.sampling import Sampling
 from puna.decode.strategy import resolve
 from puna.serve.desk import Answers, Desk
 from puna.serve.errors import ApiError, as_api_error, from_puna
+from puna.serve.heads import Heads
 from puna.serve.metrics import Metrics
 from puna.serve.passes import Passes
 from puna.serve.requests import Generation, StrategyChoice
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from puna.serve.settings import ServerSettings
 
 T = TypeVar("T")
-FILES = ("head", "plan")
-"""The settings by which strategies name a file: a trained head, a plan of what to skip."""
 
 
 @dataclass
@@ -40,8 +39,8 @@ class House:
 
     catalog: Catalog
     settings: ServerSettings
-    heads: Mapping[str, str] = field(default_factory=dict)
-    """Files of trained heads and plans by the names under which requests may have a strategy use them."""
+    heads: Heads = field(default_factory=lambda: Heads({}))
+    """Trained heads and plans by the names under which requests may have a strategy use them."""
     metrics: Metrics = field(init=False)
     desk: Desk = field(init=False)
     passes: Passes = field(default_factory=Passes)
@@ -84,23 +83,11 @@ class House:
         """The decoding method that a request names; heads are read from their files, so in a thread."""
         try:
             if isinstance(chosen, StrategyChoice):
-                settings = {**chosen.settings, "name": chosen.name}
-                return await asyncio.to_thread(resolve, self._with_files(settings))
+                settings = {**self.heads.opened(chosen.name, chosen.settings), "name": chosen.name}
+                return await asyncio.to_thread(resolve, settings)
             return await asyncio.to_thread(resolve, chosen)
         except PunaError as error:
             raise replace_param(from_puna(error), "strategy") from None
-
-    def _with_files(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings with files for their names: a request opens no other file of this machine."""
-        found = dict(settings)
-        for kind in FILES:
-            name = settings.get(kind)
-            if name is None:
-                continue
-            if not isinstance(name, str) or name not in self.heads:
-                raise unknown_name(kind, str(name), self.heads, where="strategy")
-            found[kind] = self.heads[name]
-        return found
 
     def check_grammar(self, value: object, param: str) -> None:
         """Refuse a schema, expression or list of tools that is larger than allowed."""

@@ -50,14 +50,16 @@ def serve(
     """Serve ``models`` until SIGTERM or SIGINT; what runs then may end within ``drain_seconds``."""
     need_extra()
     from puna.serve.catalog import open_catalog
+    from puna.serve.heads import Heads
     from puna.serve.house import House
 
     named, put_on = named_models(models), named_paths(adapters, "--adapter")
+    opened = Heads(named_paths(heads, "--head"))
     listening = bind(settings)
     with listening:
         beside = named_paths(companions, "--companion")
         catalog = open_catalog(named, put_on, beside, dtype=dtype, device=device, engine=engine or {})
-        house = House(catalog, settings, named_paths(heads, "--head"))
+        house = House(catalog, settings, opened)
         warn(settings, tell)
         _run(make_server(house, listening, page=page, tell=tell), listening)
 

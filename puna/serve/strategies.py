@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pydantic
 
 from puna.core.errors import PunaError
 from puna.decode.strategy import StrategySettings, all_strategies
-from puna.serve.house import FILES, House
+from puna.serve.heads import Heads
+from puna.serve.house import House
 
 
 def strategy_cards(house: House) -> list[dict[str, Any]]:
@@ -19,9 +19,7 @@ def strategy_cards(house: House) -> list[dict[str, Any]]:
     return [_card(name, settings, models, house.heads) for name, settings in all_strategies().items()]
 
 
-def _card(
-    name: str, settings: type[StrategySettings], models: list[str], files: Mapping[str, str]
-) -> dict[str, Any]:
+def _card(name: str, settings: type[StrategySettings], models: list[str], heads: Heads) -> dict[str, Any]:
     schema = settings.model_json_schema()
     described = schema.get("properties", {})
     missing = []
@@ -31,11 +29,12 @@ def _card(
         if usual not in models:
             missing.append(f"the model {usual!r} (--companion {usual}=MODEL)")
     example: dict[str, str] = {}
-    for key in described.keys() & set(FILES):
+    for key in settings.files:
         needed = settings.model_fields[key].is_required()
-        described[key]["enum"] = [*files, *([] if needed else [None])]
-        if files:
-            example[key] = next(iter(files))
+        fitting = heads.fitting(name, key)
+        described[key]["enum"] = [*fitting, *([] if needed else [None])]
+        if fitting:
+            example[key] = fitting[0]
         elif needed:
             missing.append(f"a trained head (--head NAME=PATH), named by the setting {key!r}")
     return {

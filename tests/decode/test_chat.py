@@ -89,6 +89,14 @@ def test_standard_input_is_read_where_there_is_no_terminal(
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
     messages = chat(model, sampling=SHORT)
     assert capsys.readouterr().out == messages[1]["content"] + "\n"
+    # A script that pipes a question in must learn that there was no answer.
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\nthe cat\n"))
+    with pytest.raises(PunaError, match="not every line was answered\n  found:    2 with a mistake"):
+        chat(model, sampling=SHORT, strategy="speculative")
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "strategy 'speculative': unknown model of the engine 'draft'" in told.err
+    assert "--companion draft=MODEL" in told.err
 
 
 def test_a_model_without_a_template_cannot_chat(model: Any) -> None:

@@ -225,7 +225,7 @@ def test_the_acceptance_stage_leaves_a_head_that_strategies_take(
     inputs = {"target": places["target"], "draft": places["draft"], "corpus": {"talks": places["talks"]}}
     settings = {"epochs": 2, "batch_texts": 4, "held_out_share": 0.25}
     outcome, context = run("acceptance_head", tmp_path / "one", inputs, **settings)
-    head = load_head(outcome.outputs["head"], kind="acceptance", width=48)
+    head = load_head(outcome.outputs["head"], kind="acceptance")
     assert (head.spec.blocks, head.spec.shared, head.spec.ways) == (3, False, 2)
     metrics = outcome.metrics
     assert metrics["texts"] == 12 and 0 < metrics["acceptance"] < 1 and metrics["parameters"] > 3 * 48 * 48
@@ -247,7 +247,7 @@ def test_the_acceptance_stage_leaves_a_head_that_strategies_take(
 def test_the_judge_stage_leaves_a_judge(places: dict[str, Path], tmp_path: Path) -> None:
     inputs = {"model": places["target"], "corpus": {"a": places["documents"], "b": places["talks"]}}
     outcome, _ = run("judge_head", tmp_path / "one", inputs, epochs=2, texts=12)
-    head = load_head(outcome.outputs["head"], kind="judge", width=48)
+    head = load_head(outcome.outputs["head"], kind="judge")
     assert (head.spec.blocks, head.spec.ways) == (0, 1)
     metrics = outcome.metrics
     assert metrics["texts"] + metrics["without_a_spot"] == 24

@@ -252,6 +252,15 @@ def test_texts_end_at_the_context_of_either_model(models: dict[str, Any], tiny_t
     assert found.finish_reason == "length"
 
 
+@pytest.mark.parametrize(("name", "kind"), [("specdec-pp", "acceptance"), ("judge-decoding", "judge")])
+def test_a_head_of_another_models_states_is_refused(
+    engine: Engine, tmp_path: Path, name: str, kind: str
+) -> None:
+    file = save_head(Head(HeadSpec(7), about={"kind": kind}), tmp_path / "head.safetensors")
+    with pytest.raises(PunaError, match="another model's hidden states\n  found:    width 7"):
+        engine.generate(PROMPTS[:1], Sampling(max_tokens=4), {"name": name, "head": str(file)})
+
+
 def test_a_judge_says_so_in_every_result(engine: Engine, heads: dict[str, str]) -> None:
     chosen = {"name": "judge-decoding", "head": heads["judge"], "threshold": 0.0, "draft_tokens": 11}
     found = engine.generate(PROMPTS, Sampling(max_tokens=12, ignore_eos=True), chosen)

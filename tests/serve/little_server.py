@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from puna.serve.catalog import Catalog, serve_model
+from puna.serve.heads import Heads
 from puna.serve.house import House
 from puna.serve.run import bind, make_server
 from puna.serve.settings import ServerSettings
@@ -108,7 +109,7 @@ def live(
 ) -> Iterator[Live]:
     """Run a server over ``catalog``; it has ended when the block has."""
     chosen = ServerSettings.of(**{"port": 0, **settings})
-    house = House(catalog, chosen, heads or {})
+    house = House(catalog, chosen, Heads(heads or {}))
     listening = bind(chosen)
     server = make_server(house, listening, page=page, tell=lambda text: None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -9,9 +9,12 @@ import torch
 
 import puna
 from puna.core.errors import PunaError
+from puna.decode.feed_forward_skipping import write_plan
 from puna.decode.sampling import Sampling
 from puna.model.adapters import LoraSettings, add_lora
+from puna.model.feed_forward_skip import SkipPlan
 from puna.serve.catalog import open_catalog
+from puna.serve.heads import Heads
 from tests.serve.little_server import live, tiny_model
 
 OPEN: dict[str, Any] = {"dtype": "float32", "device": "cpu", "engine": {"cache_tokens": 2048}}
@@ -101,7 +104,8 @@ def test_a_strategy_uses_its_companion_and_its_head(saved: dict[str, str], tmp_p
     catalog = open_catalog({"base": saved["base"]}, {}, {"draft": saved["base"]}, **OPEN)
     with live(catalog, heads={"accept": str(head)}) as server:
         cards = {card["name"]: card for card in server.http.get("/v1/strategies").json()["data"]}
-        assert {name for name, card in cards.items() if card["missing"]} == {"entropy-switching", "nudging"}
+        lacking = {name for name, card in cards.items() if card["missing"]}
+        assert lacking == {"entropy-switching", "nudging", "judge-decoding"}
         assert cards["specdec-pp"]["example"] == {"head": "accept"}
         plain = server.completion(model="base", max_tokens=12)["choices"][0]
         for chosen in (
@@ -123,7 +127,49 @@ def test_a_strategy_uses_its_companion_and_its_head(saved: dict[str, str], tmp_p
             strategy={"name": "speculative", "settings": {"draft": "other"}},
         )
         assert refused.status_code == 400
-        assert "unknown model of the engine 'other'" in refused.json()["error"]["message"]
+        error = refused.json()["error"]
+        assert "unknown model of the engine 'other'" in error["message"]
+        assert "--companion other=MODEL" in error["message"]
+        assert error["param"] == "strategy"
+
+
+def test_each_strategy_is_offered_the_files_that_fit_it_and_no_error_tells_where_they_are(
+    saved: dict[str, str], tmp_path: Path
+) -> None:
+    from puna.decode.heads import Head, HeadSpec, save_head
+
+    files = {"skips": str(write_plan(SkipPlan(None, 0.0, (), "nothing to skip"), tmp_path / "plan.json"))}
+    for kind in ("acceptance", "judge"):
+        file = save_head(Head(HeadSpec(48), about={"kind": kind}), tmp_path / f"{kind}.safetensors")
+        files[f"my-{kind}"] = str(file)
+    catalog = open_catalog({"base": saved["base"]}, {}, {"draft": saved["base"]}, **OPEN)
+    with live(catalog, heads=files) as server:
+        cards = {card["name"]: card for card in server.http.get("/v1/strategies").json()["data"]}
+        for name, key, fitting in (
+            ("specdec-pp", "head", ["my-acceptance"]),
+            ("judge-decoding", "head", ["my-judge"]),
+            ("feed-forward-skip", "plan", ["skips", None]),
+        ):
+            assert cards[name]["settings"]["properties"][key]["enum"] == fitting
+            assert cards[name]["example"] == {key: fitting[0]}
+            for given in files:
+                chosen = {"name": name, "settings": {key: given}}
+                answer = server.post(
+                    "/v1/completions", model="base", prompt="a", max_tokens=3, strategy=chosen
+                )
+                assert answer.status_code == (200 if given in fitting else 400)
+                assert str(tmp_path) not in answer.text
+                if given not in fitting:
+                    message = f"unknown {key} of {name} '{given}'"
+                    assert message in answer.json()["error"]["message"]
+
+
+def test_a_file_that_no_strategy_reads_is_told_when_the_server_starts(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for file in ("other.json", "nothing"):
+        with pytest.raises(PunaError, match="no strategy can use this file") as caught:
+            Heads({"mine": str(tmp_path / file)})
+        assert str(caught.value.where) == f"--head mine={tmp_path / file}"
 
 
 def test_the_commands_start_and_stop_a_server(saved: dict[str, str], tmp_path: Path) -> None:

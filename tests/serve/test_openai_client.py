@@ -217,14 +217,13 @@ def test_strategies_tell_what_they_lack_here(server: Live) -> None:
 
 def test_no_setting_of_a_strategy_is_a_file_that_the_server_does_not_know_of(server: Live) -> None:
     from puna.decode.strategy import all_strategies
-    from puna.serve.house import FILES
 
     words = {"question", "base_prompt", "begin", "end"}  # texts that the method writes or looks for
     for name, settings in all_strategies().items():
         for key, described in settings.model_json_schema().get("properties", {}).items():
             kinds = described.get("anyOf", [described])
             if any(kind.get("type") == "string" and "enum" not in kind for kind in kinds):
-                assert key in {*settings.companions, *FILES, *words}, f"{name}: {key}"
+                assert key in {*settings.companions, *settings.files, *words}, f"{name}: {key}"
 
 
 def test_embeddings_are_of_length_1_and_alike_for_like_texts(client: openai.OpenAI) -> None:
