@@ -109,8 +109,9 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if place == ["body"] and kind != "value_error":
         return _without_object(request).response()
     name = ".".join(place[1:])
-    if any("[" in part or "-" in part for part in place):  # one of several forms
-        name, said = place[1], "; or ".join(dict.fromkeys(_forms(error, place[1])))
+    form = next((number for number, part in enumerate(place) if "[" in part or "-" in part), 0)
+    if form:  # the name of one of several forms, which is no help
+        name, said = ".".join(place[1:form]), _forms(error, place[:form])
     message = f"{name}: {said}" if name else said
     code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(kind)
     if kind == "extra_forbidden":
@@ -120,12 +121,15 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     return ApiError(400, message, param=name or None, code=code or "invalid_value").response()
 
 
-def _forms(error: RequestValidationError, name: str) -> list[str]:
-    """What a value with several forms lacks for each of them; pydantic's names of forms are no help."""
-    wrong = [one for one in error.errors() if str(one["loc"][1]) == name]
-    return [
-        f"key {one['loc'][3]!r}: {one['msg']}" if len(one["loc"]) > 3 else str(one["msg"]) for one in wrong
-    ]
+def _forms(error: RequestValidationError, place: list[str]) -> str:
+    """What the value at ``place`` lacks for each of the forms that it may have."""
+    said = []
+    for one in error.errors():
+        where = [str(part) for part in one["loc"]]
+        if where[: len(place)] == place:
+            inside = ".".join(where[len(place) + 1 :])
+            said.append(f"{inside}: {one['msg']}" if inside else str(one["msg"]))
+    return "; or ".join(dict.fromkeys(said))
 
 
 def _without_object(request: Request) -> ApiError:

@@ -268,6 +268,29 @@ def test_bad_requests_get_errors_of_openais_shape(
     assert caught.value.type in ("invalid_request_error", "not_found_error")
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "says"),
+    [
+        ("completions", {"strategy": {"nam": "x"}}, "strategy", "valid string; or name: Field required"),
+        ("completions", {"prompt": {"a": 1}}, "prompt", "valid string; or Input should be a valid list"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.user.content",
+            "0.type: Input should be 'text'",
+        ),
+    ],
+)
+def test_a_value_of_none_of_its_forms_is_told_what_each_lacks(
+    server: Live, path: str, body: dict[str, Any], param: str, says: str
+) -> None:
+    usual: dict[str, Any] = {"messages": []} if "chat" in path else {"prompt": "a"}
+    answer = server.post(f"/v1/{path}", **{"model": "tiny", **usual, **body})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert says in error["message"]
+
+
 def test_a_key_is_demanded_where_there_is_one(tiny_tokenizer: Any) -> None:
     with live(tiny_catalog(tiny_tokenizer), api_key="secret") as guarded:
         for key, fails in (("secret", False), ("secre", True), ("", True)):
