@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError, nearest
+from puna.core.hardware import release_memory
 from puna.serve.errors import ApiError
 from puna.serve.told import TokenTexts
 
@@ -121,7 +122,8 @@ def open_catalog(
             model.tokenizer, model.template = tokenizer, find_template(tokenizer)
             settle_tokens(model)
         catalog[name] = serve_model(name, model, beside, engine, like=like, parent=first)
-    let_go(catalog)
+        del model
+        let_go(catalog)  # one adapter's merged matrices at a time
     return catalog
 
 
@@ -140,6 +142,7 @@ def let_go(catalog: Catalog) -> None:
         for name, parameter in list(each.model.named_parameters()):
             if name.startswith("model.layers.") and id(parameter) not in kept:
                 set_parameter(each.model, name, parameter.detach().to("meta"))
+    release_memory()
 
 
 def serve_model(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import torch
 
 import puna
 from puna.core.errors import PunaError
+from puna.core.hardware import release_memory
 from puna.decode.feed_forward_skipping import write_plan
 from puna.decode.sampling import Sampling
 from puna.model.adapters import LoraSettings, add_lora
 from puna.model.feed_forward_skip import SkipPlan
+from puna.model.llama import Llama
+from puna.model.spec import BlockSpec, LlamaSpec
 from puna.serve.catalog import open_catalog
 from puna.serve.heads import Heads
 from tests.serve.little_server import live, tiny_model
@@ -72,6 +76,35 @@ def test_what_an_adapter_was_added_to_is_let_go_once_it_is_packed(saved: dict[st
     for served in plain.values():
         assert not any(parameter.is_meta for parameter in served.engine.model.parameters())
     assert plain["dutch"].engine.held_bytes < plain["base"].engine.held_bytes
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what a process has")
+def test_adapters_take_the_memory_that_they_are_said_to_hold(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """What each was merged into goes back to the system: kept, it would be the whole model four times."""
+    block = BlockSpec(heads=8, kv_heads=8, head_dim=64, width=1536)
+    model = Llama(LlamaSpec(tiny_tokenizer.vocab_size, 512, (block,) * 6, tied=True, max_positions=256))
+    model.tokenizer = tiny_tokenizer
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    puna.save(model, tmp_path / "base")
+    model = puna.load(tmp_path / "base")
+    add_lora(model, LoraSettings(r=1), seed=0)
+    puna.save(model, tmp_path / "adapter", format="adapter")
+    del model
+    release_memory()
+    before = resident()
+    adapters = {name: str(tmp_path / "adapter") for name in "abcd"}
+    settings = {**OPEN, "engine": {"cache_tokens": 256, "quantize": "int4"}}
+    catalog = open_catalog({"base": str(tmp_path / "base")}, adapters, {}, **settings)
+    if catalog["a"].engine.kernels != "native":
+        pytest.skip("without a compiler the merged matrices are what runs")
+    held = sum(served.engine.held_bytes for served in catalog.values())
+    assert held < whole
+    assert resident() - before < whole + held + 0.5 * whole
 
 
 @pytest.mark.parametrize(
