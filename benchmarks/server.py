@@ -351,7 +351,7 @@ async def lm_eval(drill: Drill) -> None:
         failures += [] if text.strip() == said.strip() else [f"it wrote {text!r}, the server says {said!r}"]
     failures += _left(await server.client.idle())
     seen = (
-        f"{len(pairs)} log-likelihoods at most {furthest:.4f} nats from forward passes; "
+        f"{len(pairs)} log-likelihoods at most {furthest:.1e} nats from forward passes; "
         f"{harness.chosen_rightly(found)} of {len(found)} questions right"
     )
     drill.judge("lm_eval", done, seen, failures)
