@@ -131,7 +131,7 @@ def test_a_conversation_with_calls_and_results_goes_on(client: openai.OpenAI) ->
         ({"tools": [TOOLS[0], TOOLS[0]]}, None),
         ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, None),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.user.content"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.tool.tool_call_id"),
         ({"messages": [{"role": "assistant"}]}, "messages.0.assistant"),
         ({"messages": [{"role": "narrator", "content": "a"}]}, "messages.0"),
