@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from puna.data.curate.pipeline import Step
     from puna.data.curate.report import Traced
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Curation: its operators and presets, and what became of the documents of a pool.")
+data_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Curation: its operators and presets, and what became of the documents of a pool.",
+)
 PoolFolder = Annotated[Path, typer.Argument(metavar="POOL", help="The folder of a pool, or of its stage.")]
 _SPANS_SHOWN = 5
 _TEXT_SHOWN = 600
