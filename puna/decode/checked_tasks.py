@@ -1,7 +1,7 @@
 """Short questions whose answers a program can check: rewards without a reward model.
 
-Lists of so many things, the larger of two numbers, a thing that begins with a letter, after worked
-examples. The rewards lie between 0 and 1; small models get some of them right, which is what
+Lists of so many things, the larger of two numbers, a thing that begins with a letter, a number that stands
+in a short text, after worked examples. The rewards lie between 0 and 1; small models get some of them right, which is what
 self-evaluation needs. A quarter of all questions is held out: no question is both trained and judged on,
 whatever the seeds.
 """
@@ -18,7 +18,7 @@ from puna.core.seeds import derive, numpy_generator
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-Kind = Literal["list", "larger", "begins"]
+Kind = Literal["list", "larger", "begins", "look_up"]
 Messages = list[dict[str, str]]
 TOPICS = (
     "animals",
@@ -44,11 +44,30 @@ TOPICS = (
     "vegetables",
     "vehicles",
 )
+PLACES = (
+    "tower",
+    "library",
+    "harbour",
+    "bakery",
+    "garden",
+    "museum",
+    "station",
+    "workshop",
+    "castle",
+    "school",
+    "church",
+    "bridge",
+    "market",
+    "theatre",
+    "hotel",
+    "hospital",
+)
 _SYSTEM = "Answer briefly."
 _EXAMPLES: dict[Kind, tuple[tuple[str, str], ...]] = {
     "list": (("List 3 birds.", "robin, eagle, owl"), ("List 2 metals.", "iron, gold")),
     "larger": (("Larger of 12 and 45?", "45"),),
     "begins": (("animals, with d?", "dog"), ("colors, with g?", "green")),
+    "look_up": (("market 604137. tower 182595.\nmarket?", "market 604137"),),
 }
 
 
@@ -108,7 +127,30 @@ def _begins(generator: Generator) -> Task:
     )
 
 
-_MAKERS: dict[Kind, Callable[[Generator], Task]] = {"list": _list, "larger": _larger, "begins": _begins}
+def _look_up(generator: Generator) -> Task:
+    """The number of one of two places; names come first in text and answer, so that copying finds it."""
+    places = [PLACES[int(place)] for place in generator.choice(len(PLACES), 2, replace=False)]
+    numbers = [str(int(number)) for number in generator.choice(900_000, 2, replace=False) + 100_000]
+    text = " ".join(f"{place} {number}." for place, number in zip(places, numbers, strict=True))
+    asked = int(generator.integers(2))
+    return Task(
+        "look_up",
+        _asked("look_up", f"{text}\n{places[asked]}?"),
+        lambda said: look_up_reward(said, numbers[asked]),
+    )
+
+
+_MAKERS: dict[Kind, Callable[[Generator], Task]] = {
+    "list": _list,
+    "larger": _larger,
+    "begins": _begins,
+    "look_up": _look_up,
+}
+
+
+def look_up_reward(text: str, number: str) -> float:
+    """1 if the only number that is said is the right one, else 0."""
+    return float(_NUMBER.findall(text) == [number])
 
 
 def list_reward(text: str, count: int) -> float:
@@ -136,5 +178,6 @@ def begins_reward(text: str, letter: str) -> float:
 
 
 _LETTERS = "abcdefghlmoprstw"
+_NUMBER = re.compile(r"\d+")
 _BETWEEN = re.compile(r",|\n+")
 _ITEM = re.compile(r"[a-z][a-z' -]{1,24}")

@@ -125,7 +125,7 @@ def nudging(context: Context, parameters: NudgingStage) -> Outcome:
     return run(context, parameters)
 
 
-TaskKind = Literal["list", "larger", "begins"]
+TaskKind = Literal["list", "larger", "begins", "look_up"]
 
 
 class Asking(Parameters):
