@@ -152,8 +152,10 @@ class SelfEvaluationData(Asking):
     """An answer ties with another whose reward is greater by no more than this."""
     rows_per_question: int | None = pydantic.Field(None, ge=1)
     """Judged answers to learn from of each question; null takes all."""
-    kept_per_question: int = pydantic.Field(1, ge=0)
-    """Of each question so many answers to learn as they are, so that it goes on answering as it did."""
+    balanced: bool = False
+    """As many verdicts of each kind: what the rarer one has, the others by lot."""
+    kept_share: float = pydantic.Field(1.0, ge=0, le=1)
+    """Share of the questions of which one answer is learnt as it is, so that the model goes on answering."""
 
 
 @stage(
@@ -161,6 +163,7 @@ class SelfEvaluationData(Asking):
     parameters=SelfEvaluationData,
     inputs={"model": Input("model")},
     outputs={"corpus": "corpus"},
+    version=2,
     plan=lambda parameters, shapes: _data_cost(parameters, shapes),
 )
 def self_evaluation_data(context: Context, parameters: SelfEvaluationData) -> Outcome:

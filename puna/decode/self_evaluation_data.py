@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from puna.core.seeds import derive, numpy_generator
@@ -34,22 +34,21 @@ def run(context: Context, parameters: SelfEvaluationData) -> Outcome:
     )
     answers = draw_answers(engine, tasks, sampling, parameters.samples, anneal=False)
     ledger = Ledger()
+    rows, start_over = _rows(answers, parameters, engine.tokenizer, seed, ledger)
     made = write_corpus(
         context.out / "corpus",
         "messages",
-        _rows(answers, parameters, engine.tokenizer, seed, ledger),
+        rows,
         provenance=[{"source": str(model.source), "licence": "that of the model"}],
         ledger=ledger,
     )
     rewards = [reward for each in answers for reward in each.rewards]
-    judged_rows = [row for row in made.rows() if row["id"].startswith("judged")]
-    verdicts = [row["messages"][-1]["content"] for row in judged_rows]
     return Outcome(
         {"corpus": made.path},
         {
             "rows": float(made.count),
             "reward": sum(rewards) / len(rewards),
-            "start_over": verdicts.count("Yes") / len(verdicts),
+            "start_over": start_over,
             "undecided": sum(len(set(each.rewards)) == 1 for each in answers) / len(answers),
         },
     )
@@ -61,16 +60,19 @@ def _rows(
     tokenizer: Tokenizer,
     seed: int,
     ledger: Ledger,
-) -> Iterator[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], float]:
+    """All rows to learn, and the share of "start over" among the verdicts before they are balanced."""
     tally, whole = ledger.step("judged answers", "answers"), ledger.step("answers as they are", "answers")
+    verdicts: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    rows: list[dict[str, Any]] = []
     for number, each in enumerate(answers):
         generator = numpy_generator(seed, "judged", number)
         order = [int(place) for place in generator.permutation(len(each.texts))]
-        kept = [place for place in reversed(order) if each.texts[place].strip()]
-        for place in kept[: parameters.kept_per_question]:
-            answer = {"role": "assistant", "content": each.texts[place].strip()}
+        said = [place for place in reversed(order) if each.texts[place].strip()]
+        if said and generator.random() < parameters.kept_share:
+            answer = {"role": "assistant", "content": each.texts[said[0]].strip()}
             whole.keep()
-            yield _row(f"kept{number}-{place}", each, [*each.task.messages, answer])
+            rows.append(_row(f"kept{number}-{said[0]}", each, [*each.task.messages, answer]))
         for count, own in enumerate(order):
             if parameters.rows_per_question is not None and count >= parameters.rows_per_question:
                 tally.drop("more than the rows of a question")
@@ -82,8 +84,18 @@ def _rows(
             if not text.strip():
                 tally.drop("nothing was said")
                 continue
+            row = _row(f"judged{number}-{own}", each, judged(each.task.messages, text, better))
+            verdicts[better].append(row)
+    found = sum(map(len, verdicts.values()))
+    most = min(map(len, verdicts.values())) if parameters.balanced else found
+    for better, judgements in verdicts.items():
+        order = numpy_generator(seed, "balanced", better).permutation(len(judgements)).tolist()
+        for place in order[:most]:
             tally.keep()
-            yield _row(f"judged{number}-{own}", each, judged(each.task.messages, text, better))
+            rows.append(judgements[place])
+        for _ in order[most:]:
+            tally.drop("more than the other verdict has")
+    return rows, len(verdicts[True]) / max(1, found)
 
 
 def _row(name: str, each: Answers, messages: list[dict[str, str]]) -> dict[str, Any]:
