@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from puna.decode.checked_tasks import Kind, begins_reward, list_reward, make_tasks
+from puna.decode.checked_tasks import Kind, begins_reward, list_reward, look_up_reward, make_tasks
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,36 @@ def test_the_larger_number_is_worth_1_and_anything_else_nothing() -> None:
         assert task.reward(f" {max(numbers)}\n") == 1.0
         assert task.reward(str(min(numbers))) == 0.0
         assert task.reward(f"It is {max(numbers)}") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("garden 940639", 1.0),
+        (" 940639.", 1.0),
+        ("940639. bakery", 1.0),
+        ("garden 940638", 0.0),
+        ("garden 9406390", 0.0),
+        ("garden 940639. bakery 1", 0.0),  # it is not the only number
+        ("garden", 0.0),
+    ],
+)
+def test_a_number_that_was_looked_up_is_right_if_no_other_is_said(text: str, reward: float) -> None:
+    assert look_up_reward(text, "940639") == reward
+
+
+def test_the_number_to_look_up_is_that_of_the_place_that_is_asked_for() -> None:
+    tasks = make_tasks(("look_up",), 20, 3, held_out=True)
+    for task in tasks:
+        text, question = task.messages[-1]["content"].split("\n")
+        facts = dict(fact.split(" ") for fact in text.rstrip(".").split(". "))
+        assert len(facts) == 2
+        right = facts.pop(question.rstrip("?"))
+        (wrong,) = facts.values()
+        assert task.reward(f"{question[:-1]} {right}") == 1.0
+        assert task.reward(f"{question[:-1]} {wrong}") == 0.0
+    first = [
+        task.messages[-1]["content"].startswith(task.messages[-1]["content"].split("\n")[1][:-1])
+        for task in tasks
+    ]
+    assert True in first and False in first

@@ -146,7 +146,7 @@ def test_self_evaluation_makes_rows_and_measures_what_they_teach(
         "self_evaluation_data",
         {"model": folders["large"]},
         rows_per_question=3,
-        kept_per_question=0,
+        kept_share=0.0,
         **asking,
     )
     rows = list(Corpus.open(made.outputs["corpus"]).rows())
@@ -155,6 +155,25 @@ def test_self_evaluation_makes_rows_and_measures_what_they_teach(
         *_, answer, question, verdict = row["messages"]
         assert (answer["role"], question["role"], verdict["role"]) == ("assistant", "user", "assistant")
         assert verdict["content"] in ("Yes", "No")
+
+
+def test_balanced_verdicts_are_as_many_of_each_kind(
+    tmp_path: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.decode import checked_tasks
+
+    monkeypatch.setattr(checked_tasks, "list_reward", lambda text, count: float(len(text) % 2))
+    asking = {"questions": 6, "samples": 4, "max_tokens": 8, "tasks": ["list"]}
+    found = {}
+    for balanced in (False, True):
+        made = run(tmp_path, "self_evaluation_data", {"model": folders["large"]}, balanced=balanced, **asking)
+        corpus = Corpus.open(made.outputs["corpus"])
+        last = [row["messages"][-1]["content"] for row in corpus.rows() if row["id"].startswith("judged")]
+        found[balanced] = (last.count("Yes"), last.count("No"))
+        assert made.metrics["start_over"] == pytest.approx(found[False][0] / sum(found[False]))
+    (yes, no), rare = found[False], min(found[False])
+    assert yes != no
+    assert found[True] == (rare, rare)
 
 
 def test_self_evaluation_checks_the_strategy_on_the_way(
