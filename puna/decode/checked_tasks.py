@@ -1,7 +1,7 @@
 """Short questions whose answers a program can check: rewards without a reward model.
 
 Lists of so many things, the larger of two numbers, a thing that begins with a letter, a number that stands
-in a short text, after worked examples. The rewards lie between 0 and 1; small models get some of them right,
+in a short text; all but the last after worked examples. The rewards lie between 0 and 1; small models get some of them right,
 which is what self-evaluation needs. A quarter of all questions is held out: no question is both trained and
 judged on, whatever the seeds.
 """
@@ -67,7 +67,7 @@ _EXAMPLES: dict[Kind, tuple[tuple[str, str], ...]] = {
     "list": (("List 3 birds.", "robin, eagle, owl"), ("List 2 metals.", "iron, gold")),
     "larger": (("Larger of 12 and 45?", "45"),),
     "begins": (("animals, with d?", "dog"), ("colors, with g?", "green")),
-    "look_up": (("market 604137. tower 182595.\nmarket?", "market 604137"),),
+    "look_up": (),
 }
 
 
@@ -128,14 +128,14 @@ def _begins(generator: Generator) -> Task:
 
 
 def _look_up(generator: Generator) -> Task:
-    """The number of one of two places; names come first in text and answer, so that copying finds it."""
+    """The number of one of two places; it stands in the text behind the words that an answer begins with."""
     places = [PLACES[int(place)] for place in generator.choice(len(PLACES), 2, replace=False)]
-    numbers = [str(int(number)) for number in generator.choice(900_000, 2, replace=False) + 100_000]
-    text = " ".join(f"{place} {number}." for place, number in zip(places, numbers, strict=True))
+    numbers = [str(int(number)) for number in generator.choice(9000, 2, replace=False) + 1000]
+    facts = [f"The code of the {place} is {number}." for place, number in zip(places, numbers, strict=True)]
     asked = int(generator.integers(2))
     return Task(
         "look_up",
-        _asked("look_up", f"{text}\n{places[asked]}?"),
+        _asked("look_up", f"{' '.join(facts)} What is the code of the {places[asked]}?"),
         lambda said: look_up_reward(said, numbers[asked]),
     )
 

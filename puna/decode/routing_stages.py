@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from puna.core.errors import PunaError
-from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.core.stage import Context, Cost, Input, Outcome, Parameters, PlanOnly, stage
 
 _WEIGHTS_PER_SECOND = 1.0e11  # read or multiplied, of a model that decodes in batches; for plans only
 
@@ -156,6 +156,8 @@ class SelfEvaluationData(Asking):
     """As many verdicts of each kind: what the rarer one has, the others by lot."""
     kept_share: float = pydantic.Field(1.0, ge=0, le=1)
     """Share of the questions of which one answer is learnt as it is, so that the model goes on answering."""
+    expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
+    """How many tokens the rows will hold, where that is known: what a plan goes by."""
 
 
 @stage(
@@ -184,7 +186,7 @@ def _data_cost(parameters: SelfEvaluationData, shapes: Any) -> Cost:
     rows = parameters.questions * min(parameters.samples, parameters.rows_per_question or parameters.samples)
     made = rows * (100.0 + parameters.max_tokens)
     drawn = _cost(shapes, parameters.questions * parameters.samples * parameters.max_tokens)
-    return dataclasses.replace(drawn, tokens=made, kind="messages")
+    return dataclasses.replace(drawn, tokens=parameters.expected_tokens or made, kind="messages")
 
 
 class SelfEvaluationStage(Asking):

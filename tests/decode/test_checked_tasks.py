@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from puna.decode.checked_tasks import Kind, begins_reward, list_reward, look_up_reward, make_tasks
@@ -90,17 +92,14 @@ def test_a_number_that_was_looked_up_is_right_if_no_other_is_said(text: str, rew
 
 
 def test_the_number_to_look_up_is_that_of_the_place_that_is_asked_for() -> None:
-    tasks = make_tasks(("look_up",), 20, 3, held_out=True)
-    for task in tasks:
-        text, question = task.messages[-1]["content"].split("\n")
-        facts = dict(fact.split(" ") for fact in text.rstrip(".").split(". "))
-        assert len(facts) == 2
-        right = facts.pop(question.rstrip("?"))
-        (wrong,) = facts.values()
-        assert task.reward(f"{question[:-1]} {right}") == 1.0
-        assert task.reward(f"{question[:-1]} {wrong}") == 0.0
-    first = [
-        task.messages[-1]["content"].startswith(task.messages[-1]["content"].split("\n")[1][:-1])
-        for task in tasks
-    ]
-    assert True in first and False in first
+    asked_first = set()
+    for task in make_tasks(("look_up",), 20, 3, held_out=True):
+        *facts, (place, none) = re.findall(r"code of the (\w+)(?: is (\d+))?", task.messages[-1]["content"])
+        assert len({number for _, number in facts}) == 2 and not none
+        numbers = dict(facts)
+        right = numbers.pop(place)
+        (wrong,) = numbers.values()
+        assert task.reward(f"The code of the {place} is {right}.") == 1.0
+        assert task.reward(f"The code of the {place} is {wrong}.") == 0.0
+        asked_first.add(place == facts[0][0])
+    assert asked_first == {True, False}
