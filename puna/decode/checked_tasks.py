@@ -1,9 +1,9 @@
 """Short questions whose answers a program can check: rewards without a reward model.
 
-Lists of so many things, the larger of two numbers, a thing that begins with a letter, a number that stands
-in a short text; all but the last after worked examples. The rewards lie between 0 and 1; small models get some of them right,
-which is what self-evaluation needs. A quarter of all questions is held out: no question is both trained and
-judged on, whatever the seeds.
+Lists of so many things, the larger of two numbers, a thing that begins with a letter, all after worked
+examples; and a number that stands in a short text. The rewards lie between 0 and 1; small models get some of
+them right, which is what self-evaluation needs. A quarter of all questions is held out: no question is both
+trained and judged on, whatever the seeds.
 """
 
 from __future__ import annotations
