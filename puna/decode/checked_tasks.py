@@ -128,16 +128,10 @@ def _begins(generator: Generator) -> Task:
 
 
 def _look_up(generator: Generator) -> Task:
-    """The number of one of two places; it stands in the text behind the words that an answer begins with."""
-    places = [PLACES[int(place)] for place in generator.choice(len(PLACES), 2, replace=False)]
-    numbers = [str(int(number)) for number in generator.choice(9000, 2, replace=False) + 1000]
-    facts = [f"The code of the {place} is {number}." for place, number in zip(places, numbers, strict=True)]
-    asked = int(generator.integers(2))
-    return Task(
-        "look_up",
-        _asked("look_up", f"{' '.join(facts)} What is the code of the {places[asked]}?"),
-        lambda said: look_up_reward(said, numbers[asked]),
-    )
+    """A number that stands in the text, behind the words that an answer begins with."""
+    place, number = PLACES[int(generator.integers(len(PLACES)))], str(int(generator.integers(1000, 10_000)))
+    question = f"The code of the {place} is {number}. What is the code of the {place}?"
+    return Task("look_up", _asked("look_up", question), lambda said: look_up_reward(said, number))
 
 
 _MAKERS: dict[Kind, Callable[[Generator], Task]] = {

@@ -91,15 +91,11 @@ def test_a_number_that_was_looked_up_is_right_if_no_other_is_said(text: str, rew
     assert look_up_reward(text, "940639") == reward
 
 
-def test_the_number_to_look_up_is_that_of_the_place_that_is_asked_for() -> None:
-    asked_first = set()
-    for task in make_tasks(("look_up",), 20, 3, held_out=True):
-        *facts, (place, none) = re.findall(r"code of the (\w+)(?: is (\d+))?", task.messages[-1]["content"])
-        assert len({number for _, number in facts}) == 2 and not none
-        numbers = dict(facts)
-        right = numbers.pop(place)
-        (wrong,) = numbers.values()
-        assert task.reward(f"The code of the {place} is {right}.") == 1.0
-        assert task.reward(f"The code of the {place} is {wrong}.") == 0.0
-        asked_first.add(place == facts[0][0])
-    assert asked_first == {True, False}
+def test_the_number_to_look_up_is_the_one_of_the_text() -> None:
+    tasks = make_tasks(("look_up",), 20, 3, held_out=True)
+    assert len(tasks) == 20
+    for task in tasks:
+        ((place, number),) = re.findall(r"code of the (\w+) is (\d{4})\.", task.messages[-1]["content"])
+        assert task.messages[-1]["content"].endswith(f"What is the code of the {place}?")
+        assert task.reward(f"The code of the {place} is {number}.") == 1.0
+        assert task.reward(f"The code of the {place} is {int(number) + 1}.") == 0.0
