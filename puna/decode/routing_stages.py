@@ -196,6 +196,9 @@ class SelfEvaluationStage(Asking):
     """Adaptive and fixed drawing are compared from so many mean samples on."""
     high: float = pydantic.Field(5.0, ge=1)
     """And up to so many."""
+    anneal: bool = True
+    """Draw the first answer greedily and each further one at a temperature nearer to the given one; false
+    draws all of them at it."""
     prune_at: int = pydantic.Field(4, ge=1)
     """Tokens after which samples are scored in the check of undisturbed answers."""
 
@@ -205,6 +208,7 @@ class SelfEvaluationStage(Asking):
     parameters=SelfEvaluationStage,
     inputs={"model": Input("model"), "untrained": Input("model")},
     outputs={"answers": "file"},
+    version=2,
     plan=lambda parameters, shapes: _cost(
         shapes, 2.0 * parameters.questions * parameters.samples * (60 + parameters.max_tokens)
     ),

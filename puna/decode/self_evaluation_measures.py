@@ -163,7 +163,7 @@ def run(context: Context, parameters: SelfEvaluationStage) -> Outcome:
     sampling = Sampling(
         max_tokens=parameters.max_tokens, temperature=parameters.temperature, seed=seed % 2**31
     )
-    answers = draw_answers(trained, tasks, sampling, parameters.samples, anneal=True)
+    answers = draw_answers(trained, tasks, sampling, parameters.samples, anneal=parameters.anneal)
     score_answers(untrained, answers)
     metrics = {"area.untrained": area(answers, half=False), "area.untrained.half": area(answers, half=True)}
     score_answers(trained, answers)
@@ -171,6 +171,8 @@ def run(context: Context, parameters: SelfEvaluationStage) -> Outcome:
     levels = fixed(answers)
     metrics |= {f"reward.fixed_{count}": reward for count, reward in enumerate(levels, start=1)}
     metrics["reward.first"] = levels[0]
+    greedy = draw_answers(trained, tasks, sampling, 1, anneal=True)
+    metrics["reward.greedy"] = sum(each.rewards[0] for each in greedy) / len(greedy)
     metrics["reward.any"] = sum(max(each.rewards) for each in answers) / len(answers)
     metrics["reward.mean"] = sum(sum(each.rewards) / len(each.rewards) for each in answers) / len(answers)
     found = gains(answers, parameters.low, parameters.high)
@@ -191,7 +193,7 @@ def check(
     prompts = [task.messages for task in tasks]
 
     def ran(**settings: Any) -> tuple[list[list[int]], BestOf, int]:
-        strategy = BestOf(BestOfSettings(samples=parameters.samples, **settings))
+        strategy = BestOf(BestOfSettings(samples=parameters.samples, anneal=parameters.anneal, **settings))
         before = engine.statistics
         found = engine.generate(prompts, sampling, strategy)
         after = engine.statistics

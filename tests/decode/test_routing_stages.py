@@ -10,6 +10,7 @@ import pytest
 
 import puna
 from puna.core.errors import PunaError
+from puna.core.files import read_json
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import Corpus, write_corpus
 from puna.decode.checked_tasks import make_tasks
@@ -184,25 +185,24 @@ def test_self_evaluation_checks_the_strategy_on_the_way(
     # What a tiny model says is worth nothing; its length is something it does differ in.
     monkeypatch.setattr(checked_tasks, "list_reward", lambda text, count: float(len(text) % 2))
     inputs = {"model": folders["large"], "untrained": folders["small"]}
-    outcome = run(
-        tmp_path,
-        "self_evaluation",
-        inputs,
-        questions=3,
-        samples=4,
-        max_tokens=8,
-        tasks=["list"],
-        low=1.0,
-        prune_at=2,
-    )
-    found = outcome.metrics
-    assert found["samples.threshold_0"] == 1
-    assert found["samples.threshold_above_1"] == 4
-    assert found["undisturbed"] == 1
-    assert found["scored_midway"] > 0
-    assert found["excess_tokens"] == 0
-    assert 0 <= found["area"] <= 1
-    assert found["reward.fixed_1"] == found["reward.first"] <= found["reward.any"]
+    asking = {"questions": 3, "samples": 4, "max_tokens": 8, "tasks": ["list"], "low": 1.0, "prune_at": 2}
+    said, greedy = {}, set()
+    for anneal in (True, False):
+        outcome = run(tmp_path, "self_evaluation", inputs, anneal=anneal, **asking)
+        found = outcome.metrics
+        assert found["samples.threshold_0"] == 1
+        assert found["samples.threshold_above_1"] == 4
+        assert found["undisturbed"] == 1
+        assert found["scored_midway"] > 0
+        assert found["excess_tokens"] == 0
+        assert 0 <= found["area"] <= 1
+        assert found["reward.fixed_1"] == found["reward.first"] <= found["reward.any"]
+        greedy.add(found["reward.greedy"])
+        said[anneal] = [each["texts"] for each in read_json(Path(outcome.outputs["answers"]))]
+        if anneal:
+            assert found["reward.greedy"] == found["reward.first"]
+    assert len(greedy) == 1
+    assert said[True] != said[False]
 
 
 def answers(scores: list[float], rewards: list[float]) -> Answers:
