@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import nan
 
 import pytest
 
@@ -61,3 +62,19 @@ def test_every_order_keeps_the_same_documents(numbers):
     steps = make_pipeline([step for number in numbers for step in pairs[number]]).steps
     texts = Texts(["one", "one two", "a b c", "a word too many here", "", "three words now"])
     assert execute(steps, texts).rows.tolist() == [1]
+
+
+def test_what_looks_at_documents_one_by_one_is_not_asked_about_dropped_ones():
+    steps = make_pipeline(
+        [
+            {"score": "text.sizes"},
+            {"gate": {"name": "few", "signal": "text.sizes.words", "minimum": 2}},
+            {"score": "language.detected", "settings": {"detector": "script"}},
+        ]
+    ).steps
+    texts = ["ένα δύο", "μία", "δύο τρία", "a b c", "ένα δύο τρία"]
+    name = "language.detected.probability"
+    assert execute(steps, Texts(texts)).signals[name].tolist() == pytest.approx(
+        [1, nan, 1, 0, 1], nan_ok=True
+    )
+    assert execute(steps, Texts(texts), everything=True).signals[name].tolist() == [1, 1, 1, 0, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from puna.data.curate.order import Order
 from puna.data.curate.pool import Pool
 from puna.data.curate.report import Judged, report_of, trace
 from puna.data.curate.settings import CurateParameters
+from puna.data.curate.shard import Unit, idle_file, work
 from puna.data.ledger import unbalanced
 from puna.data.stages import curate
 
@@ -138,6 +140,24 @@ def test_a_run_killed_at_any_place_goes_on_without_loss(tmp_path, documents, mon
     ]
     assert len(ids) == len(set(ids)) == 200
     assert account(done)["read"].came == 200
+
+
+def test_shards_go_on_as_they_are_read_unless_somebody_is_idle(tmp_path, documents):
+    file, _ = documents
+    pool = made(tmp_path, file)
+    whole = [path.relative_to(pool.path) for path in pool.path.glob("sketch-0-*/*.parquet")]
+    assert len(whole) == len(pool.shards()) > 3
+    for idle in (False, True):
+        for folder in pool.path.iterdir():
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        if idle:
+            idle_file(pool.path).parent.mkdir()
+            idle_file(pool.path).touch()
+        work(str(pool.path), Unit("begin", 0, "0"))
+        assert len(ids_of(pool)) == 200
+        found = [path.relative_to(pool.path) for path in pool.path.glob("*-0-*/*.parquet")]
+        assert set(whole) <= set(found) if not idle else not found
 
 
 def test_other_thresholds_are_decided_without_working_anything_out(tmp_path, documents, monkeypatch):
@@ -287,6 +307,7 @@ import json, pathlib, sys
 from puna.core.stage import validate
 from puna.data.curate.curation import Curation
 from puna.data.curate.settings import CurateParameters
+from puna.data.curate.shard import Unit, idle_file, work
 Curation(validate(CurateParameters, json.loads(sys.argv[1]), where="test"), pathlib.Path(sys.argv[2])).run()
 """
 
