@@ -175,13 +175,13 @@ def _record(settings: RowSettings, key: str, row: dict[str, Any], limits: Limits
     reason = readable(text, limits)
     if reason:
         return Record(key, failed=reason)
-    kept = {name: row.get(name) for name in settings.meta_columns}
+    beside = settings.meta_columns
     return Record(
         key,
         text,
         url=_told(row, settings.url_column),
         language=_told(row, settings.language_column) or settings.language or "",
-        meta=json.dumps(kept, default=str) if kept else "",
+        meta=json.dumps({name: row.get(name) for name in beside}, default=str) if beside else "",
     )
 
 
