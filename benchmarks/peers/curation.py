@@ -37,7 +37,6 @@ def puna(job: dict[str, Any]) -> Callable[[], Steps]:
     parameters = CurateParameters(
         sources=[{"format": "jsonl", "path": file, "name": Path(file).stem} for file in job["files"]],
         pipeline=job["pipeline"],
-        shard_bytes=4 << 20,
         executor="here" if job["workers"] == 1 else "processes",
         workers=job["workers"],
     )

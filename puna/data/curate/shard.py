@@ -345,7 +345,7 @@ def _words(texts: Texts, characters: int) -> NDArray[numpy.int64]:
     words = numpy.zeros(texts.count, dtype=numpy.int64)
     for start, stop in batches(texts.lengths, characters):
         part = texts.take(numpy.arange(start, stop))
-        words[start:stop] = part.words("white_space").counts
+        words[start:stop] = part.total(part.first_of_runs(~part.is_class("white_space")))
         part.forget()
     return words
 

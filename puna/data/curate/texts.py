@@ -147,6 +147,9 @@ class Texts:
         if not codes:
             nothing = numpy.zeros(0, dtype=numpy.int64)
             return Segments(self, nothing, nothing, nothing)
+        if kinds.dtype == bool:
+            ends = numpy.flatnonzero(self._last_of_runs(kinds))
+            return Segments(self, numpy.flatnonzero(self.first_of_runs(kinds)), ends + 1)
         begins = numpy.empty(codes, dtype=bool)
         begins[0] = True
         numpy.not_equal(kinds[1:], kinds[:-1], out=begins[1:])
@@ -156,6 +159,22 @@ class Texts:
         counted = kinds[starts] != 0
         starts, ends = starts[counted], ends[counted]
         return Segments(self, starts, ends)
+
+    def first_of_runs(self, mask: NDArray[numpy.bool_]) -> NDArray[numpy.bool_]:
+        """[characters] the first character of each run in which ``mask`` holds, within a document."""
+        first = mask.copy()
+        numpy.greater(mask[1:], mask[:-1], out=first[1:])
+        places = self.bounds[:-1][self.lengths > 0]
+        first[places] = mask[places]
+        return first
+
+    def _last_of_runs(self, mask: NDArray[numpy.bool_]) -> NDArray[numpy.bool_]:
+        """[characters] the last character of each such run."""
+        last = mask.copy()
+        numpy.greater(mask[:-1], mask[1:], out=last[:-1])
+        places = self.bounds[1:][self.lengths > 0] - 1
+        last[places] = mask[places]
+        return last
 
 
 def words(kind: str) -> Callable[[MakeSegments], MakeSegments]:
