@@ -44,7 +44,7 @@ class Method:
 
 METHODS = {
     "rtn": Method("RTN", "2404.14047", "nothing: zero is always among the levels"),
-    "gptq": Method("GPTQ", "2210.17323", "columns stay in order; act-order is an option of the rounding"),
+    "gptq": Method("GPTQ", "2210.17323", "nothing: act-order, with groups fitted beforehand"),
     "awq": Method("AWQ", "2306.00978", "the error searched on is that of each matrix's own outputs"),
     "slim": Method("SliM-LLM", "2405.14917", "groups are mixed by squared error, not by divergence"),
     "quip": Method(
@@ -85,7 +85,10 @@ def _grouped() -> Iterator[tuple[str, Setting]]:
         end, label = f"{bits}" + ("-g128" if group else ""), f"W{bits}" + (" g128" if group else "")
         grid = _uniform(bits, group)
         yield f"rtn-{end}", Setting("rtn", label, Quantization(grid=grid))
-        yield f"gptq-{end}", Setting("gptq", label, Quantization(grid=grid, rounding=Gptq()))
+        yield (
+            f"gptq-{end}",
+            Setting("gptq", label, Quantization(grid=grid, rounding=Gptq(by_activation=True))),
+        )
         yield f"awq-{end}", Setting("awq", label, Quantization(grid=grid, transform=Awq()))
 
 
