@@ -127,5 +127,5 @@ def run_checks(context: Context, parameters: LowBitChecks) -> Outcome:
     figures = checks.exact(model, rows, parameters.layers, context.seed)
     figures |= checks.errors(model, rows, parameters.layers, parameters.shares, context.seed)
     figures |= checks.entropies(model, parameters.layers, parameters.shift_points)
-    figures |= checks.packed(model, rows, context.out / "packed", context.seed)
+    figures |= checks.packed(model, context.out / "packed")
     return Outcome({}, figures)
