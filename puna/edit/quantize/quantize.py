@@ -197,8 +197,7 @@ def _round_site(
     site: Site, inputs: Inputs | None, settings: Quantization, seed: int
 ) -> list[tuple[str, nn.Linear, Rounded]]:
     """Round the matrices of a site, all in one go where each row has its own grid."""
-    damping = getattr(settings.rounding, "damping", 0.01)
-    moments = Moments(inputs.sums, damping) if inputs is not None else None
+    moments = _moments(inputs.sums, settings) if inputs is not None else None
     weights = [linear.weight.detach() for linear in site.linears]
     own_rows = settings.mix is None and not isinstance(settings.grid, Nf4)
     own_rows &= not (isinstance(settings.grid, Uniform) and settings.grid.deviations)
@@ -211,6 +210,12 @@ def _round_site(
             for name, weight in zip(site.names, weights, strict=True)
         ]
     return list(zip(site.names, site.linears, rounded, strict=True))
+
+
+def _moments(sums: Tensor, settings: Quantization) -> Moments:
+    """Moments as the rounding damps them; rounding to the nearest level has no damping of its own."""
+    rounding = settings.rounding
+    return Moments(sums, rounding.damping) if isinstance(rounding, Gptq | Ldlq) else Moments(sums)
 
 
 def split(together: Rounded, counts: Sequence[int]) -> list[Rounded]:
@@ -245,7 +250,7 @@ def round_matrix(
     if isinstance(settings.transform, Rotate):
         assert moments is not None and generator is not None
         weights, sums, back = rotate(weights, moments.sums, generator, rescale=settings.transform.rescale)
-        moments = Moments(sums, getattr(settings.rounding, "damping", 0.01))
+        moments = _moments(sums, settings)
     planner = make_planner(weights, settings, moments)
     if isinstance(settings.rounding, Gptq):
         assert moments is not None
