@@ -146,22 +146,27 @@ class _Pass:
     def run(self, batches: Sequence[Batch]) -> dict[str, dict[str, Tensor]]:
         """All batches, and what the sums come to."""
         trained = self._trained()
-        before = [(weight, weight.requires_grad, weight.grad) for weight in self.model.parameters()]
+        before = [(weight, weight.requires_grad) for weight in self.model.parameters()]
+        embedding: Any = self.model.model.embed_tokens.weight
+        sink = getattr(embedding, "gradient_sink", None)  # a trainer's, which would swallow the gradient
         training, recomputed = self.model.training, self.model.recomputed_layers
         self.model.eval()
         self.model.recomputed_layers = 0  # a layer that is computed twice would be counted twice
         try:
             for name, weight in self.model.named_parameters():
                 weight.requires_grad_(name in trained)
-                weight.grad = None
+            embedding.gradient_sink = None
             with ExitStack() as stack, torch.set_grad_enabled(bool(trained)):
                 self._hook(stack)
                 for batch in batches:
                     self._read(batch.to(self.model.device), trained)
         finally:
-            for weight, wanted, gradient in before:
+            for weight, wanted in before:
                 weight.requires_grad_(wanted)
-                weight.grad = gradient
+            if sink is None:
+                del embedding.gradient_sink
+            else:
+                embedding.gradient_sink = sink
             self.model.train(training)
             self.model.recomputed_layers = recomputed
         return self._finished()
@@ -181,14 +186,14 @@ class _Pass:
         if not trained:
             return
         loss = linear_cross_entropy(hidden, self.model.head_weight, batch.labels)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        for name, weight in self.model.named_parameters():
-            if weight.grad is not None:
-                gradient, weight.grad = weight.grad.float(), None
-                if name in self.gradients:
-                    self.gradients[name] += gradient
-                else:
-                    self.gradients[name] = gradient
+        chosen = {name: weight for name, weight in self.model.named_parameters() if name in trained}
+        # Not backward(): a trainer's hooks would take the gradients for its own.
+        found = torch.autograd.grad(loss.total, list(chosen.values()))
+        for name, gradient in zip(chosen, found, strict=True):
+            if name in self.gradients:
+                self.gradients[name] += gradient
+            else:
+                self.gradients[name] = gradient.float()
 
     def _hook(self, stack: ExitStack) -> None:
         blocks = cast("Sequence[Block]", list(cast("Iterable[Block]", self.model.model.layers)))

@@ -326,13 +326,13 @@ def test_nothing_pruned_in_rounds_is_training_to_the_bit(places: dict[str, Path]
     kit.assert_same_bits(models[0], models[1], torch.arange(4, 30)[None])
 
 
-@pytest.mark.parametrize("killed_at", [1, 3, 4])
+@pytest.mark.parametrize(("killed_at", "dtype"), [(1, "float32"), (3, "bfloat16"), (4, "float32")])
 def test_a_killed_run_goes_on_in_the_round_it_was_in(
-    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, dtype: str
 ) -> None:
     from puna.train.loop import Loop
 
-    parameters = {"prune": PRUNING, "train": {**TRAINING, "save_steps": 1}, "rounds": 3}
+    parameters = {"prune": PRUNING, "train": {**TRAINING, "save_steps": 1, "dtype": dtype}, "rounds": 3}
     whole, _ = run_stage("prune_and_train", tmp_path / "whole", rounds_inputs(places), parameters)
     step = Loop._step
 

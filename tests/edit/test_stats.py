@@ -173,6 +173,23 @@ def test_the_model_is_left_as_it_was(model: Llama) -> None:
     model.eval()
 
 
+def test_a_trainer_that_waits_for_gradients_gets_none_and_loses_none(
+    model: Llama, collected: Statistics
+) -> None:
+    """In bfloat16 hooks take gradients off the parameters, and the embedding goes to a sink."""
+    from puna.train.optimizer import Optimizer, OptimizerSettings
+
+    low = kit.same_weights(model, model.spec).bfloat16()
+    plain = collect(low, BATCHES, ["taylor", "taylor_hidden"])
+    optimizer = Optimizer(low.named_parameters(), OptimizerSettings(learning_rate=1e-3))
+    watched = collect(low, BATCHES, ["taylor", "taylor_hidden"])
+    for name, tensors in plain.values.items():
+        assert all(torch.equal(watched.of(name)[key], tensor) for key, tensor in tensors.items())
+    assert not optimizer.gradient.any()
+    low.hidden(BATCHES[0].input_ids).square().sum().backward()
+    assert optimizer.gradient.any()
+
+
 def test_how_the_text_is_cut_into_batches_changes_nothing_but_rounding(
     model: Llama, collected: Statistics
 ) -> None:
