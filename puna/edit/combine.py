@@ -44,23 +44,27 @@ def disjoint_mean(
     The sign is that of the weighted sum, or with ``elect`` "count" of the number of models on each side; a
     draw counts as positive. ``normalize`` divides by the weights of those that agree. Zeros agree with none.
     """
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(delta.sign() * math.copysign(1.0, weight) if elect == "count" else delta * weight)
-    positive = total >= 0
-    merged, by = torch.zeros_like(total), torch.zeros_like(total)
+    # Sums of what is above zero and of what is below; no masks, with which torch takes ten times as long.
+    above, below = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    takes_above, takes_below, count = (torch.zeros_like(deltas[0]) for _ in range(3))
     for delta, weight in zip(deltas, weights, strict=True):
         if not weight:
             continue
-        agrees = (
-            torch.where(positive, delta > 0, delta < 0)
-            if weight > 0
-            else torch.where(positive, delta < 0, delta > 0)
-        )
-        merged.add_(torch.where(agrees, delta, 0.0), alpha=weight)
-        if normalize:
-            by.add_(agrees, alpha=weight)
-    return merged.div_(torch.where(by == 0, 1.0, by)) if normalize else merged
+        value = delta * weight
+        above.add_(value.clamp_min(0))
+        below.add_(value.clamp_max(0))
+        if normalize or elect == "count":
+            sign = value.sign_()
+            count.add_(sign)
+            takes_above.add_(sign.clamp_min(0), alpha=weight)
+            takes_below.add_(sign.clamp_max(0), alpha=-weight)
+    negative = (count if elect == "count" else above + below).sign_().clamp_max_(0).neg_()  # 1 or 0
+    positive = 1 - negative
+    merged = above.mul_(positive).add_(below.mul_(negative))
+    if not normalize:
+        return merged
+    by = takes_above.mul_(positive).add_(takes_below.mul_(negative))
+    return merged.div_(by.add_(1 - by.sign().abs_()))  # by 1 where nobody agrees
 
 
 def weighted_by(deltas: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:

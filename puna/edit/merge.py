@@ -167,7 +167,10 @@ class _Deltas:
     def base(self, job: Job) -> Callable[[int, int], Tensor]:
         """The base's weights."""
         assert job.base is not None  # checked with the config
-        return self.child(job, job.base)
+        weights, name = self._weights(job, job.base), job.names[job.base]
+        if isinstance(weights, Weights):
+            return lambda start, stop: weights.seen_part(name, start, stop)
+        return lambda start, stop: weights.part(name, start, stop)
 
     def delta(self, job: Job, model: ModelRef) -> Callable[[int, int], Tensor]:
         """The model minus the base; by the :class:`DeltaSet` of the two where both have the tensor's name."""

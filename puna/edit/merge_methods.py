@@ -37,7 +37,7 @@ def _keep_largest(stack: Stack, settings: Settings, index: int) -> Keep:
         threshold = 0.0
     else:
         rank = sparsify.largest(count_of(stack.shape), density)
-        threshold = sparsify.magnitude_of_rank(lambda: stack.model(index), rank)
+        threshold = sparsify.magnitude_of_rank(lambda: stack.model(index), rank, count_of(stack.shape))
     if threshold == 0:
         return _keep_all(stack, settings, index)
     return lambda number, part: sparsify.keep_from(part, threshold)
@@ -48,10 +48,12 @@ def _keep_middle(stack: Stack, settings: Settings, index: int) -> Keep:
     if density >= 1:
         return _keep_all(stack, settings, index)
     kept = sparsify.largest(count, density)
+    if not kept:
+        return lambda number, part: torch.zeros_like(part)
     top = min(int(settings["gamma"][index] * count), count - kept)
     passes = lambda: stack.model(index)  # noqa: E731 - a pass over the parts
-    beyond = sparsify.magnitude_of_rank(passes, top)
-    least = sparsify.magnitude_of_rank(passes, top + kept) if kept else float("inf")
+    beyond = sparsify.magnitude_of_rank(passes, top, count)
+    least = sparsify.magnitude_of_rank(passes, top + kept, count)
     return lambda number, part: sparsify.keep_between(part, least, beyond)
 
 
@@ -378,5 +380,5 @@ def model_thresholds(
         def passes(model: Parts = model) -> Iterator[Tensor]:
             return (model.part(name, *place) for name in names for place in parts_of(model.shapes[name]))
 
-        found.append(0.0 if density >= 1 else sparsify.magnitude_of_rank(passes, rank))
+        found.append(0.0 if density >= 1 else sparsify.magnitude_of_rank(passes, rank, count))
     return found

@@ -141,7 +141,7 @@ def delta_metrics(delta: DeltaSet) -> dict[str, float]:
     found["relative"] = math.sqrt(squares / base_squares) if base_squares else 0.0
     for share in (0.5, 0.9, 0.99):
         rank = max(1, count - math.ceil(share * count) + 1)
-        found[f"quantile.{round(100 * share)}"] = sparsify.magnitude_of_rank(passes, rank)
+        found[f"quantile.{round(100 * share)}"] = sparsify.magnitude_of_rank(passes, rank, count)
     return found
 
 

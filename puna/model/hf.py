@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -89,16 +92,20 @@ class SafetensorsFile:
         """
         kind = _TYPES[self.types[name]]
         part = torch.empty(stop - start, dtype=kind)
-        if stop > start:
-            view = bytes_of(part)
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self._begin(name) + start * kind.itemsize)
-                while view:
-                    read = file.readinto(view)
-                    if not read:
-                        raise PunaError("the file ends too early", where=self.path, fix=_DAMAGED)
-                    view = view[read:]
+        view, place = bytes_of(part), self._begin(name) + start * kind.itemsize
+        while view:
+            read = os.preadv(self._descriptor, [view], place)
+            if not read:
+                raise PunaError("the file ends too early", where=self.path, fix=_DAMAGED)
+            view, place = view[read:], place + read
         return part
+
+    @functools.cached_property
+    def _descriptor(self) -> int:
+        """The file, open for as long as this object lives."""
+        opened = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, opened)
+        return opened
 
     def _begin(self, name: str) -> int:
         """Where the tensor begins in the file; safetensors checked the header when it was opened."""
