@@ -1,7 +1,7 @@
 """Merging models on disk, one tensor at a time: what each is made of, the arithmetic, the writing.
 
 Everything is planned and checked before the first weight is read. Then tensor after tensor is read in parts
-of about a million weights, merged in float32 by its method and written at once; what stays in memory is some
+of some 130,000 weights, merged in float32 by its method and written at once; what stays in memory is some
 parts of each model, and for methods that solve for a matrix (RegMean) the matrix.
 """
 

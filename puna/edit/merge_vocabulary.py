@@ -180,7 +180,8 @@ def _union(lead: Tokenizer | None, others: Sequence[Tokenizer], where: str) -> T
     extra: dict[str, tokenizers.AddedToken] = {}
     for other in others:
         added = {token.content: token for token in other.core.get_added_tokens_decoder().values()}
-        missing = [token for token in other.vocabulary() if token not in present]
+        ids = other.vocabulary()  # in no order
+        missing = sorted((token for token in ids if token not in present), key=ids.__getitem__)
         plain = [token for token in missing if token not in added]
         if plain:
             raise PunaError(
