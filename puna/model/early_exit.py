@@ -86,13 +86,16 @@ class LayerRanges(Protocol):
 
     spec: LlamaSpec
     skipped: Sequence[int]
+    depths: Sequence[int]
+    ready: Sequence[Tensor | None]
 
     def run(
         self, reads: Sequence[Read], first: int, last: int, entering: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
         """Layers ``first`` to ``last`` - 1 over rows [rows, hidden] that enter, or the embeddings of the ids.
 
-        Gives, per read, states [outputs, hidden] behind the final norm, and the stream [rows, hidden].
+        Gives, per read, states [outputs, hidden] behind the final norm, and the stream [rows, hidden], for
+        which nobody asks behind the last layer.
         """
         ...
 
@@ -110,9 +113,23 @@ class _Climber:
     stream: Tensor | None = field(default=None)
 
 
-def climbs(read: Read) -> bool:
-    """Whether a read cannot just go through all layers in one."""
-    return read.exits is not None or bool(read.sequence.waiting)
+def read_through(stepper: LayerRanges, reads: Sequence[Read]) -> list[Tensor]:
+    """A step: all reads through all layers, or as far as they climb; sequences advance.
+
+    Room has been reserved. Gives, per read, states behind the final norm; what else is told of the step
+    is set on the stepper.
+    """
+    if any(read.exits is not None or read.sequence.waiting for read in reads):
+        climbed = climb(stepper, reads)
+        outputs, stepper.skipped = climbed.outputs, climbed.skipped
+        stepper.depths, stepper.ready = climbed.depths, climbed.ready
+    else:
+        layers = len(stepper.spec.blocks)
+        outputs, _ = stepper.run(reads, 0, layers, None)
+        stepper.depths, stepper.ready = [layers] * len(reads), [None] * len(reads)
+    for read in reads:
+        read.sequence.advance(len(read.ids))
+    return outputs
 
 
 def climb(stepper: LayerRanges, reads: Sequence[Read]) -> Climbed:

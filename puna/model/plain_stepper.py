@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from puna.core.errors import PunaError
 from puna.model.attention import dense_attention
-from puna.model.early_exit import climb, climbs
+from puna.model.early_exit import read_through
 from puna.model.paged import BLOCK, GONE, BlockPool, CachePolicy, PagedSequence, blocks_of
 from puna.model.rope import Rotation, depends_on_length, rotation
 from puna.model.spec import BlockSpec, RopeRule
@@ -92,17 +92,7 @@ class PlainStepper:
     def step(self, reads: Sequence[Read]) -> list[Tensor]:
         """See :meth:`Stepper.step`."""
         reserve_all(reads)
-        layers = len(self.spec.blocks)
-        if any(climbs(read) for read in reads):
-            climbed = climb(self, reads)
-            outputs, self.skipped = climbed.outputs, climbed.skipped
-            self.depths, self.ready = climbed.depths, climbed.ready
-        else:
-            outputs, _ = self.run(reads, 0, layers, None)
-            self.depths, self.ready = [layers] * len(reads), [None] * len(reads)
-        for read in reads:
-            read.sequence.advance(len(read.ids))
-        return outputs
+        return read_through(self, reads)
 
     def run(
         self, reads: Sequence[Read], first: int, last: int, entering: Tensor | None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
-from puna.model.early_exit import climb, climbs
+from puna.model.early_exit import read_through
 from puna.model.feed_forward_skip import FeedForwardSkip
 from puna.model.native.build import LayerDescription, Library, ModelDescription, load
 from puna.model.native.weights import DOWN, HEAD, OUT, Place, Quantize, check_model, fill, formats, sources
@@ -107,28 +107,14 @@ class NativeStepper:
         self._check(reads)
         reserve_all(reads)
         self._turn_up_to(max(read.begin + len(read.ids) for read in reads))
-        layers = len(self.spec.blocks)
-        if any(climbs(read) for read in reads):
-            climbed = climb(self, reads)
-            outputs, self.skipped = climbed.outputs, climbed.skipped
-            self.depths, self.ready = climbed.depths, climbed.ready
-        else:
-            outputs, _ = self._run(reads, 0, layers, None, None)
-            self.depths, self.ready = [layers] * len(reads), [None] * len(reads)
-        for read in reads:
-            read.sequence.advance(len(read.ids))
-        return outputs
+        return read_through(self, reads)
 
     def run(
         self, reads: Sequence[Read], first: int, last: int, entering: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
-        """See :meth:`puna.model.early_exit.LayerRanges.run`; the stream is in float32."""
-        leaving = torch.empty(sum(len(read.ids) for read in reads), self.spec.hidden_size)
-        return self._run(reads, first, last, entering, leaving)
-
-    def _run(
-        self, reads: Sequence[Read], first: int, last: int, entering: Tensor | None, leaving: Tensor | None
-    ) -> tuple[list[Tensor], Tensor]:
+        """See :meth:`puna.model.early_exit.LayerRanges.run`; the stream is float32, none at the top."""
+        rows = sum(len(read.ids) for read in reads) if last < len(self.spec.blocks) else 0
+        leaving = torch.empty(rows, self.spec.hidden_size)
         ids, shapes, tables, starts = array("i"), array("i"), array("i"), array("i")
         for read in reads:
             ids.extend(read.ids)
@@ -144,12 +130,11 @@ class NativeStepper:
         skips = [numbers.buffer_info()[0] if numbers else 0 for numbers in (middles, thresholds, skipped)]
         groups = len(self._groups)
         entering = None if entering is None else entering.contiguous()
-        streams = [0 if rows is None else rows.data_ptr() for rows in (entering, leaving)]
+        streams = [0 if entering is None else entering.data_ptr(), leaving.data_ptr() if rows else 0]
         given = (self._handle, len(reads), *addresses, groups, *skips)
         self._library.call("step", *given, first, last, *streams, hidden.data_ptr(), self.threads)
         self.skipped = skipped.tolist()
-        stream = hidden if leaving is None else leaving
-        return list(torch.split(hidden.to(self.dtype), outputs)), stream
+        return list(torch.split(hidden.to(self.dtype), outputs)), leaving
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`Stepper.logits`."""
