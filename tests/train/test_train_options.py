@@ -42,6 +42,8 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "max_tokens": ({"max_steps": ..., "max_tokens": 100}, {"max_tokens": 200}),
     "batch_tokens": ({}, {"batch_tokens": 96}),
     "max_length": ({}, {"max_length": 24}),
+    "exits": ({}, {"exits": [1]}),
+    "exit_loss": ({"exits": [1]}, {"exit_loss": "measured"}),
     "packing": ({}, {"packing": "fit"}),
     "mixture": ({}, {"mixture": {"caps": {"main": {"rows": 9}}}}),
     "order": ({}, {"order": "sorted"}),
