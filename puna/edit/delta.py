@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -271,9 +271,3 @@ def _check_stated_base(base: Weights, adapter: Path) -> None:
             expected=f"{base.label}, SHA-256 {base.fingerprint[:16]}...",
             fix="give the base that it was trained on",
         )
-
-
-def each_part(parts: Parts, name: str) -> Iterator[Tensor]:
-    """The parts of one tensor in turn."""
-    for start, stop in parts_of(parts.shapes[name]):
-        yield parts.part(name, start, stop)

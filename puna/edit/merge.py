@@ -7,7 +7,7 @@ parts of each model, and for methods that solve for a matrix (RegMean) the matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside, write_text
 from puna.core.progress import Track
-from puna.edit.delta import DeltaSet, Weights, added, check_same_shapes, count_of, parts_of
+from puna.edit.delta import DeltaSet, Weights, check_same_shapes, count_of, parts_of
 from puna.edit.merge_config import MergeConfig, ModelRef, Slice, settings_at
 from puna.edit.merge_methods import model_thresholds
 from puna.edit.merge_stack import WHOLE_BASE, Settings, Stack
@@ -338,18 +338,3 @@ def _own_name(name: str, layers: tuple[int, int] | None, offset: int | None) -> 
         return name
     rest = name.removeprefix(_LAYER).partition(".")[2]
     return f"{_LAYER}{offset + (layers[0] if layers else 0)}.{rest}"
-
-
-def apply_delta(
-    base: Weights, deltas: Sequence[DeltaSet], scales: Sequence[float]
-) -> Iterator[tuple[str, Tensor]]:
-    """Base plus scaled deltas, each tensor's parts in turn: what instruction residuals ask for."""
-    for name, shape in base.shapes.items():
-        touching = [(delta, scale) for delta, scale in zip(deltas, scales, strict=True) if scale]
-        for start, stop in parts_of(shape):
-            part = base.part(name, start, stop)
-            for delta, scale in touching:
-                if name in delta.changed:
-                    found = delta.part(name, start, stop)
-                    part = added(part, found if scale == 1 else found * scale)
-            yield name, part

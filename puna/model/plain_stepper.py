@@ -115,10 +115,12 @@ class PlainStepper:
                 hidden = turns.feed(layer, block, block.attend(hidden, rotations, store, store))
         counts = turns.counts() if turns is not None else [0] * len(line)
         self.skipped = [counts[order.index(place)] for place in range(len(reads))]
+        outputs = self._outputs(line, order, hidden[0])
+        if last == len(self.spec.blocks):
+            return outputs, hidden[0, :0]
         lengths = [len(read.ids) for read in line]
         parts = dict(zip(order, torch.split(hidden[0], lengths), strict=True))
-        stream = torch.cat([parts[place] for place in range(len(reads))])
-        return self._outputs(line, order, hidden[0]), stream
+        return outputs, torch.cat([parts[place] for place in range(len(reads))])
 
     def _entering(self, reads: Sequence[Read], order: Sequence[int], entering: Tensor | None) -> Tensor:
         """The rows that the first layer reads, [1, rows, hidden], in the line's ``order``."""

@@ -32,16 +32,16 @@ def words_by_hand(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.01, 0.001])
-def test_a_filter_takes_hardly_more_bits_than_the_rate_needs(rate):
+def test_a_filter_takes_the_fewest_bits_that_keep_to_the_rate(rate):
     bits, hashes = bits_and_hashes(10_000, rate)
     assert false_positive_rate(bits, hashes, 10_000) <= rate
-    assert false_positive_rate(round(bits * 0.99), hashes, 10_000) > rate
+    assert false_positive_rate(bits - 1, hashes, 10_000) > rate
 
 
 def test_one_in_a_hundred_takes_seven_hashes_and_nine_and_a_half_bits():
     bits, hashes = bits_and_hashes(1_000_000, 0.01)
     assert hashes == 7
-    assert bits / 1_000_000 == pytest.approx(9.585, rel=0.007)
+    assert bits / 1_000_000 == pytest.approx(9.585, abs=0.01)
 
 
 @pytest.mark.parametrize("consecutive", [False, True])
@@ -58,9 +58,9 @@ def test_false_positives_at_capacity_keep_to_the_rate(consecutive):
     held = BloomFilter.for_capacity(capacity, rate)
     held.add(inside)
     assert held.contains(inside).all()
-    # 400,000 draws of .0098 scatter by .00016.
-    assert held.contains(outside).mean() <= rate + 3 * 0.00016
-    assert held.share_set == pytest.approx(0.516, abs=0.005)
+    # 400,000 draws of .01 scatter by .00016.
+    assert held.contains(outside).mean() <= rate + 5 * 0.00016
+    assert held.share_set == pytest.approx(0.518, abs=0.005)
 
 
 def test_an_empty_filter_holds_nothing_and_bad_sizes_are_told():

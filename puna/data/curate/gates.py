@@ -20,7 +20,6 @@ from puna.data.curate.segments import ratio
 
 Reduction = Literal["mean", "share", "max", "min", "sum", "count"]
 _BOTH = ("minimum", "maximum")  # that may be equal
-BOUNDS = ("minimum", "maximum", "above", "below")
 
 
 class Bounds(Parameters):

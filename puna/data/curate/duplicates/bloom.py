@@ -1,9 +1,8 @@
 """Bloom filters over 64-bit hashes, asked and filled a whole array at a time.
 
 For n members and a rate p of false positives the filter takes the fewest bits m, with k = ceil(m / n ln 2)
-hashes, at which (1 - e^(-k n / m))^k <= p, and half a percent more, so that chance alone seldom leads above
-the rate: 9.64 bits and 7 hashes a member for .01. The well-known 9.585 bits belong to a number of hashes that
-is no whole one. Memory: m / 8 bytes.
+hashes, at which (1 - e^(-k n / m))^k <= p: 9.59 bits and 7 hashes a member for .01. The well-known 9.585 bits
+belong to a number of hashes that is no whole one. Memory: m / 8 bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from puna.core.errors import PunaError
 
 _FEWEST_BITS = 64
-_MARGIN = 1.005
 
 
 def false_positive_rate(bits: int, hashes: int, members: int) -> float:
@@ -25,7 +23,7 @@ def false_positive_rate(bits: int, hashes: int, members: int) -> float:
 
 
 def bits_and_hashes(capacity: int, rate: float) -> tuple[int, int]:
-    """Bits, and the hashes for them, that keep to ``rate`` at ``capacity`` members, and hardly more."""
+    """The fewest bits, and the hashes for them, that keep to ``rate`` at ``capacity`` members."""
     if capacity < 1:
         raise PunaError("a Bloom filter holds at least one member", where="capacity", found=capacity)
     if not 0.0 < rate < 1.0:
@@ -37,8 +35,7 @@ def bits_and_hashes(capacity: int, rate: float) -> tuple[int, int]:
             high = middle
         else:
             low = middle + 1
-    bits = max(math.ceil(low * _MARGIN), _FEWEST_BITS)
-    return bits, _hashes(bits, capacity)
+    return max(low, _FEWEST_BITS), _hashes(max(low, _FEWEST_BITS), capacity)
 
 
 def _hashes(bits: int, capacity: int) -> int:
