@@ -32,6 +32,7 @@ from torch import Tensor
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.files import fingerprint, write_aside
+from puna.edit.gram import add_gram, mirror
 from puna.model.units import Kind, layers_of, sum_over_units
 from puna.text.packing import Batch
 from puna.train.objectives import linear_cross_entropy
@@ -220,7 +221,10 @@ class _Pass:
                 earlier = self.sums["max_abs"].get(site, largest)
                 self.sums["max_abs"][site] = torch.maximum(earlier, largest)
             if "gram" in self.wanted:
-                self._add("gram", site, rows.T @ rows)
+                sums = self.sums["gram"]
+                if site not in sums:
+                    sums[site] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                add_gram(sums[site], rows)
             if "contribution" in self.wanted and site.endswith("down_proj"):
                 norms = module.weight.detach().float().norm(dim=0)
                 self._add("contribution", f"channel.{layer}", rows.abs().sum(0) * norms)
@@ -271,7 +275,9 @@ class _Pass:
             elif name in _DISTANCES:
                 blocks = [sums[str(layer)] for layer in range(len(self.spec.blocks))]
                 found[name] = {"blocks": torch.stack(blocks).cpu() / self.tokens}
-            elif name in ("gram", "max_abs"):
+            elif name == "gram":
+                found[name] = {site: mirror(tensor).cpu() for site, tensor in sums.items()}
+            elif name == "max_abs":
                 found[name] = {site: tensor.cpu() for site, tensor in sums.items()}
             else:
                 found[name] = {site: tensor.cpu() / self.tokens for site, tensor in sums.items()}

@@ -5,15 +5,20 @@ What calibration needs: a block's inputs are kept, the block is changed, and its
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna.model.attention import lay_out
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
+
+
+class _ReachedError(Exception):
+    """The module that was waited for got its inputs."""
 
 
 class Blockwise:
@@ -38,15 +43,30 @@ class Blockwise:
     @torch.no_grad()
     def outputs(self) -> Tensor:
         """What the next block makes of its inputs; hooks on its modules see them pass."""
+        return torch.cat([self._run(part) for part in torch.split(self.hidden, self.rows_at_once)])
+
+    @torch.no_grad()
+    def watch(self, last: nn.Module) -> None:
+        """Run the next block up to the inputs of its module ``last``, for the hooks that see them pass."""
+
+        def stop(_module: nn.Module, _arguments: tuple[Tensor, ...]) -> None:
+            raise _ReachedError
+
+        handle = last.register_forward_pre_hook(stop)
+        try:
+            for part in torch.split(self.hidden, self.rows_at_once):
+                with contextlib.suppress(_ReachedError):
+                    self._run(part)
+        finally:
+            handle.remove()
+
+    def _run(self, part: Tensor) -> Tensor:
         block = self.model.model.layers[self.layer]
-        parts = []
-        for part in torch.split(self.hidden, self.rows_at_once):
-            layout = self._layout
-            if len(part) != layout.batch:
-                layout = lay_out(len(part), part.shape[1], part.device, None, None, None)
-            with torch.autocast(part.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                parts.append(cast(Tensor, block(part, self._rotations, layout, None)))
-        return torch.cat(parts)
+        layout = self._layout
+        if len(part) != layout.batch:
+            layout = lay_out(len(part), part.shape[1], part.device, None, None, None)
+        with torch.autocast(part.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return cast(Tensor, block(part, self._rotations, layout, None))
 
     def advance(self) -> None:
         """Run the next block and go on to the one behind it."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from puna.edit.gram import add_gram, mirror
 from puna.edit.quantize.transforms import Inputs
 from puna.model.blockwise import Blockwise
 from puna.model.sites import Site
@@ -20,18 +21,23 @@ from puna.model.sites import Site
 
 @torch.no_grad()
 def collect(passing: Blockwise, sites: Sequence[Site]) -> list[Inputs]:
-    """Statistics of the inputs of ``sites``, all of the block that comes next, over all rows."""
+    """Statistics of the inputs of ``sites``, all of the block that comes next in the order of its forward
+    pass, over all rows.
+    """
+    if not sites:
+        return []
     found = [_nothing(site.reader.in_features) for site in sites]
     handles = [
         site.reader.register_forward_pre_hook(_adder(inputs))
         for site, inputs in zip(sites, found, strict=True)
     ]
     try:
-        passing.outputs()
+        passing.watch(sites[-1].reader)
     finally:
         for handle in handles:
             handle.remove()
     for inputs in found:
+        mirror(inputs.sums)
         inputs.mean /= max(inputs.count, 1)
     return found
 
@@ -43,7 +49,7 @@ def _nothing(width: int) -> Inputs:
 def _adder(inputs: Inputs) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def add(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         rows = arguments[0].flatten(0, -2).float()
-        inputs.sums.addmm_(rows.T, rows)
+        add_gram(inputs.sums, rows)
         magnitudes = rows.abs()
         inputs.mean += magnitudes.sum(dim=0)
         torch.maximum(inputs.largest, magnitudes.amax(dim=0), out=inputs.largest)
