@@ -88,6 +88,8 @@ class PruneAndTrain(Parameters):
         train = self.train
         if train.lora is not None or train.sharding != "none" or train.stop_after or train.state_after:
             raise ValueError("train works on all weights here: no lora, sharding, stop_after or state_after")
+        if train.children is not None:
+            raise ValueError("train.children are those of one size, which rounds of pruning change")
         return self
 
 

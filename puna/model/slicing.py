@@ -66,19 +66,28 @@ def _cuts(spec: LlamaSpec, kept: Kept, names: Iterable[str]) -> dict[str, _Cut]:
 
 
 def slice_tensors(
-    tensors: Mapping[str, Tensor], spec: LlamaSpec, kept: Kept, *, correct: bool = True
+    tensors: Mapping[str, Tensor],
+    spec: LlamaSpec,
+    kept: Kept,
+    *,
+    correct: bool = True,
+    views: bool = False,
 ) -> dict[str, Tensor]:
     """Tensors of the decoder's parameters' names and shapes, cut to those of what is left.
 
-    What is not cut is not copied. A norm over ``h`` of ``H`` dimensions, the others being zero, divides by
-    a mean that is ``H / h`` times as large: its weights are multiplied by ``sqrt(H / h)``, unless
-    ``correct`` is False (gradients, moments), and epsilon by ``H / h`` (:func:`sliced_spec`).
+    What is not cut is not copied, with ``views`` nor is what lies together. A norm over ``h`` of ``H``
+    dimensions, the others being zero, divides by a mean that is ``H / h`` times as large: its weights are
+    multiplied by ``sqrt(H / h)``, unless ``correct`` is False (gradients, moments), and epsilon by ``H / h``
+    (:func:`sliced_spec`).
     """
     found: dict[str, Tensor] = {}
     for name, cut in _cuts(spec, kept, tensors).items():
         tensor = tensors[name]
         for dimension, places in cut.entries.items():
-            tensor = tensor.index_select(dimension, places.to(tensor.device))
+            if views and int(places[-1]) - int(places[0]) + 1 == len(places):
+                tensor = tensor.narrow(dimension, int(places[0]), len(places))
+            else:
+                tensor = tensor.index_select(dimension, places.to(tensor.device))
         found[cut.name] = tensor * cut.factor if correct and cut.factor != 1.0 else tensor
     return found
 

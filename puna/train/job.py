@@ -60,6 +60,7 @@ from puna.train.stages import (
     memory_of,
     pair_settings,
 )
+from puna.train.subnetworks import Alternating
 from puna.train.summary import add_pairs, fill_report, metrics_of, start_table
 from puna.train.teacher import bytes_beside, distillation, teacher_of
 
@@ -101,6 +102,9 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         check_exits(parameters.exits, len(model.spec.blocks))
         learnt = exits_learnt(parameters)
         objective: Objective = NestedCrossEntropy(parameters.exits) if learnt else CrossEntropy()
+        if parameters.children is not None:
+            space = parameters.children.space(model.spec)
+            objective = Alternating(objective, space, seed, parameters.child_steps)
         if feed.unit == "pairs":
             start = time.perf_counter()
             reference = Reference(context.out / "reference.safetensors", recipe, here)
@@ -122,6 +126,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
                 "world": here,
                 "evaluate": held_out.measure if held_out.corpora else None,
                 "handed": handed,
+                "before_step": objective.begin if isinstance(objective, Alternating) else None,
             }
             return Loop(model, feed, objective, optimizer, recipe=whole_recipe, **{**given, **changes})
 

@@ -95,7 +95,8 @@ class Loop:
     ``recipe`` is all that must not change between the processes of one run. ``evaluate`` is called
     before the first step, every ``eval_steps`` and after the last step; it changes nothing: dropout
     is off, and all generators are put back. ``begin`` is where a run stands whose weights and moments are
-    in the optimiser already, ``checkpoints`` a folder for them other than the one in ``out``.
+    in the optimiser already, ``checkpoints`` a folder for them other than the one in ``out``. ``before_step``
+    is told the number of each step, counted from 0, before its first pass.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Loop:
         handed: Handed | None = None,
         begin: TrainState | None = None,
         checkpoints: Path | None = None,
+        before_step: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.feed = feed
@@ -123,6 +125,7 @@ class Loop:
         self.world = world or World()
         self.evaluate = evaluate
         self.handed = handed
+        self.before_step = before_step
         folder = out / "checkpoints" if checkpoints is None else checkpoints
         self.checkpoints = Checkpoints(folder, recipe, self.world, seed=settings.seed)
         self.state = begin or TrainState()
@@ -219,6 +222,8 @@ class Loop:
     def _step(self, step: Step) -> _Done:
         """One optimiser step: gradients of all its tokens, their mean, clipping, update."""
         start = time.perf_counter()
+        if self.before_step is not None:
+            self.before_step(self.state.step)
         loss, figures = self._accumulate(step)
         self.optimizer.collect(self.world)
         norm = self.optimizer.gradient_norm(step.units, self.world)

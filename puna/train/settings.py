@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import pydantic
 
 from puna.core.stage import Parameters
+from puna.model.search_space import SearchSpace
+from puna.model.spec import LlamaSpec
 from puna.train.schedule import Part, Shape
 
 Weights = dict[str, Annotated[float, pydantic.Field(ge=0)]]
@@ -90,6 +92,24 @@ def check_segments(segments: tuple[ScheduleSegment, ...]) -> None:
     shares = sum(length for length in lengths if isinstance(length, float))
     if shares > 1 + 1e-9:
         raise ValueError(f"the segments of the schedule are {shares:g} of the run")
+
+
+class Children(Parameters):
+    """Sub-networks of a model by their sizes: some of its layers, the first channels of each feed-forward."""
+
+    layers: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = pydantic.Field(min_length=1)
+    """Numbers of layers that a child may have, that of the whole model among them."""
+    widths: tuple[Annotated[float, pydantic.Field(gt=0, le=1)], ...] = pydantic.Field(
+        (1.0, 0.5), min_length=1
+    )
+    """Shares of its channels that each feed-forward may have, 1 among them."""
+    leaving: Literal["last", "spread"] | tuple[Annotated[int, pydantic.Field(ge=0)], ...] = "spread"
+    """Which layers a shallower child is without: the last; those that lie evenly between the ends; or layers
+    by number, counted from 0, the first to leave first."""
+
+    def space(self, spec: LlamaSpec) -> SearchSpace:
+        """The children of a decoder of ``spec``; sizes that it does not have are an error."""
+        return SearchSpace.of(spec, self.layers, self.widths, self.leaving)
 
 
 class Cap(Parameters):

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.model.units import sliced_spec
 from puna.train.plan import (
     BYTES,
     DROPOUT_TRAFFIC,
@@ -23,7 +25,7 @@ from puna.train.plan import (
     trained_parameters,
     training_operations,
 )
-from puna.train.settings import Mixture, ScheduleSegment, check_segments
+from puna.train.settings import Children, Mixture, ScheduleSegment, check_segments
 from puna.train.sharded_plan import sharded_memory
 
 SHARE_OF_MEMORY = 0.8
@@ -96,6 +98,11 @@ class Train(Parameters):
     over these and the last. Empty: the last alone."""
     exit_loss: Literal["mean", "measured"] = "mean"
     """Of exits: measured learns from the last layer alone, and says of held-out text how the exits fare."""
+    children: Children | None = None
+    """clm, sft: sub-networks, of which one, drawn by the seed, learns in every second step (S29); null: the
+    whole model alone."""
+    child_steps: int = pydantic.Field(1, ge=1)
+    """Of children: steps with a child behind each step with the whole model."""
     epochs: int | None = pydantic.Field(None, ge=1)
     """Passes over the corpus; one, if neither this nor another limit is given."""
     max_steps: int | None = pydantic.Field(None, ge=1)
@@ -239,6 +246,10 @@ class Train(Parameters):
             raise ValueError("exit_loss means nothing without exits")
         if self.exits and self.sharding == "full":
             raise ValueError("exits do not go with sharding 'full' yet")
+        if "child_steps" in given and not self.children:
+            raise ValueError("child_steps means nothing without children")
+        if self.children and (self.lora or self.exits or self.sharding == "full"):
+            raise ValueError("children do not go with lora, exits or sharding 'full'")
         if self.store_teacher and self.top_k is None:
             raise ValueError("store_teacher keeps the teacher's likeliest tokens: say how many with top_k")
         if self.objective in WITH_TEACHER and self.sharding == "full":
@@ -285,6 +296,7 @@ _READ_BY_SCHEDULES = {
 
 _READ_BY_OBJECTIVES = {
     "exits": ("clm", "sft"),
+    "children": ("clm", "sft"),
     "train_on": ("sft", "distill_sft"),
     "last_turn_only": ("sft", "distill_sft"),
     "divergence": ("distill", "distill_sft"),
@@ -347,7 +359,9 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
         looked_at += min(tokens, shapes.tokens_of("corpus")) + held_out
     if parameters.order == "sorted" and parameters.sort_by == "loss":
         looked_at += sum(available.values())
-    flops = tokens * training_operations(spec, method, parameters.max_length)
+    flops = (
+        tokens * training_operations(spec, method, parameters.max_length) * _share_computed(parameters, spec)
+    )
     flops += tokens / parameters.micro_batch_tokens * magnitude_operations(spec, method)
     flops += tokens * exits_learnt(parameters) * exit_operations(spec, method)
     flops += looked_at * forward_operations(spec, parameters.max_length)
@@ -367,6 +381,18 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
         seconds=(shapes.device.seconds(flops, dtype) + shapes.device.read_seconds(traffic))
         / shapes.processes,
     )
+
+
+def _share_computed(parameters: Train, spec: Any) -> float:
+    """What steps compute over steps of the whole model alone: children compute less."""
+    if parameters.children is None:
+        return 1.0
+    space = parameters.children.space(spec)
+    generator = numpy_generator(0, "planned children")
+    drawn = [sliced_spec(spec, space.kept(space.sample(generator))) for _ in range(64)]
+    whole = forward_operations(spec, parameters.max_length)
+    child = sum(forward_operations(each, parameters.max_length) for each in drawn) / len(drawn) / whole
+    return (1 + parameters.child_steps * child) / (1 + parameters.child_steps)
 
 
 def exits_learnt(parameters: Train) -> int:

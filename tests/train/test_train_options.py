@@ -44,6 +44,8 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "max_length": ({}, {"max_length": 24}),
     "exits": ({}, {"exits": [1]}),
     "exit_loss": ({"exits": [1]}, {"exit_loss": "measured"}),
+    "children": ({}, {"children": {"layers": [1, 2]}}),
+    "child_steps": ({"children": {"layers": [1, 2]}}, {"child_steps": 2}),
     "packing": ({}, {"packing": "fit"}),
     "mixture": ({}, {"mixture": {"caps": {"main": {"rows": 9}}}}),
     "order": ({}, {"order": "sorted"}),
