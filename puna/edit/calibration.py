@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,19 +17,28 @@ if TYPE_CHECKING:
 
 
 def calibration_batches(
-    model: Llama, corpus: Path | str, *, rows: int, length: int, batch_rows: int, seed: int
+    model: Llama,
+    corpus: Path | str,
+    *,
+    rows: int,
+    length: int,
+    batch_rows: int,
+    seed: int,
+    wanted: Callable[[str], bool] = lambda _name: True,
 ) -> list[Batch]:
     """``rows`` rows of ``length`` tokens, ``batch_rows`` in a batch.
 
     Documents come in an order drawn by the seed and are laid end to end; what is left of the last is not
-    read. A corpus that is too small, or not of documents, is an error.
+    read. ``wanted`` says by its id whether a document is one to draw from. A corpus that is too small, or
+    not of documents, is an error.
     """
     opened = Corpus.open(corpus)
     if opened.kind != "documents":
         raise PunaError(
             "calibration reads a corpus of documents", where=corpus, found=f"a corpus of {opened.kind}"
         )
-    packed = _pack(model, opened, rows, length, seed)
+    texts = [(row["text"], row["id"]) for row in opened.rows() if wanted(row["id"])]
+    packed = _pack(model, texts, rows, length, seed)
     if len(packed) < rows:
         raise PunaError(
             "the corpus is too small for so much calibration text",
@@ -42,9 +51,8 @@ def calibration_batches(
     return [collate(chosen[start : start + batch_rows]) for start in range(0, rows, batch_rows)]
 
 
-def _pack(model: Llama, corpus: Corpus, rows: int, length: int, seed: int) -> list[Row]:
+def _pack(model: Llama, texts: list[tuple[str, str]], rows: int, length: int, seed: int) -> list[Row]:
     """Whole rows of enough documents; only those documents are encoded."""
-    texts = [(row["text"], row["id"]) for row in corpus.rows()]
     order = numpy_generator(seed, "calibration").permutation(len(texts))
     chosen: list[Encoded] = []
     tokens = 0
