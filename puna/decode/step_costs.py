@@ -63,7 +63,7 @@ class Piggyback:
     layers: Share
 
 
-class _Bench:
+class StepBench:
     """Texts of a given length in a stepper, and steps over them that can be taken again."""
 
     def __init__(self, stepper: Stepper, ids: Sequence[int], texts: int, context: int) -> None:
@@ -119,7 +119,7 @@ def measure_piggyback(
     """Median seconds of the three steps, timed in turn; the mixed one has ``rows`` rows in all."""
     if decodes >= rows:
         raise PunaError("a mixed step has no room for a chunk", found=f"{decodes} decodes in {rows} rows")
-    bench = _Bench(stepper, ids, decodes, context)
+    bench = StepBench(stepper, ids, decodes, context)
     kinds = ((decodes, 0), (0, rows - decodes), (decodes, rows - decodes))
     rounds: list[list[Seconds]] = []
     with Track("timing mixed steps", repeats + 1, "rounds") as track:
@@ -164,7 +164,7 @@ def measure_costs(
     going on behind ``long_context`` tokens against behind 16, a pair's that of a chunk of 64
     behind so many tokens against a fresh one. What attention the table's own steps had is taken off.
     """
-    short, long = _Bench(stepper, ids, 16, 16), _Bench(stepper, ids, _TEXTS, long_context)
+    short, long = StepBench(stepper, ids, 16, 16), StepBench(stepper, ids, _TEXTS, long_context)
     steps: dict[object, Callable[[], float]] = {
         row: functools.partial(short.layers, *((row, 0) if row <= 16 else (0, row))) for row in set(rows)
     }

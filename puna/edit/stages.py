@@ -10,6 +10,7 @@ import pydantic
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.edit import merge_stages, pruning_stages, search_stages  # noqa: F401  registers their stages
 from puna.edit.quantize import stages as quantize_stages  # noqa: F401  registers its stages
+from puna.edit.sub_blocks import stages as sub_block_stages  # noqa: F401  registers its stages
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

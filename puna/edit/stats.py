@@ -40,7 +40,7 @@ from puna.train.objectives import linear_cross_entropy
 if TYPE_CHECKING:
     from puna.model.llama import Block, Llama
 
-SITES = ("q_proj", "o_proj", "gate_proj", "down_proj")
+SITES = ("q_proj", "o_proj", "gate_proj", "down_proj", "linear_attn", "linear_mlp")
 """Projections whose input is looked at: k_proj and v_proj share that of q_proj, up_proj that of gate_proj."""
 COLLECTORS = (
     *("mean_abs", "max_abs", "gram", "cosine", "euclidean", "manhattan"),

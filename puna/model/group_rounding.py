@@ -55,7 +55,7 @@ def rounded_copy(model: Llama, quantize: Literal["int8", "int4"]) -> Llama:
     odd = [
         name
         for name, module in model.named_modules()
-        if name.endswith("_proj") and type(module) is not nn.Linear
+        if name.endswith(("_proj", "linear_attn", "linear_mlp")) and type(module) is not nn.Linear
     ]
     if odd:
         raise PunaError(

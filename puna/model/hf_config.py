@@ -318,7 +318,7 @@ def _block_to_dict(block: BlockSpec) -> dict[str, Any]:
                 for name, item in rule.items()
                 if item is not None
             }
-            if block.attention == "none":
+            if block.attention != "full":
                 continue
         if value != field.default:
             written[field.name] = value

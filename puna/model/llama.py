@@ -211,18 +211,54 @@ class FeedForward(nn.Module):
         return cast(Tensor, projected)
 
 
+class LinearAttention(nn.Module):
+    """One matrix where attention was: each token by itself (Puzzle, 2411.19146)."""
+
+    def __init__(self, hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(
+        self, hidden: Tensor, _rotations: _Rotations, _layout: Attending, _cache: Storing | None
+    ) -> Tensor:
+        """[batch, time, hidden] to the same; nothing is stored."""
+        return cast(Tensor, self.linear_attn(hidden))
+
+
+class LinearFeedForward(nn.Module):
+    """One matrix where the feed-forward was (Puzzle, 2411.19146)."""
+
+    def __init__(self, hidden_size: int, bias: bool) -> None:
+        super().__init__()
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] to the same."""
+        return cast(Tensor, self.linear_mlp(hidden))
+
+
 class Block(nn.Module):
     """One layer: attention and feed-forward, each with its norm and residual; a "none" half is not there."""
+
+    self_attn: Any  # Attention or LinearAttention, as the spec says
+    mlp: Any  # FeedForward or LinearFeedForward
 
     def __init__(self, spec: LlamaSpec, layer: int) -> None:
         super().__init__()
         self.block: BlockSpec = spec.blocks[layer]
-        if self.block.attention == "full":
+        if self.block.attention != "none":
             self.input_layernorm = Norm(spec.hidden_size, spec.norm_eps)
-            self.self_attn = Attention(spec, layer)
-        if self.block.feed_forward == "swiglu":
+            full = self.block.attention == "full"
+            biased = spec.attention_bias != "none"
+            self.self_attn = Attention(spec, layer) if full else LinearAttention(spec.hidden_size, biased)
+        if self.block.feed_forward != "none":
             self.post_attention_layernorm = Norm(spec.hidden_size, spec.norm_eps)
-            self.mlp = FeedForward(spec.hidden_size, self.block.width, spec.mlp_bias)
+            gated = self.block.feed_forward == "swiglu"
+            self.mlp = (
+                FeedForward(spec.hidden_size, self.block.width, spec.mlp_bias)
+                if gated
+                else LinearFeedForward(spec.hidden_size, spec.mlp_bias)
+            )
 
     def forward(
         self, hidden: Tensor, rotations: _Rotations, layout: Attending, cache: Storing | None
@@ -234,13 +270,13 @@ class Block(nn.Module):
         self, hidden: Tensor, rotations: _Rotations, layout: Attending, cache: Storing | None
     ) -> Tensor:
         """The attention half, [batch, time, hidden] to the same."""
-        if self.block.attention == "full":
+        if self.block.attention != "none":
             hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotations, layout, cache)
         return hidden
 
     def feed(self, hidden: Tensor) -> Tensor:
         """The feed-forward half, [..., hidden] to the same."""
-        if self.block.feed_forward == "swiglu":
+        if self.block.feed_forward != "none":
             hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden
 

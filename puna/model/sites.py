@@ -1,8 +1,8 @@
 """The matrices of a block that read the same input, and what a scale of that input folds into.
 
 Four sites: queries, keys and values behind the first norm; the output projection behind the values; gate and
-up behind the second norm; down behind up. A scale of values can be moved only where every query head has a
-key-value head of its own.
+up behind the second norm; down behind up. A linear half has one, behind its norm. A scale of values can be
+moved only where every query head has a key-value head of its own.
 """
 
 from __future__ import annotations
@@ -47,11 +47,17 @@ def sites(model: Llama, layer: int) -> Iterator[Site]:
         own = block.block.heads == block.block.kv_heads
         out = (f"{prefix}.self_attn.o_proj.weight",)
         yield Site(out, (attention.o_proj,), "rows" if own else None, attention.v_proj)
+    elif block.block.attention == "linear":
+        alone = (f"{prefix}.self_attn.linear_attn.weight",)
+        yield Site(alone, (block.self_attn.linear_attn,), "norm", block.input_layernorm)
     if block.block.feed_forward == "swiglu":
         feed: Any = block.mlp
         names = tuple(f"{prefix}.mlp.{name}.weight" for name in ("gate_proj", "up_proj"))
         yield Site(names, (feed.gate_proj, feed.up_proj), "norm", block.post_attention_layernorm)
         yield Site((f"{prefix}.mlp.down_proj.weight",), (feed.down_proj,), "rows", feed.up_proj)
+    elif block.block.feed_forward == "linear":
+        alone = (f"{prefix}.mlp.linear_mlp.weight",)
+        yield Site(alone, (block.mlp.linear_mlp,), "norm", block.post_attention_layernorm)
 
 
 @torch.no_grad()

@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]:
     """The matrices of a layer by name, as (inputs, outputs)."""
     hidden, found = spec.hidden_size, dict[str, tuple[int, int]]()
-    if block.attention != "none":
+    if block.attention == "full":
         queries, keys = block.heads * block.head_dim, block.kv_heads * block.head_dim
         found |= {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
         found |= {"o_proj": (queries, hidden)}
-    if block.feed_forward != "none":
+    elif block.attention == "linear":
+        found |= {"linear_attn": (hidden, hidden)}
+    if block.feed_forward == "swiglu":
         found |= {"gate_proj": (hidden, block.width), "up_proj": (hidden, block.width)}
         found |= {"down_proj": (block.width, hidden)}
+    elif block.feed_forward == "linear":
+        found |= {"linear_mlp": (hidden, hidden)}
     return found
 
 
@@ -47,7 +51,7 @@ def cache_bytes(spec: LlamaSpec, number: int = 2) -> int:
 
 
 def _product(block: BlockSpec, seen: float) -> float:
-    return 2 * seen * block.heads * block.head_dim if block.attention != "none" else 0.0
+    return 2 * seen * block.heads * block.head_dim if block.attention == "full" else 0.0
 
 
 def _operations(spec: LlamaSpec, seen: Callable[[BlockSpec], float]) -> float:

@@ -58,7 +58,7 @@ def _cuts(spec: LlamaSpec, kept: Kept, names: Iterable[str]) -> dict[str, _Cut]:
     factor = math.sqrt(spec.hidden_size / len(kept.hidden))
     found: dict[str, _Cut] = {}
     for name in names:
-        new = name_when_sliced(name, kept)
+        new = name_when_sliced(spec, name, kept)
         if new is not None:
             is_norm = name.endswith("norm.weight")
             found[name] = _Cut(new, entries.get(name, {}), factor if is_norm else 1.0)
@@ -216,9 +216,15 @@ def soft_mask(model: Llama, masks: Masks) -> Iterator[None]:
                 factors = masks.head_groups.get(layer)
                 spread = None if factors is None else factors.repeat_interleave(span)
                 handles += _hooked(block.self_attn.o_proj, spread, masks.hidden)
+            elif spec.attention == "linear":
+                handles += _hooked(block.self_attn.linear_attn, None, masks.hidden)
+            if spec.attention != "none":
                 handles += _hooked(block.self_attn, None, whole)
             if spec.feed_forward == "swiglu":
                 handles += _hooked(block.mlp.down_proj, masks.channels.get(layer), masks.hidden)
+            elif spec.feed_forward == "linear":
+                handles += _hooked(block.mlp.linear_mlp, None, masks.hidden)
+            if spec.feed_forward != "none":
                 handles += _hooked(block.mlp, None, whole)
         if masks.hidden is not None:  # not a hook on the embedding, which a trainer goes around
             handles.append(blocks[0].register_forward_pre_hook(_before(masks.hidden)))

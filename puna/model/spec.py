@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
-AttentionKind = Literal["full", "none"]
-FeedForwardKind = Literal["swiglu", "none"]
+AttentionKind = Literal["full", "linear", "none"]
+FeedForwardKind = Literal["swiglu", "linear", "none"]
 AttentionBias = Literal["none", "qkv", "all"]
 
 # What each rope rule needs besides theta, and what it may have.
@@ -138,9 +138,12 @@ class RopeRule:
 class BlockSpec:
     """One layer. A half whose kind is "none" is skipped exactly and has no parameters.
 
+    One that is "linear" is its norm and one square matrix, [hidden, hidden]: tokens do not see each
+    other there, and nothing of theirs is stored.
+
     ``window`` is how many keys a query sees, itself included (None: all). ``logit_scale``
-    multiplies query-key products (None: 1/sqrt(head_dim)). The settings of a half that is "none"
-    are cleared, so that equal layers compare equal.
+    multiplies query-key products (None: 1/sqrt(head_dim)). The settings of a half that is "none" or
+    "linear" are cleared, so that equal layers compare equal.
     """
 
     attention: AttentionKind = "full"
@@ -159,11 +162,11 @@ class BlockSpec:
             raise unknown_name("attention kind", str(self.attention), get_args(AttentionKind))
         if self.feed_forward not in get_args(FeedForwardKind):
             raise unknown_name("feed-forward kind", str(self.feed_forward), get_args(FeedForwardKind))
-        if self.feed_forward == "none":
+        if self.feed_forward != "swiglu":
             object.__setattr__(self, "width", 0)
         else:
             _require(_is_count(self.width), "width must be a positive whole number", "block", self.width)
-        if self.attention == "none":
+        if self.attention != "full":
             cleared = {"heads": 0, "kv_heads": 0, "head_dim": 0, "window": None, "causal": True}
             for name, value in {**cleared, "rope": RopeRule(), "logit_scale": None}.items():
                 object.__setattr__(self, name, value)
@@ -228,9 +231,13 @@ class BlockSpec:
             total += hidden_size + 2 * hidden_size * queries + 2 * hidden_size * keys
             total += 0 if attention_bias == "none" else queries + 2 * keys
             total += hidden_size if attention_bias == "all" else 0
+        elif self.attention == "linear":
+            total += hidden_size * (hidden_size + 1 + (attention_bias != "none"))
         if self.feed_forward == "swiglu":
             total += hidden_size + 3 * hidden_size * self.width
             total += 2 * self.width + hidden_size if mlp_bias else 0
+        elif self.feed_forward == "linear":
+            total += hidden_size * (hidden_size + 1 + mlp_bias)
         return total
 
 
@@ -400,8 +407,8 @@ class LlamaSpec:
 
 def _attention_cells(block: BlockSpec) -> tuple[str, str, str, str, str]:
     """What the attention is, its query heads, key-value heads, their size, its rope."""
-    if block.attention == "none":
-        return "none", "-", "-", "-", "-"
+    if block.attention != "full":
+        return block.attention, "-", "-", "-", "-"
     words = ["causal" if block.causal else "both ways"]
     if block.window is not None:
         words.append(f"window {block.window}")

@@ -105,6 +105,9 @@ def _stream(spec: LlamaSpec) -> Iterator[Member]:
             yield Member(f"{at}self_attn.o_proj.weight", 0, 1)
             if spec.attention_bias == "all":
                 yield Member(f"{at}self_attn.o_proj.bias", 0, 1)
+        elif block.attention == "linear":
+            yield Member(f"{at}input_layernorm.weight", 0, 1)
+            yield from _square(f"{at}self_attn.linear_attn", spec.attention_bias != "none")
         if block.feed_forward == "swiglu":
             yield Member(f"{at}post_attention_layernorm.weight", 0, 1)
             for name in ("gate_proj", "up_proj"):
@@ -112,9 +115,20 @@ def _stream(spec: LlamaSpec) -> Iterator[Member]:
             yield Member(f"{at}mlp.down_proj.weight", 0, 1)
             if spec.mlp_bias:
                 yield Member(f"{at}mlp.down_proj.bias", 0, 1)
+        elif block.feed_forward == "linear":
+            yield Member(f"{at}post_attention_layernorm.weight", 0, 1)
+            yield from _square(f"{at}mlp.linear_mlp", spec.mlp_bias)
     yield Member("model.norm.weight", 0, 1)
     if not spec.tied:
         yield Member("lm_head.weight", 1, 1)
+
+
+def _square(name: str, biased: bool) -> Iterator[Member]:
+    """A linear half, which reads the stream and writes it."""
+    yield Member(f"{name}.weight", 0, 1)
+    yield Member(f"{name}.weight", 1, 1)
+    if biased:
+        yield Member(f"{name}.bias", 0, 1)
 
 
 def sum_over_units(spec: LlamaSpec, kind: Kind, layer: int, entries: Mapping[str, Tensor]) -> Tensor:
@@ -125,17 +139,26 @@ def sum_over_units(spec: LlamaSpec, kind: Kind, layer: int, entries: Mapping[str
     if kind == "block":
         own = [tensor for name, tensor in entries.items() if name.startswith(f"{_LAYER}{layer}.")]
         return sum((tensor.float().sum() for tensor in own), start=_zero(own)).view(1)
-    parts = [
-        entries[member.name].float().movedim(member.dimension, 0).flatten(1).sum(1)
-        if entries[member.name].dim() > 1
-        else entries[member.name].float()
-        for member in members(spec, kind, layer)
-    ]
+    parts = [_by_entry(member, entries[member.name].float()) for member in members(spec, kind, layer)]
     spans = [member.span for member in members(spec, kind, layer)]
     return sum(
         (part.view(-1, span).sum(1) for part, span in zip(parts, spans, strict=True)),
         start=_zero(parts).expand(number_of(spec, kind, layer)),
     )
+
+
+def _by_entry(member: Member, entries: Tensor) -> Tensor:
+    """Sums over all other dimensions than the member's, [size of that dimension]."""
+    if entries.dim() == 1:
+        return entries
+    sums = entries.movedim(member.dimension, 0).flatten(1).sum(1)
+    # Of a square matrix the unit's row and its column have one entry in common.
+    return sums - entries.diagonal() if member.dimension == 1 and _is_square(member) else sums
+
+
+def _is_square(member: Member) -> bool:
+    """Whether the tensor, a linear half's, has both of its sides on the stream."""
+    return member.name.endswith(("linear_attn.weight", "linear_mlp.weight"))
 
 
 def _zero(like: Sequence[Tensor]) -> Tensor:
@@ -265,8 +288,8 @@ def _sliced_block(block: BlockSpec, groups: int, channels: int) -> BlockSpec:
     return dataclasses.replace(block, **changes)
 
 
-def name_when_sliced(name: str, kept: Kept) -> str | None:
-    """The name that a tensor has in the small decoder, if it is there."""
+def name_when_sliced(spec: LlamaSpec, name: str, kept: Kept) -> str | None:
+    """The name that a tensor has in the small decoder, if it is there; ``spec`` is the whole one's."""
     if not name.startswith(_LAYER):
         return name
     number, _, rest = name.removeprefix(_LAYER).partition(".")
@@ -274,7 +297,8 @@ def name_when_sliced(name: str, kept: Kept) -> str | None:
     if layer not in kept.blocks:
         return None
     for kind, starts in _HALVES.items():
-        if rest.startswith(starts) and not kept.of(kind, layer):
+        # A half that never had units of the kind, a linear one, does not go with them.
+        if rest.startswith(starts) and number_of(spec, kind, layer) and not kept.of(kind, layer):
             return None
     return f"{_LAYER}{kept.blocks.index(layer)}.{rest}"
 
@@ -318,6 +342,8 @@ def unit_parameters(spec: LlamaSpec, kind: Kind, layer: int) -> int:
     for member in members(spec, kind, layer):
         if kind == "hidden":
             total += math.prod(shapes[member.name]) // shapes[member.name][member.dimension]
+            # Of a square matrix the unit's row and its column have one entry in common.
+            total -= member.dimension == 1 and _is_square(member)
         else:
             total += member.span * (1 if member.name.endswith(".bias") else spec.hidden_size)
     return total

@@ -60,9 +60,13 @@ class Method:
         return self.trains(_EMBEDDING if spec.tied else "lm_head", spec)
 
 
+BIASED_WITH_QKV = ("q_proj", "k_proj", "v_proj", "linear_attn")
+"""What has a bias where ``attention_bias`` is "qkv": all that reads the attention's norm."""
+
+
 def module_of(layer: int, projection: str) -> str:
     """The whole name of a projection."""
-    group = "mlp" if projection in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    group = "mlp" if projection in ("gate_proj", "up_proj", "down_proj", "linear_mlp") else "self_attn"
     return f"model.layers.{layer}.{group}.{projection}"
 
 
@@ -100,7 +104,7 @@ def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
         for name, (inputs, outputs) in projections(spec, block).items():
             module = module_of(layer, name)
             biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
-            biased = biased or (spec.attention_bias == "qkv" and name in ("q_proj", "k_proj", "v_proj"))
+            biased = biased or (spec.attention_bias == "qkv" and name in BIASED_WITH_QKV)
             yield module, inputs * outputs + (outputs if biased else 0)
     yield "model.norm", spec.hidden_size
     if not spec.tied:
@@ -214,7 +218,7 @@ def _layer_bytes(
 
 def _source_of(name: str) -> str:
     """Which tensor enters a projection."""
-    if name in ("q_proj", "k_proj", "v_proj"):
+    if name in BIASED_WITH_QKV:
         return "attention norm"
     return {"o_proj": "joined documents", "down_proj": "product"}.get(name, "feed-forward norm")
 

@@ -12,6 +12,7 @@ from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from puna.train.plan import (
+    BIASED_WITH_QKV,
     BYTES,
     Method,
     adapts,
@@ -117,7 +118,7 @@ def _of_projections(spec: LlamaSpec, method: Method, layer: int, block: BlockSpe
         trained = method.trains(module, spec)
         yield _Weight(layer, (outputs, inputs), trained)
         biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
-        if biased or (spec.attention_bias == "qkv" and name in ("q_proj", "k_proj", "v_proj")):
+        if biased or (spec.attention_bias == "qkv" and name in BIASED_WITH_QKV):
             yield _Weight(layer, (outputs,), trained)
         if adapts(name, layer, method):
             yield _Weight(layer, (method.r, inputs), True)

@@ -81,6 +81,9 @@ class Train(Parameters):
     """Of distillation: divides the logits of both sides."""
     top_k: int | None = pydantic.Field(None, ge=1)
     """Of distillation: compare over the teacher's likeliest tokens alone, so many; null: over all tokens."""
+    hidden_cosine: float = pydantic.Field(0.0, ge=0)
+    """Of distillation with a live teacher of as many layers: weight of the sum over the layers of 1 - cosine
+    of the student's and the teacher's hidden states behind each (S31)."""
     store_teacher: bool = False
     """Of distillation with top_k: the teacher reads the corpus once, and its tokens are kept in the stage's
     folder; it takes no memory in training and no time in further epochs."""
@@ -252,6 +255,8 @@ class Train(Parameters):
             raise ValueError("children do not go with lora, exits or sharding 'full'")
         if self.store_teacher and self.top_k is None:
             raise ValueError("store_teacher keeps the teacher's likeliest tokens: say how many with top_k")
+        if self.store_teacher and self.hidden_cosine:
+            raise ValueError("hidden_cosine needs hidden states, which store_teacher does not keep")
         if self.objective in WITH_TEACHER and self.sharding == "full":
             raise ValueError(f"objective {self.objective!r} does not go with sharding 'full' yet")
         pairs = self.objective in _READ_BY_OBJECTIVES["beta"]
@@ -302,6 +307,7 @@ _READ_BY_OBJECTIVES = {
     "divergence": ("distill", "distill_sft"),
     "temperature": ("distill", "distill_sft"),
     "top_k": ("distill", "distill_sft"),
+    "hidden_cosine": ("distill", "distill_sft"),
     "store_teacher": ("distill", "distill_sft"),
     "beta": ("dpo", "length_normalised_dpo", "ipo", "orpo", "simpo", "cpo"),
     "label_smoothing": ("dpo", "cpo"),

@@ -9,6 +9,7 @@ reads a row alone for that; where a micro-batch is one row, live and stored give
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from puna.train.distillation import (
     Direction,
     LinearTeacher,
     TopTokens,
+    hidden_cosine,
     linear_kl,
     linear_top_k_kl,
     linear_top_tokens,
@@ -55,7 +57,18 @@ def teacher_of(
             found=source or "no such input",
             fix="give the stage an input teacher" if wanted else f"take {' or '.join(WITH_TEACHER)}",
         )
-    return None if source is None else open_teacher(source, student, dtype=dtype, world=world)
+    if source is None:
+        return None
+    teacher = open_teacher(source, student, dtype=dtype, world=world)
+    ours, theirs = ((len(one.spec.blocks), one.spec.hidden_size) for one in (student, teacher))
+    if parameters.hidden_cosine and ours != theirs:
+        raise PunaError(
+            "hidden states are compared layer by layer",
+            where="hidden_cosine",
+            found=f"a student of {ours[0]} layers of {ours[1]}, a teacher of {theirs[0]} of {theirs[1]}",
+            expected="as many layers of one width; halves that are left out count",
+        )
+    return teacher
 
 
 def distillation(
@@ -75,7 +88,9 @@ def distillation(
         raise PunaError(
             "more tokens than there are", where="top_k", found=parameters.top_k, expected=f"at most {size:,}"
         )
-    settings = DistillSettings(parameters.divergence, parameters.temperature, parameters.top_k)
+    settings = DistillSettings(
+        parameters.divergence, parameters.temperature, parameters.top_k, parameters.hidden_cosine
+    )
     if not parameters.store_teacher:
         return Distill(settings, live=teacher)
     assert parameters.top_k is not None
@@ -109,16 +124,20 @@ def open_teacher(source: str | Path, student: Llama, *, dtype: str, world: World
 @dataclass(frozen=True)
 class DistillSettings:
     """What is compared: ``direction`` of the divergence, ``temperature`` of both sides, ``top_k`` tokens
-    (None: the whole vocabulary)."""
+    (None: the whole vocabulary), and the weight of hidden states behind every layer."""
 
     direction: Direction = "forward"
     temperature: float = 1.0
     top_k: int | None = None
+    hidden_cosine: float = 0.0
 
 
 @dataclass(frozen=True)
 class Distill:
     """The objective: divergence from a teacher, summed over labelled positions. One teacher is given.
+
+    With ``hidden_cosine`` the sum over layers of 1 - cosine of hidden states is added: Puzzle's global
+    distillation (2411.19146) at 1, which has no loss of the text's own tokens.
 
     ``live`` is a model of the student's vocabulary in the student's dtype; ``stored`` holds its
     likeliest tokens at the labelled positions of each packed row.
@@ -131,12 +150,31 @@ class Distill:
 
     def __call__(self, model: Llama, micro: MicroBatch) -> Loss:
         """Sum over the labelled positions of ``micro``."""
-        batch, settings = micro.batch, self.settings
+        batch = micro.batch
         labelled = batch.labels != IGNORED
-        hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)[labelled]  # [targets, width]
+        if not self.settings.hidden_cosine:
+            hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
+            states = None if self.live is None else _states(self.live, batch)
+            return self._divergence(model, micro, hidden[labelled], states)
+        assert self.live is not None
+        with _behind_layers(model) as ours, _behind_layers(self.live) as theirs:
+            hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
+            states = _states(self.live, batch)
+        loss = self._divergence(model, micro, hidden[labelled], states)
+        total, tokens = loss.total, loss.tokens
+        for one, other in zip(ours, theirs, strict=True):
+            apart = hidden_cosine(one, other, labelled)
+            total = total + self.settings.hidden_cosine * apart.total
+            tokens = tokens + self.settings.hidden_cosine * apart.positions
+        return Loss(total, tokens)
+
+    def _divergence(self, model: Llama, micro: MicroBatch, hidden: Tensor, states: Tensor | None) -> Loss:
+        """Of the student's final hidden states [targets, width]; ``states`` are a live teacher's, of the
+        batch."""
+        settings, labelled = self.settings, micro.batch.labels != IGNORED
         if settings.top_k is None:
-            assert self.live is not None
-            teacher = LinearTeacher(_states(self.live, batch)[labelled], self.live.head_weight.detach())
+            assert self.live is not None and states is not None
+            teacher = LinearTeacher(states[labelled], self.live.head_weight.detach())
             found = linear_kl(
                 hidden, model.head_weight, teacher, settings.direction, temperature=settings.temperature
             )
@@ -144,12 +182,27 @@ class Distill:
         if self.stored is not None:
             likeliest = self.stored.tokens(micro, hidden.device)
         else:
-            assert self.live is not None
-            likeliest = _likeliest(self.live, batch, settings.top_k)
+            assert self.live is not None and states is not None
+            likeliest = linear_top_tokens(states[labelled], self.live.head_weight, settings.top_k)
         found = linear_top_k_kl(
             hidden, model.head_weight, likeliest, settings.direction, temperature=settings.temperature
         )
         return Loss(found.total, found.positions)
+
+
+@contextlib.contextmanager
+def _behind_layers(model: Llama) -> Iterator[list[Tensor]]:
+    """A block in which what leaves each layer is noted, [rows, time, width]; each runs once in there."""
+    found: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+        for layer in model.model.layers
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -198,6 +198,8 @@ _MIXED = (
     BlockSpec(heads=2, kv_heads=2, head_dim=16, window=5, width=40),
     _NO_FEED_FORWARD,
     BlockSpec(attention="none", feed_forward="none"),
+    BlockSpec(attention="linear", feed_forward="linear"),
+    BlockSpec(attention="linear", width=24),
 )
 add_decoder("grouped", lambda: decoder(spec_of()))
 add_decoder("untied", lambda: decoder(spec_of(tied=False)))

@@ -20,6 +20,7 @@ UNEVEN = (
     BlockSpec(heads=7, kv_heads=1, head_dim=34, width=33, logit_scale=0.3),
     BlockSpec(attention="none", width=30),
     BlockSpec(heads=3, kv_heads=3, head_dim=2, feed_forward="none"),
+    BlockSpec(attention="linear", feed_forward="linear"),
 )
 SPECS = {
     "grouped, tied": LlamaSpec(320, 48, (BLOCK, BLOCK), tied=True),

@@ -24,7 +24,8 @@ from puna.model.stepper import Read
 from tests.model.native_models import BLOCK as LAYER
 from tests.model.native_models import hidden_of, ids_of, little
 
-LAYERS = (LAYER, LAYER, BlockSpec(attention="none", width=30), LAYER, LAYER, LAYER)
+LINEAR = BlockSpec(attention="linear", feed_forward="linear")
+LAYERS = (LAYER, LAYER, BlockSpec(attention="none", width=30), LAYER, LINEAR, LAYER)
 SPEC = LlamaSpec(320, 48, LAYERS, tied=True)
 ALWAYS = EarlyExit((2, 4), (1.0, 0.0))  # every token that may leaves behind four layers
 

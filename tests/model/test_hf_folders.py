@@ -130,7 +130,9 @@ def test_a_spec_that_is_not_uniform_is_kept_by_puna_json(
 
     plain = tiny_llama()
     first, second = plain.spec.blocks
-    spec = plain.spec.replace(blocks=(dataclasses.replace(first, feed_forward="none", window=5), second))
+    linear = dataclasses.replace(first, attention="linear", feed_forward="linear")
+    changed = dataclasses.replace(first, feed_forward="none", window=5)
+    spec = plain.spec.replace(blocks=(changed, linear, second))
     model = Llama(spec)
     write_hf(model, tmp_path / "out")
     assert (tmp_path / "out" / "puna.json").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -81,6 +81,22 @@ def test_halves_that_are_none_have_no_parameters_and_do_nothing() -> None:
     shorter = Llama(dataclasses.replace(SPEC, blocks=blocks[:3]))
     shorter.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(model(IDS), shorter(IDS))
+
+
+def test_a_linear_half_is_its_norm_and_one_matrix_and_sees_its_own_token_alone() -> None:
+    linear = BlockSpec(attention="linear", feed_forward="linear", kv_heads=7, width=9, window=3)
+    assert linear == BlockSpec(attention="linear", feed_forward="linear")
+    spec = LlamaSpec(64, 32, (linear,), attention_bias="qkv", mlp_bias=True)
+    model = Llama(spec)
+    assert sum(weight.numel() for weight in model.parameters()) == spec.parameter_count()
+    entering = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    block: Any = model.model.layers[0]
+    block.self_attn.linear_attn.bias.data.fill_(0.5)
+    behind = entering + block.self_attn.linear_attn(block.input_layernorm(entering))
+    expected = behind + block.mlp.linear_mlp(block.post_attention_layernorm(behind))
+    assert torch.equal(block(entering, {}, cast(Any, None), None), expected)
+    one = model(torch.tensor([[3, 7, 9]]))[0, 1]
+    assert torch.allclose(one, model(torch.tensor([[8, 7, 1]]))[0, 1])
 
 
 def test_on_the_meta_device_weights_have_no_storage_and_can_be_assigned() -> None:

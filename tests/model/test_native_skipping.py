@@ -15,7 +15,8 @@ from puna.model.spec import BlockSpec, LlamaSpec
 from puna.model.stepper import Read
 from tests.model.native_models import BLOCK, ids_of, little
 
-LAYERS = (BLOCK, BLOCK, BlockSpec(attention="none", width=30), BLOCK, BLOCK, BLOCK)
+LINEAR = dataclasses.replace(BLOCK, feed_forward="linear")
+LAYERS = (BLOCK, LINEAR, BlockSpec(attention="none", width=30), BLOCK, LINEAR, BLOCK)
 SPEC = LlamaSpec(320, 48, LAYERS, tied=True)
 SOME = FeedForwardSkip(1, 4, 0.8)
 SKIPS = [

@@ -151,12 +151,12 @@ def decoders(draw: Any) -> LlamaSpec:
     def block() -> BlockSpec:
         kv_heads = draw(st.integers(1, 3))
         return BlockSpec(
-            attention=draw(st.sampled_from(["full", "full", "none"])),
+            attention=draw(st.sampled_from(["full", "full", "linear", "none"])),
             heads=kv_heads * draw(st.integers(1, 8)),
             kv_heads=kv_heads,
             head_dim=2 * draw(st.integers(1, 40)),
             window=draw(st.none() | st.integers(1, 70)),
-            feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "none"])),
+            feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "linear", "none"])),
             width=draw(st.integers(1, 100)),
         )
 

@@ -51,7 +51,7 @@ def block_specs(draw: st.DrawFn, positions: int) -> BlockSpec:
     kv_heads, pairs = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     causal = draw(st.integers(0, 9)) > 0
     return BlockSpec(
-        attention=draw(st.sampled_from(["full", "full", "full", "none"])),
+        attention=draw(st.sampled_from(["full", "full", "full", "linear", "none"])),
         heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
         head_dim=2 * pairs,
@@ -59,7 +59,7 @@ def block_specs(draw: st.DrawFn, positions: int) -> BlockSpec:
         causal=causal,
         rope=draw(rope_rules(pairs, positions)),
         logit_scale=draw(st.none() | positive),
-        feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "swiglu", "none"])),
+        feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "swiglu", "linear", "none"])),
         width=draw(st.integers(1, 40)),
     )
 
@@ -225,7 +225,7 @@ def test_wrong_layer_types_are_refused(changes: dict[str, Any], tiny_config: dic
 @pytest.mark.parametrize(
     "fields",
     [
-        {"attention": "linear"},
+        {"attention": "cubic"},
         {"feed_forward": "gelu"},
         {"heads": 0},
         {"heads": 3},

@@ -54,12 +54,12 @@ def decoders_and_kept(draw: Any) -> tuple[LlamaSpec, Kept]:
         kv_heads = draw(st.integers(1, 3))
         blocks.append(
             BlockSpec(
-                attention=draw(st.sampled_from(["full", "full", "none"])),
+                attention=draw(st.sampled_from(["full", "full", "linear", "none"])),
                 heads=kv_heads * draw(st.integers(1, 3)),
                 kv_heads=kv_heads,
                 head_dim=2 * draw(st.integers(1, 4)),
                 window=draw(st.sampled_from([None, None, 3])),
-                feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "none"])),
+                feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "linear", "none"])),
                 width=draw(st.integers(1, 12)),
             )
         )

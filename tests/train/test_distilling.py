@@ -16,7 +16,9 @@ from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
+from puna.model.attention import lay_out
 from puna.text import pretrained
+from puna.text.packing import IGNORED
 from puna.text.template import Template
 from puna.train.distillation import kl
 from puna.train.loop import Loop
@@ -45,7 +47,9 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dic
     """A teacher, a student of half its blocks, and corpora of documents and conversations."""
     from puna.edit.shorten import shorten
     from puna.model.llama import Llama
+    from puna.model.slicing import sliced
     from puna.model.spec import BlockSpec, LlamaSpec
+    from puna.model.units import Kept, Unit
 
     root = tmp_path_factory.mktemp("distilling")
     block = BlockSpec(heads=4, kv_heads=2, head_dim=8, width=48)
@@ -59,6 +63,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dic
     teacher.template = Template(CHAT, tiny_tokenizer.template_strings)
     pretrained.save(teacher, root / "teacher")
     pretrained.save(shorten(teacher, (0, 3)), root / "student")
+    channels = [Unit("channel", layer, number) for layer in range(4) for number in range(30)]
+    pretrained.save(sliced(teacher, Kept.everything(spec).without(channels)), root / "thin")
     generator = numpy_generator(0, "distilling")
     about: dict[str, Any] = {"provenance": [{"source": "test", "licence": "CC0"}], "ledger": {}}
     rows = (
@@ -79,7 +85,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dic
         for n in range(20)
     )
     write_corpus(root / "messages", "messages", talks, **about)
-    return {name: root / name for name in ("teacher", "student", "documents", "messages")}
+    return {name: root / name for name in ("teacher", "student", "thin", "documents", "messages")}
 
 
 @pytest.fixture
@@ -173,6 +179,33 @@ def test_the_loss_is_the_mean_divergence_of_what_is_learnt(
     assert steps.metrics["loss.first"] == pytest.approx(float(torch.cat(found).mean()), abs=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [0, 3])
+def test_hidden_states_behind_every_layer_count_where_there_are_labels(
+    places: dict[str, Path], train: Train, tmp_path: Path, recompute: int
+) -> None:
+    settings = {"model": "thin", "max_steps": 1, "batch_tokens": 10_000, "micro_batch_tokens": 10_000}
+    plain = train(tmp_path / "plain", **settings)
+    with_states = train(tmp_path / "states", hidden_cosine=0.5, recompute=recompute, **settings)
+    student, teacher = (pretrained.load(places[name]).eval() for name in ("thin", "teacher"))
+    from puna.data.corpus import Corpus
+    from puna.text.encode import encode_rows
+    from puna.text.packing import collate, pack
+
+    rows = encode_rows(Corpus.open(places["documents"]).rows(), "documents", student.tokenizer, None)
+    batch = collate(pack(rows, 32, mode="wrap"))
+    layout = lay_out(*batch.input_ids.shape, batch.input_ids.device, batch.positions, batch.segments, None)
+    with torch.no_grad():
+        streams = [model.model.embed_tokens(batch.input_ids) for model in (student, teacher)]
+        turns = student._rotations(layout.positions, torch.float32)
+        apart = torch.zeros(())
+        for blocks in zip(student.model.layers, teacher.model.layers, strict=True):
+            streams = [block(h, turns, layout, None) for block, h in zip(blocks, streams, strict=True)]
+            cosines = torch.nn.functional.cosine_similarity(*streams, dim=-1)
+            apart += (1 - cosines)[batch.labels != IGNORED].mean()
+    added = with_states.metrics["loss.first"] - plain.metrics["loss.first"]
+    assert added == pytest.approx(0.5 * float(apart), rel=1e-4)
+
+
 def test_a_stored_teacher_gives_the_bits_of_a_live_one(train: Train, tmp_path: Path) -> None:
     settings = {"top_k": 16, "micro_batch_tokens": 32, "max_steps": 20}  # more than an epoch
     live = train(tmp_path / "live", **settings)
@@ -249,6 +282,7 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "divergence": ({}, {"divergence": "reverse"}),
     "temperature": ({}, {"temperature": 2.0}),
     "top_k": ({}, {"top_k": 4}),
+    "hidden_cosine": ({"model": "thin"}, {"hidden_cosine": 0.5}),
     "store_teacher": ({"top_k": 4}, {"store_teacher": True}),
 }
 
@@ -276,6 +310,8 @@ def test_flipping_an_option_of_distillation_changes_something(
         ({"objective": "clm", "teacher": None, "top_k": 4}, "top_k means nothing"),
         ({"store_teacher": True}, "say how many with top_k"),
         ({"sharding": "full"}, "sharding"),
+        ({"hidden_cosine": 1.0}, "a student of 2 layers of 32, a teacher of 4 of 32"),
+        ({"model": "thin", "hidden_cosine": 1.0, "top_k": 4, "store_teacher": True}, "does not keep"),
         ({"objective": "distill_sft", "packing": "wrap"}, "packing 'wrap'"),
         ({"top_k": 1000}, "at most 320"),
     ],

@@ -112,7 +112,7 @@ def _check(model: Llama, settings: Quantization, rows: Tensor | None) -> None:
     odd = [
         name
         for name, module in model.named_modules()
-        if name.endswith("_proj") and type(module) is not nn.Linear
+        if name.endswith(("_proj", "linear_attn", "linear_mlp")) and type(module) is not nn.Linear
     ]
     if odd or model.dtype != torch.float32:
         raise PunaError(

@@ -43,7 +43,7 @@ class LayerDescription(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("heads", "kv_heads", "head_dim", "width", "window", "sink", "rope")),
         *((name, c_int32) for name in ("table", "format", "qkv_bias", "out_bias", "feed_forward_bias")),
-        ("shared", c_int32),
+        *((name, c_int32) for name in ("linear_attention", "linear_feed_forward", "shared")),
         ("scale", c_float),
     )
 

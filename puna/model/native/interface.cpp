@@ -50,6 +50,7 @@ extern "C" {
 struct PunaLayer {
   std::int32_t heads, kv_heads, head_dim, width, window, sink, rope, table, format;
   std::int32_t qkv_bias, out_bias, feed_forward_bias;
+  std::int32_t linear_attention, linear_feed_forward;  // one matrix [hidden, hidden]: out, or down
   std::int32_t shared;  // bit 0 qkv, 1 out, 2 gate and up, 3 down: the donor's matrix is this model's too
   float scale;
 };
@@ -85,11 +86,17 @@ class Builder {
         place(layer.qkv, lent(0, &Layer::qkv), format, queries + 2 * keys, hidden, given.qkv_bias);
         place(layer.out, lent(1, &Layer::out), format, hidden, queries, given.out_bias);
         place_numbers(layer.attention_norm, model_.padded_hidden());
+      } else if (given.linear_attention) {
+        place(layer.out, lent(1, &Layer::out), format, hidden, hidden, given.out_bias);
+        place_numbers(layer.attention_norm, model_.padded_hidden());
       }
       if (given.width) {
         const int width = 2 * rounded_up(given.width, 16);
         place(layer.gate_up, lent(2, &Layer::gate_up), format, width, hidden, given.feed_forward_bias);
         place(layer.down, lent(3, &Layer::down), format, hidden, given.width, given.feed_forward_bias);
+        place_numbers(layer.feed_forward_norm, model_.padded_hidden());
+      } else if (given.linear_feed_forward) {
+        place(layer.down, lent(3, &Layer::down), format, hidden, hidden, given.feed_forward_bias);
         place_numbers(layer.feed_forward_norm, model_.padded_hidden());
       }
     }
@@ -146,6 +153,8 @@ void describe(Model& model, const PunaModel& description, const PunaLayer* layer
     layer.kv_heads = given.kv_heads;
     layer.head_dim = given.head_dim;
     layer.width = given.width;
+    layer.linear_attention = given.linear_attention;
+    layer.linear_feed_forward = given.linear_feed_forward;
     layer.window = given.window;
     layer.sink = given.sink;
     layer.rope = given.rope;

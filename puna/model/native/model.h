@@ -45,15 +45,17 @@ struct Rope {
 };
 
 struct Layer {
-  int heads = 0;  // none: the layer has no attention
+  int heads = 0;  // none: the layer has no attention, or a linear one
   int kv_heads = 0;
   int head_dim = 0;
-  int width = 0;   // none: the layer has no feed-forward
+  int width = 0;   // none: the layer has no feed-forward, or a linear one
   int window = 0;  // keys that a query sees, its own included; 0: all
   int sink = 0;    // first keys that are seen nevertheless
   int rope = 0;
   int table = 0;  // which block table of a text is this layer's
   float scale = 1.0f;
+  bool linear_attention = false;     // `out` alone, [hidden, hidden]
+  bool linear_feed_forward = false;  // `down` alone, [hidden, hidden]
   Matrix qkv, out, gate_up, down;
   float* attention_norm = nullptr;
   float* feed_forward_norm = nullptr;

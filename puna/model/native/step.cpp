@@ -134,6 +134,7 @@ class Pass {
   void enter(int thread);
   void embed(int row, float* target) const;
   void attention(std::size_t number, int thread);
+  void linear_attention(const Layer& layer, int thread);
   void attend_all(std::size_t number, int thread);
   void feed_forward(int number, int thread);
   void feed(const Layer& layer, int count, const int* rows, int thread);
@@ -188,8 +189,10 @@ void Pass::lay_out(Pieces& pieces) {
 void Pass::work(int thread) {
   enter(thread);
   for (int number = range_.first; number < range_.last; number++) {
-    if (model_.layers[number].heads) attention(number, thread);
-    if (model_.layers[number].width) feed_forward(number, thread);
+    const Layer& layer = model_.layers[number];
+    if (layer.heads) attention(number, thread);
+    if (layer.linear_attention) linear_attention(layer, thread);
+    if (layer.width || layer.linear_feed_forward) feed_forward(number, thread);
   }
   finish(thread);
 }
@@ -238,6 +241,19 @@ void Pass::attention(std::size_t number, int thread) {
   attend_all(number, thread);
   const Prepared mixed = team_.prepared(layer.out, rows_, thread, [&](int row) { return mixed_row(plan, layer, row, own); });
   team_.multiply_share(layer.out, mixed, Finish::add, residual_, padded, thread);
+}
+
+// One matrix in place of attention: what it gives is added to the rows that it reads.
+void Pass::linear_attention(const Layer& layer, int thread) {
+  const int padded = model_.padded_hidden();
+  float* own = team_.own_row(thread);
+  const Prepared normed = team_.prepared(layer.out, rows_, thread, [&](int row) {
+    normalise(residual_ + static_cast<std::size_t>(row) * padded, layer.attention_norm, model_.hidden, padded,
+              model_.epsilon, own);
+    return own;
+  });
+  team_.wait();  // of few rows every thread prepares all: nobody adds to one that another still reads
+  team_.multiply_share(layer.out, normed, Finish::add, residual_, padded, thread);
 }
 
 void Pass::attend_all(std::size_t number, int thread) {
@@ -295,13 +311,18 @@ void Pass::feed(const Layer& layer, int count, const int* rows, int thread) {
   const int padded = model_.padded_hidden();
   float* own = team_.own_row(thread);
   const auto residual = [&](int i) { return residual_ + static_cast<std::size_t>(rows ? rows[i] : i) * padded; };
-  const Prepared normed = team_.prepared(layer.gate_up, count, thread, [&](int i) {
+  const Matrix& first = layer.width ? layer.gate_up : layer.down;
+  Prepared gated = team_.prepared(first, count, thread, [&](int i) {
     normalise(residual(i), layer.feed_forward_norm, model_.hidden, padded, model_.epsilon, own);
     return own;
   });
-  team_.multiply_share(layer.gate_up, normed, Finish::gate, gated_, gated_stride_, thread);
-  const Prepared gated = team_.prepared(layer.down, count, thread,
-                                        [&](int i) { return gated_ + static_cast<std::size_t>(i) * gated_stride_; });
+  if (layer.width) {
+    team_.multiply_share(layer.gate_up, gated, Finish::gate, gated_, gated_stride_, thread);
+    gated = team_.prepared(layer.down, count, thread,
+                           [&](int i) { return gated_ + static_cast<std::size_t>(i) * gated_stride_; });
+  } else {
+    team_.wait();  // of few rows every thread prepares all: nobody adds to one that another still reads
+  }
   if (rows == nullptr) return team_.multiply_share(layer.down, gated, Finish::add, residual_, padded, thread);
   // The rows do not lie side by side: what is added to them comes apart first.
   team_.multiply_share(layer.down, gated, Finish::store, fed_, padded, thread);

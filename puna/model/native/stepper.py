@@ -153,7 +153,7 @@ class NativeStepper:
         """
         block = self.spec.blocks[layer]
         inputs = {OUT: block.heads * block.head_dim, DOWN: block.width} if layer >= 0 else {}
-        target = torch.empty(-(-inputs.get(which, self.spec.hidden_size) // 32) * 32)
+        target = torch.empty(-(-(inputs.get(which) or self.spec.hidden_size) // 32) * 32)
         self._library.call("row", self._handle, layer, which, row, target.data_ptr())
         return target
 
@@ -183,8 +183,11 @@ class NativeStepper:
                 table=self._group_of[number],
                 format=layer_format,
                 qkv_bias=spec.attention_bias != "none",
-                out_bias=spec.attention_bias == "all",
+                out_bias=spec.attention_bias == "all"
+                or (block.attention == "linear" and spec.attention_bias != "none"),
                 feed_forward_bias=spec.mlp_bias,
+                linear_attention=block.attention == "linear",
+                linear_feed_forward=block.feed_forward == "linear",
                 shared=sum(1 << which for layer, which in shared if layer == number),
                 scale=block.scale if block.heads else 1.0,
             )

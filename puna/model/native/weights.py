@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from puna.core.errors import PunaError
+from puna.model.llama import Attention, FeedForward
 
 if TYPE_CHECKING:
-    from puna.model.llama import Attention, Block, FeedForward, Llama
+    from puna.model.llama import Block, LinearAttention, LinearFeedForward, Llama
     from puna.model.native.build import Library
 
 Quantize = Literal["int8", "int4"]
@@ -44,7 +45,7 @@ def check_model(model: Llama, quantize: Quantize | None) -> None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise _unfit("they would not run its hooks", f"a hook on {name or 'the model'}")
-        if name.endswith("_proj") and type(module) is not nn.Linear:
+        if name.endswith(("_proj", "linear_attn", "linear_mlp")) and type(module) is not nn.Linear:
             raise _unfit("they take plain linear layers", f"{type(module).__name__} at {name}")
     widest = max(block.head_dim for block in model.spec.blocks)
     if widest > MOST_HEAD_DIM:
@@ -73,11 +74,15 @@ def sources(model: Llama) -> dict[Place, tuple[nn.Parameter, ...]]:
             joined = (attention.q_proj, attention.k_proj, attention.v_proj)
             found[layer, QKV] = tuple(each for projection in joined for each in projection.parameters())
             found[layer, OUT] = tuple(attention.o_proj.parameters())
+        elif spec.attention == "linear":
+            found[layer, OUT] = tuple(block.self_attn.linear_attn.parameters())
         if spec.feed_forward == "swiglu":
             feed_forward = block.mlp
             gate, up = feed_forward.gate_proj.parameters(), feed_forward.up_proj.parameters()
             found[layer, GATE_UP] = (*gate, *up)
             found[layer, DOWN] = tuple(feed_forward.down_proj.parameters())
+        elif spec.feed_forward == "linear":
+            found[layer, DOWN] = tuple(block.mlp.linear_mlp.parameters())
     return found
 
 
@@ -97,12 +102,12 @@ def fill(
     blocks = cast("Iterable[Block]", model.model.layers)
     for layer, (spec, block) in enumerate(zip(model.spec.blocks, blocks, strict=True)):
         grids = _Grids(model, f"model.layers.{layer}", quantize)
-        if spec.attention == "full":
+        if spec.attention != "none":
             _norm(library, handle, layer, 0, block.input_layernorm.weight)
             for which, rows, bias in _attention(block.self_attn, grids):
                 if (layer, which) not in shared:
                     _matrix(library, handle, layer, which, rows, bias, threads)
-        if spec.feed_forward == "swiglu":
+        if spec.feed_forward != "none":
             _norm(library, handle, layer, 1, block.post_attention_layernorm.weight)
             for which, rows, bias in _feed_forward(block.mlp, grids):
                 if (layer, which) not in shared:
@@ -138,7 +143,11 @@ def grid_steps(model: Llama, name: str, weight: Tensor, quantize: Quantize | Non
     return grid.packed(weight.shape[1])
 
 
-def _attention(attention: Attention, grids: _Grids) -> _Parts:
+def _attention(attention: Attention | LinearAttention, grids: _Grids) -> _Parts:
+    if not isinstance(attention, Attention):
+        linear = attention.linear_attn
+        yield OUT, [(linear.weight, grids.of("self_attn.linear_attn", linear.weight))], linear.bias
+        return
     names = ("q_proj", "k_proj", "v_proj")
     joined = [cast(nn.Linear, getattr(attention, name)) for name in names]
     biases: list[Tensor] = [projection.bias for projection in joined if projection.bias is not None]
@@ -151,7 +160,11 @@ def _attention(attention: Attention, grids: _Grids) -> _Parts:
     yield OUT, [(out.weight, grids.of("self_attn.o_proj", out.weight))], out.bias
 
 
-def _feed_forward(feed_forward: FeedForward, grids: _Grids) -> _Parts:
+def _feed_forward(feed_forward: FeedForward | LinearFeedForward, grids: _Grids) -> _Parts:
+    if not isinstance(feed_forward, FeedForward):
+        linear = feed_forward.linear_mlp
+        yield DOWN, [(linear.weight, grids.of("mlp.linear_mlp", linear.weight))], linear.bias
+        return
     gate, up, down = feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj
     bias = None if gate.bias is None else _alternate(gate.bias[:, None], up.bias[:, None])[:, 0]
     of_gate, of_up = grids.of("mlp.gate_proj", gate.weight), grids.of("mlp.up_proj", up.weight)
