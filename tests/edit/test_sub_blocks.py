@@ -68,11 +68,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Run:
     given = {"parent": root / "parent", "other": root / "other", "corpus": root / "corpus"}
     done: dict[str, Outcome] = {}
 
-    def call(stage: str, name: str, inputs: dict[str, Any], **parameters: Any) -> Outcome:
+    def call(
+        stage: str, name: str, inputs: dict[str, Any], dtype: str = "float32", **parameters: Any
+    ) -> Outcome:
         if name not in done:
             found = get_stage(stage)
             settings = validate(found.parameters, {**SMALL[stage], **parameters}, where="test")
-            context = Context(name, root / name, {**_resolved(inputs, given)}, dtype="float32")
+            context = Context(name, root / name, {**_resolved(inputs, given)}, dtype=dtype)
             context.out.mkdir(exist_ok=True)
             done[name] = found.function(context, settings)
         return done[name]
@@ -220,6 +222,14 @@ def test_local_distillation_brings_every_variant_nearer_to_the_parents_half(
             swapped = block_with(model, layer, half, "linear", tensors)  # type: ignore[arg-type]
             errors.append(float((behind(model, swapped)[1] - target).square().mean()))
         assert errors[1] < errors[0]
+
+
+def test_bfloat16_learns_with_float32_masters_and_scores(run: Run) -> None:
+    made = run("sub_blocks", "narrow-library", TEXT, dtype="bfloat16")
+    assert made.metrics["loss_ratio"] < 0.9
+    inputs = {**TEXT, "library": made.outputs["library"]}
+    found = run("replace_one", "narrow-scores", inputs, dtype="bfloat16", random_children=3)
+    assert found.metrics["parent_difference"] == found.metrics["parent_kl"] == 0.0
 
 
 def test_a_pupil_trains_its_own_half_alone_and_its_loss_is_the_share_of_zero() -> None:

@@ -171,10 +171,12 @@ def _linear(own: Mapping[str, Tensor], block: BlockSpec, half: Half) -> dict[str
     if half == "attention":  # every query head takes the values of its group
         into = _spread(into, block)
         bias = None if bias is None else _spread(bias, block)
-    found = {f"{norm}.weight": own[f"{norm}.weight"], f"{new}.weight": (out @ into).to(out.dtype)}
+    dtype = own[f"{norm}.weight"].dtype
+    found = {f"{norm}.weight": own[f"{norm}.weight"], f"{new}.weight": (out @ into).to(dtype)}
     if bias is not None:
         added = own.get(f"{group}.{writes}.bias")
-        found[f"{new}.bias"] = out @ bias.float() + (0 if added is None else added.float())
+        summed = out @ bias.float() + (0 if added is None else added.float())
+        found[f"{new}.bias"] = summed.to(dtype)
     return found
 
 
