@@ -103,7 +103,6 @@ def given(run: Run, library: Path) -> dict[str, Any]:
     scores = run("replace_one", "scores", {**TEXT, "library": library}, random_children=5)
     prices = run("block_costs", "costs", {"model": "parent", "library": library})
     return {
-        "model": "parent",
         "library": library,
         "scores": scores.outputs["scores"],
         "costs": prices.outputs["costs"],

@@ -89,7 +89,7 @@ def run_sub_blocks(context: Context, parameters: SubBlocks) -> Outcome:
     with folder_aside(library) as aside:
         for layer in range(len(layers)):
             (aside / layer_file(layer)).write_bytes((working / layer_file(layer)).read_bytes())
-        write_json(aside / META, Library.described(known, layers))
+        write_json(aside / META, Library.described(known, parent.spec, layers))
     losses = _losses(library, len(layers))
     context.report["tables"] = [_losses_table(losses)]
     return Outcome({"library": library}, _losses_figures(losses))
@@ -328,9 +328,8 @@ def _costs_table(
 
 def run_choose_child(context: Context, parameters: ChooseChild) -> Outcome:
     """Solve for every batch size, and keep the one with the least score."""
-    parent, known = open_parent(context.inputs["model"], "float32", "cpu")
-    spec = parent.spec
-    Library.open(context.inputs["library"], known)
+    library = Library.open(context.inputs["library"])
+    spec = library.spec
     scores = choosing.read_scores(context.inputs["scores"])
     limits = choosing.Limits(**parameters.limits())
     best: tuple[float, list[dict[str, Any]], dict[str, float], Problem] | None = None
@@ -354,7 +353,7 @@ def run_choose_child(context: Context, parameters: ChooseChild) -> Outcome:
         metrics |= choosing.checked(problem, parameters.check_problems, derive(context.seed, context.name))
     context.report["tables"] = [_choice_table(solutions[0]["choice"])]
     file = context.out / "choice.json"
-    write_json(file, {"parent": known, "solutions": solutions})
+    write_json(file, {"parent": library.parent, "solutions": solutions})
     return Outcome({"choice": file}, {name: value for name, value in metrics.items() if math.isfinite(value)})
 
 

@@ -57,17 +57,19 @@ class Library:
         self.folder = folder
         self.parent: str = meta["parent"]
         self.layers: list[dict[str, list[str]]] = meta["layers"]
+        self.spec = LlamaSpec.from_config(meta["spec"], where=folder / META)
+        """The parent's."""
 
     @classmethod
-    def open(cls, folder: str | Path, parent: str) -> Library:
-        """The library in ``folder``, if it was made for the parent of that hash."""
+    def open(cls, folder: str | Path, parent: str | None = None) -> Library:
+        """The library in ``folder``, if it was made for the parent of that hash, where one is given."""
         folder = Path(folder)
         meta = read_json(folder / META)
         if not isinstance(meta, dict) or meta.get("format") != _FORMAT or "layers" not in meta:
             raise PunaError(
                 "this is no library of sub-blocks", where=folder / META, expected=f"format {_FORMAT}"
             )
-        if meta["parent"] != parent:
+        if parent is not None and meta["parent"] != parent:
             raise PunaError(
                 "the library was made for another parent",
                 where=folder,
@@ -78,9 +80,12 @@ class Library:
         return cls(folder, meta)
 
     @staticmethod
-    def described(parent: str, layers: Sequence[Mapping[Half, Sequence[str]]]) -> dict[str, Any]:
+    def described(
+        parent: str, spec: LlamaSpec, layers: Sequence[Mapping[Half, Sequence[str]]]
+    ) -> dict[str, Any]:
         """What ``library.json`` says."""
-        return {"format": _FORMAT, "parent": parent, "layers": [dict(layer) for layer in layers]}
+        variants = [dict(layer) for layer in layers]
+        return {"format": _FORMAT, "parent": parent, "spec": spec.to_config(), "layers": variants}
 
     def variants(self, layer: int, half: Half) -> list[str]:
         """Names of the variants of a half, the parent's first."""

@@ -238,12 +238,7 @@ class ChooseChild(Parameters):
 @stage(
     "choose_child",
     parameters=ChooseChild,
-    inputs={
-        "model": Input("model"),
-        "library": Input("file"),
-        "scores": Input("file"),
-        "costs": Input("file"),
-    },
+    inputs={"library": Input("file"), "scores": Input("file"), "costs": Input("file")},
     outputs={"choice": "file"},
     plan=lambda _parameters, _shapes: Cost(seconds=2.0),
 )
