@@ -253,18 +253,22 @@ class Train(Parameters):
             raise ValueError("child_steps means nothing without children")
         if self.children and (self.lora or self.exits or self.sharding == "full"):
             raise ValueError("children do not go with lora, exits or sharding 'full'")
-        if self.store_teacher and self.top_k is None:
-            raise ValueError("store_teacher keeps the teacher's likeliest tokens: say how many with top_k")
-        if self.store_teacher and self.hidden_cosine:
-            raise ValueError("hidden_cosine needs hidden states, which store_teacher does not keep")
-        if self.objective in WITH_TEACHER and self.sharding == "full":
-            raise ValueError(f"objective {self.objective!r} does not go with sharding 'full' yet")
+        self._check_teacher()
         pairs = self.objective in _READ_BY_OBJECTIVES["beta"]
         if pairs and (self.mixture or self.order == "sorted" or self.sharding == "full"):
             raise ValueError(
                 f"objective {self.objective!r} learns from pairs, which mixture, order 'sorted' and "
                 "sharding 'full' do not know yet"
             )
+
+    def _check_teacher(self) -> None:
+        """Refuse settings that do not go with a teacher, or with one that is stored."""
+        if self.store_teacher and self.top_k is None:
+            raise ValueError("store_teacher keeps the teacher's likeliest tokens: say how many with top_k")
+        if self.store_teacher and self.hidden_cosine:
+            raise ValueError("hidden_cosine needs hidden states, which store_teacher does not keep")
+        if self.objective in WITH_TEACHER and self.sharding == "full":
+            raise ValueError(f"objective {self.objective!r} does not go with sharding 'full' yet")
 
     def _check_order(self, given: set[str]) -> None:
         """Refuse settings of mixture and order that do not go with the others."""
