@@ -285,3 +285,9 @@ def recomputed_operations(spec: LlamaSpec, layers: int, length: int) -> float:
         total += 2 * sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
         total += 2 * attention_product(block, length)
     return total
+
+
+def kind_of_device(profile: Any) -> str:
+    """Whether a device profile is that of a GPU; one measured here is called "this"."""
+    name = str(profile.name)
+    return "cuda" if name.startswith("cuda") else "cpu"

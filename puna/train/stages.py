@@ -19,6 +19,7 @@ from puna.train.plan import (
     dropped_elements,
     exit_operations,
     forward_operations,
+    kind_of_device,
     magnitude_operations,
     memory,
     recomputed_operations,
@@ -377,7 +378,7 @@ def plan_train(parameters: Train, shapes: Any) -> Cost:
     flops += looked_at * forward_operations(spec, parameters.max_length)
     taught, beside = _teacher_cost(parameters, shapes, tokens, dtype)
     flops += taught
-    device = _kind_of(shapes.device)
+    device = kind_of_device(shapes.device)
     recomputed = layers_to_recompute(
         parameters, spec, dtype, shapes.processes, device, SHARE_OF_MEMORY * shapes.device.memory - beside
     )
@@ -452,12 +453,6 @@ def layers_to_recompute(
     counts = range(len(spec.blocks) + 1)
     sizes = (memory_of(parameters, spec, dtype, processes, device, count) for count in counts)
     return next((count for count, size in zip(counts, sizes, strict=True) if size <= limit), counts[-1])
-
-
-def _kind_of(profile: Any) -> str:
-    """Whether a device profile is that of a GPU; one measured here is called "this"."""
-    name = str(profile.name)
-    return "cuda" if name.startswith("cuda") else "cpu"
 
 
 def _evaluations(parameters: Train, steps: int) -> int:
