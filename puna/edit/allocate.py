@@ -118,7 +118,9 @@ def _shared_out(
     # A hair more, so that a sum of fractions that ought to be whole is.
     left = math.floor(math.fsum(exact) + 1e-9) - sum(counts)
     while left > 0:
-        open_ = [layer for layer in range(len(exact)) if counts[layer] + 1 < total[layer]]
+        open_ = [
+            layer for layer in range(len(exact)) if exact[layer] > 0 and counts[layer] + 1 < total[layer]
+        ]
         if not open_:
             break
         owes = {layer: round(exact[layer] - counts[layer], 9) for layer in open_}

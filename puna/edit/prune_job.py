@@ -26,6 +26,7 @@ from puna.edit.calibration import calibration_batches
 from puna.edit.pruning import Pruned
 from puna.edit.pruning import prune as take_out
 from puna.model.adapters import merge_lora
+from puna.model.kept_units import write_kept
 from puna.model.probe import difference, probe
 from puna.model.slicing import Masks, slice_tensors, sliced, soft_mask
 from puna.model.units import Kept, block_parameters, count
@@ -55,7 +56,9 @@ def run_prune(context: Context, parameters: Prune) -> Outcome:
     metrics["masked_difference"] = _masked_difference(context, pruned.kept)
     small = pruned.model.to(pretrained.DTYPES[parameters.save_dtype])
     context.report["tables"] = [_layers(model.spec, small.spec)]
-    return Outcome({"model": pretrained.save(small, context.out / "model")}, metrics)
+    folder = pretrained.save(small, context.out / "model")
+    write_kept(folder, pruned.kept)
+    return Outcome({"model": folder}, metrics)
 
 
 def _opened(context: Context, dtype: str) -> Llama:
@@ -135,6 +138,7 @@ def run_rounds(context: Context, parameters: PruneAndTrain) -> Outcome:
     assert rounds.whole is not None
     figures = _figures(rounds.whole, rounds.kept[-1], parameters.prune.share)
     shutil.rmtree(context.out / "rounds", ignore_errors=True)
+    write_kept(outcome.outputs["model"], rounds.kept[-1])
     return Outcome({"model": outcome.outputs["model"]}, outcome.metrics | figures)
 
 

@@ -29,6 +29,7 @@ from puna.model.units import (
     block_parameters,
     layers_of,
     sliced_spec,
+    unit_parameters,
 )
 from puna.text.packing import Batch
 
@@ -49,6 +50,13 @@ class PruneSettings:
     steps: int = 50
     amplitude: float = 0.02
     importance: str = "cosine"
+    spared_first: int = 0
+    spared_last: int = 0
+
+    def spared(self, layers: int) -> frozenset[int]:
+        """The layers that lose nothing, of so many."""
+        first, last = min(self.spared_first, layers), min(self.spared_last, layers)
+        return frozenset((*range(first), *range(layers - last, layers)))
 
     def check(self) -> None:
         """Refuse settings that do not go together."""
@@ -64,6 +72,8 @@ class PruneSettings:
                 found=", ".join(self.kinds) or "none",
                 expected="head_group, channel or both; or hidden; or block",
             )
+        if "hidden" in apart and (self.spared_first or self.spared_last):
+            raise PunaError("hidden dimensions go through all layers: none can be spared", where="units")
         needs_of(self.scorer, self.kinds)
 
 
@@ -124,14 +134,16 @@ def _by_layer(
     folder: Path | None,
 ) -> Pruned:
     whole, current, kept = model.spec, model, Kept.everything(model.spec)
-    pace = Pace(settings.share, settings.steps, settings.amplitude)
+    spared = settings.spared(len(whole.blocks))
+    everywhere = [0.0 if layer in spared else 1.0 for layer in range(len(whole.blocks))]
+    pace = Pace(_share_of_open(whole, settings.share, spared), settings.steps, settings.amplitude)
     shares, taken = [0.0] * len(whole.blocks), Removals()
     history: list[list[float]] = []
     importances: list[list[float]] = []
-    limit = weight_of(whole, removals(whole, settings.kinds, [1.0] * len(shares), {}))
+    limit = weight_of(whole, removals(whole, settings.kinds, everywhere, {}))
     if limit < target:
         raise PunaError(
-            "so much cannot be taken out: every half keeps a unit",
+            "so much cannot be taken out: every half keeps a unit, and spared layers keep all",
             where="share",
             found=settings.share,
             expected=f"at most {limit / block_parameters(whole):.3f} of {', '.join(settings.kinds)}",
@@ -142,13 +154,14 @@ def _by_layer(
             scores, statistics = _look(current, batches, settings, seed, folder if not history else None)
             importance = [0.0] * len(shares)
             if statistics is not None and settings.allocator == "adaptive":
-                importance = _importance(statistics, settings.importance)
-                importances.append(importance)
+                importance, among = _importance(statistics, settings.importance, spared)
+                importances.append(among)
             next_ = ALLOCATORS[settings.allocator](shares, importance, pace)
+            next_ = [share * open_ for share, open_ in zip(next_, everywhere, strict=True)]
             cut = functools.partial(removals, whole, settings.kinds, already=taken, order=_cheapest(scores))
             last = len(history) + 1 >= settings.steps
             if last and weight_of(whole, cut(next_)) < target:  # it gets there, whatever is left
-                shares, next_ = next_, [1.0] * len(shares)
+                shares, next_ = next_, everywhere
             shares, counts = _up_to(whole, cut, shares, next_, target)
             done = weight_of(whole, counts) >= target
             units = _lowest(scores, {key: counts[key] - taken.get(key, 0) for key in counts})
@@ -159,10 +172,31 @@ def _by_layer(
     return Pruned(current, kept, len(history), history, importances)
 
 
-def _importance(statistics: Statistics, measure: str) -> list[float]:
-    """Centred importance of each layer: the less the stream turns, or moves, in it, the less it matters."""
+def _share_of_open(spec: LlamaSpec, share: float, spared: frozenset[int]) -> float:
+    """The share of the layers that are not spared which is ``share`` of all."""
+    if not spared or len(spared) == len(spec.blocks):
+        return share
+    open_ = sum(
+        unit_parameters(spec, "block", layer) for layer in range(len(spec.blocks)) if layer not in spared
+    )
+    return share * block_parameters(spec) / open_
+
+
+def _importance(
+    statistics: Statistics, measure: str, spared: frozenset[int]
+) -> tuple[list[float], list[float]]:
+    """Importance of each layer, centred among those that are not spared, and of these alone.
+
+    The less the stream turns, or moves, in a layer, the less it matters.
+    """
     values = statistics.of(measure)["blocks"].double()
-    return centred((-values if measure == "cosine" else values).tolist())
+    every: list[float] = (-values if measure == "cosine" else values).tolist()
+    places = [layer for layer in range(len(every)) if layer not in spared]
+    among = centred([every[layer] for layer in places])
+    found = [0.0] * len(every)
+    for layer, value in zip(places, among, strict=True):
+        found[layer] = value
+    return found, among
 
 
 def _cheapest(scores: Scores) -> dict[int, float]:
@@ -223,17 +257,25 @@ def _by_score(
     (kind,) = settings.kinds
     scores, _ = _look(model, batches, settings, seed, folder)
     everything, total = Kept.everything(model.spec), block_parameters(model.spec)
+    spared = settings.spared(len(model.spec.blocks))
     places = [
-        (layer, index) for layer in layers_of(model.spec, kind) for index in range(len(scores[kind, layer]))
+        (layer, index)
+        for layer in layers_of(model.spec, kind)
+        if layer not in spared
+        for index in range(len(scores[kind, layer]))
     ]
     order = sorted(places, key=lambda place: float(scores[kind, place[0]][place[1]]))
 
     def without(number: int) -> Kept:
         return everything.without([Unit(kind, layer, index) for layer, index in order[:number]])
 
-    low, high = 0, len(order) - 1
+    low, high = 0, len(order) - (0 if spared else 1)
     if total - block_parameters(sliced_spec(model.spec, without(high))) < target:
-        raise PunaError("so much cannot be taken out: one unit stays", where="share", found=settings.share)
+        raise PunaError(
+            "so much cannot be taken out: one unit stays, and what is spared",
+            where="share",
+            found=settings.share,
+        )
     while low < high:
         middle = (low + high) // 2
         if total - block_parameters(sliced_spec(model.spec, without(middle))) >= target:

@@ -35,6 +35,10 @@ class Pruning(Parameters):
     """adaptive: how far a step pulls the shares of layers apart."""
     importance: Literal["cosine", "euclidean", "manhattan"] = "cosine"
     """adaptive: how a layer's importance is measured, between its input and its output."""
+    spared_first: int = pydantic.Field(0, ge=0)
+    """So many of the first layers lose nothing; the others lose the more."""
+    spared_last: int = pydantic.Field(0, ge=0)
+    """The same of the last layers."""
     calibration_rows: int = pydantic.Field(512, ge=1)
     """Rows of calibration text, drawn by the seed."""
     calibration_length: int = pydantic.Field(64, ge=2)
@@ -54,6 +58,8 @@ class Pruning(Parameters):
             self.steps,
             self.amplitude,
             self.importance,
+            self.spared_first,
+            self.spared_last,
         )
 
     @pydantic.model_validator(mode="after")
@@ -63,6 +69,8 @@ class Pruning(Parameters):
             raise ValueError("units are head_group, channel or both; or hidden; or block")
         if self.scorer == "cosine" and self.units != ("block",):
             raise ValueError("scorer 'cosine' is defined for blocks alone: take units [block]")
+        if "hidden" in apart and (self.spared_first or self.spared_last):
+            raise ValueError("hidden dimensions go through all layers: none of them can be spared")
         return self
 
 

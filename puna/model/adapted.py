@@ -55,6 +55,32 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
         return base.weight, base.bias, down, up, float(self.scaling[name])
 
 
+class MaskedLinear(Linear):  # type: ignore[misc]
+    """PEFT's LoRA of a linear layer, plain or in NF4, that changes ``places`` [outputs, inputs] alone."""
+
+    places: Tensor
+
+    def forward(self, hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        if self.disable_adapters or self.merged or arguments or named:
+            return cast(Tensor, super().forward(hidden, *arguments, **named))
+        (name,) = self.active_adapters
+        dropout = self.lora_dropout[name]
+        change = self._change(name)
+        base = self.get_base_layer()
+        if isinstance(dropout, nn.Identity) or not self.training:
+            return functional.linear(hidden, base.weight + change.to(base.weight.dtype), base.bias)
+        return cast(Tensor, base(hidden) + functional.linear(dropout(hidden), change.to(hidden.dtype)))
+
+    def _change(self, name: str) -> Tensor:
+        product = self.lora_B[name].weight @ self.lora_A[name].weight
+        return cast(Tensor, product * self.places * self.scaling[name])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to the weight."""
+        return cast(Tensor, super().get_delta_weight(adapter)) * self.places
+
+
 class _AdaptedProduct(torch.autograd.Function):
     """Projects ``first`` [..., inputs], or silu(first) * second where there is a ``second``."""
 

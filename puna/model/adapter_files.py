@@ -10,12 +10,12 @@ import copy
 import enum
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from puna.core.errors import PunaError
@@ -25,6 +25,7 @@ from puna.model.adapters import (
     LoraReport,
     adapter_of,
     inject,
+    lora_layers,
     merge_lora,
     refuse_second,
     remove,
@@ -33,11 +34,12 @@ from puna.model.adapters import (
 )
 from puna.model.hf import SafetensorsFile, refuse_pickle
 from puna.model.llama import Llama
+from puna.model.masked_lora import MASKED_TYPE, PLACES, pack_places, unpack_places
 from puna.model.weights import EMBEDDING, HEAD, check_finite, check_shapes
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _EMBEDDING_MODULE, _HEAD_MODULE = EMBEDDING.rpartition(".")[0], HEAD.rpartition(".")[0]
 # Options of PEFT's LoRA that are honoured; any other must be at its default.
 _HONOURED = {
@@ -73,16 +75,22 @@ _INDIFFERENT = {
 _HARMLESS_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def write_adapter(model: Llama, folder: Path | str, *, base_name: str) -> None:
-    """Write the model's adapter as a folder that peft opens on ``base_name``, with identical logits."""
+def write_adapter(
+    model: Llama, folder: Path | str, *, base_name: str, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model's adapter as a folder that peft opens on ``base_name``, with identical logits.
+
+    ``weights``, by parameter, are written in place of those that the model computes with: masters.
+    """
     from peft import get_peft_model_state_dict
 
     state = adapter_of(model, "write")
     # "auto" would ask the hub about base_name; what is trained in full is added below.
+    own = {**model.state_dict(), **(weights or {})}
     tensors: dict[str, Tensor] = get_peft_model_state_dict(
-        model, adapter_name=NAME, save_embedding_layers=False
+        model, state_dict=own, adapter_name=NAME, save_embedding_layers=False
     )
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **(weights or {})}
     tensors |= {name: parameters[name] for name in state.full}
     shared = model.spec.tied and EMBEDDING in state.full
     if shared:
@@ -100,13 +108,17 @@ def write_adapter(model: Llama, folder: Path | str, *, base_name: str) -> None:
         "modules_to_save": ["embed_tokens" if name == _EMBEDDING_MODULE else name for name in modules]
         or None,
         "ensure_weight_tying": shared,
+        **({"peft_type": MASKED_TYPE} if state.masked else {}),
     }
     with folder_aside(folder) as aside:
         write_json(aside / ADAPTER_CONFIG, config)
         stored = {
-            _PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+            PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
         }
         save_file(stored, aside / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        if state.masked:
+            bits = {f"{name}.weight": pack_places(layer.places) for name, layer in lora_layers(model)}
+            save_file(bits, aside / PLACES)
 
 
 def _plain(value: Any) -> Any:
@@ -136,7 +148,7 @@ def read_adapter(
     if not (folder / ADAPTER_WEIGHTS).exists():
         refuse_pickle(folder)
     file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
-    names = {name.removeprefix(_PREFIX): name for name in file.shapes}
+    names = {name.removeprefix(PREFIX): name for name in file.shapes}
     adapter = {name: stored for name, stored in names.items() if re.search(r"\.lora_[A-Za-z_]+(\.|$)", name)}
     full = {name: file.get(stored) for name, stored in names.items() if name not in adapter}
     for name in adapter:
@@ -160,18 +172,32 @@ def read_adapter(
     return counted
 
 
+def is_masked(folder: Path) -> bool:
+    """Whether the adapter of a folder counts at some places of its matrices alone."""
+    stated = read_json(folder / ADAPTER_CONFIG)
+    return isinstance(stated, dict) and stated.get("peft_type") == MASKED_TYPE
+
+
 @dataclass(frozen=True)
 class StoredAdapter:
     """A LoRA adapter on disk, by the names of the weights it changes; nothing of it is in a decoder.
 
     ``low_rank`` holds of each weight A [rank, in], B [out, rank], both float32, and the scale of their
-    product; ``full`` names in the file the tensors that replace a weight.
+    product; ``full`` names in the file the tensors that replace a weight; ``places`` where alone a product
+    counts, bool [out, in], if that is not everywhere.
     """
 
     where: Path
     low_rank: Mapping[str, tuple[Tensor, Tensor, float]]
     full: Mapping[str, str]
     _file: SafetensorsFile
+    places: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def product(self, name: str) -> Tensor:
+        """scale * B A of the whole weight, at its places alone."""
+        down, up, scale = self.low_rank[name]
+        whole = (up @ down).mul_(scale)
+        return whole.mul_(self.places[name]) if name in self.places else whole
 
     def low_rank_part(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor | None:
         """scale * B A of the weights from ``start`` to ``stop`` laid out flat, whole rows of ``shape``."""
@@ -180,7 +206,10 @@ class StoredAdapter:
         down, up, scale = self.low_rank[name]
         width = shape[-1]
         rows = up[start // width : -(-stop // width)]
-        product = (rows @ down).mul_(scale).view(-1)
+        product = (rows @ down).mul_(scale)
+        if name in self.places:
+            product.mul_(self.places[name][start // width : -(-stop // width)])
+        product = product.view(-1)
         first = start - start // width * width
         return product[first : first + stop - start]
 
@@ -196,7 +225,7 @@ def open_adapter(folder: Path | str, shapes: Mapping[str, tuple[int, ...]]) -> S
     differs from its head where ``shapes`` has one matrix for both.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = _read_config(folder, masked=True)
     if config.use_dora or config.lora_bias:
         raise PunaError(
             "a DoRA or a LoRA with biases is no difference of low rank",
@@ -206,7 +235,7 @@ def open_adapter(folder: Path | str, shapes: Mapping[str, tuple[int, ...]]) -> S
     if not (folder / ADAPTER_WEIGHTS).exists():
         refuse_pickle(folder)
     file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
-    names = {name.removeprefix(_PREFIX): name for name in file.shapes}
+    names = {name.removeprefix(PREFIX): name for name in file.shapes}
     full = {name: stored for name, stored in names.items() if ".lora_" not in name}
     if HEAD in full and HEAD not in shapes:
         if EMBEDDING not in full or not torch.equal(file.get(full[HEAD]), file.get(full[EMBEDDING])):
@@ -227,7 +256,22 @@ def open_adapter(folder: Path | str, shapes: Mapping[str, tuple[int, ...]]) -> S
     }
     found |= {name: file.shapes[stored] for name, stored in full.items()}
     check_shapes({name: shapes[name] for name in found if name in shapes}, found, folder)
-    return StoredAdapter(folder, low, full, file)
+    return StoredAdapter(folder, low, full, file, _places(folder, found) if is_masked(folder) else {})
+
+
+def _places(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Where alone a masked adapter changes each of its weights."""
+    if not (folder / PLACES).is_file():
+        raise PunaError(
+            "the places that this adapter is held to are not there",
+            where=folder,
+            found=f"no {PLACES}",
+            fix="copy it with the adapter's other files",
+        )
+    stored = load_file(folder / PLACES)
+    if set(stored) != set(shapes):
+        raise PunaError("the places are those of other weights", where=folder / PLACES)
+    return {name: unpack_places(bits, shapes[name]) for name, bits in stored.items()}
 
 
 def _scale(config: Any, module: str, rank: int) -> float:
@@ -267,19 +311,25 @@ def _touched_modules(folder: Path) -> set[str]:
     """The modules that an adapter changes, by the names of its tensors."""
     if not (folder / ADAPTER_WEIGHTS).exists():
         return set()  # what is wrong with it will be told by whoever reads it
-    names = [name.removeprefix(_PREFIX) for name in SafetensorsFile(folder / ADAPTER_WEIGHTS).shapes]
+    names = [name.removeprefix(PREFIX) for name in SafetensorsFile(folder / ADAPTER_WEIGHTS).shapes]
     return {name.partition(".lora_")[0] if ".lora_" in name else name.rpartition(".")[0] for name in names}
 
 
-def _read_config(folder: Path) -> Any:
-    """The adapter's LoraConfig; an option that would be ignored is an error."""
+def _read_config(folder: Path, *, masked: bool = False) -> Any:
+    """The adapter's LoraConfig; an option that would be ignored is an error. Masked ones if they may be."""
     from peft import LoraConfig
 
     path = folder / ADAPTER_CONFIG
     stated = read_json(path)
-    if not isinstance(stated, dict) or stated.get("peft_type") != "LORA":
-        found = stated.get("peft_type") if isinstance(stated, dict) else type(stated).__name__
-        raise PunaError("only LoRA adapters are read", where=path, found=found, expected="peft_type LORA")
+    kind = stated.get("peft_type") if isinstance(stated, dict) else type(stated).__name__
+    if kind != "LORA" and not (masked and kind == MASKED_TYPE):
+        raise PunaError(
+            "only LoRA adapters are read",
+            where=path,
+            found=kind,
+            expected="peft_type LORA",
+            fix="the stage recover_adapter puts it into the whole model" if kind == MASKED_TYPE else None,
+        )
     defaults = LoraConfig().to_dict()
     for key, value in stated.items():
         if key in _HONOURED | _INDIFFERENT or (key in defaults and value in (None, False, defaults[key])):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,7 @@ class AdapterState:
     config: Any  # peft.LoraConfig
     full: tuple[str, ...]
     base: dict[str, Tensor] | None
+    masked: bool = False  # its products are held to places, see ``masked_lora.py``
 
 
 def refuse_second(model: Llama) -> None:
@@ -124,13 +125,15 @@ def add_lora(
     seed: int,
     dtype: torch.dtype | None = None,
     keep_base: bool = False,
+    places: Mapping[str, Tensor] | None = None,
 ) -> LoraReport:
     """Add a LoRA in place and freeze everything else. B is zero, so logits do not change by a bit.
 
     Only a base that is put into NF4 here changes them, by its rounding; :func:`quantize_for` does that alone.
     A is drawn as PEFT draws it (Kaiming uniform), but from a generator for each layer's name and
     ``seed``. New parameters take ``dtype`` (None: the model's). ``keep_base`` keeps a copy of what
-    is trained in full, which :func:`adapter_disabled` needs.
+    is trained in full, which :func:`adapter_disabled` needs. With ``places``, by projection, B A counts there
+    alone (:mod:`puna.model.masked_lora`).
     Raises :class:`PunaError` for a target or full name that names nothing.
     """
     from peft import LoraConfig
@@ -147,7 +150,9 @@ def add_lora(
         use_dora=settings.dora,
         task_type="CAUSAL_LM",
     )
-    inject(model, config, full, dtype=dtype, keep_base=keep_base)
+    if places is not None and settings.dora:
+        raise PunaError("a LoRA that is held to places has no magnitudes", where="dora", fix="leave dora out")
+    inject(model, config, full, dtype=dtype, keep_base=keep_base, places=places)
     for name, layer in lora_layers(model):
         down = layer.lora_A[NAME].weight
         drawn = torch.empty(down.shape)
@@ -184,19 +189,28 @@ def _check_names(model: Llama, settings: LoraSettings) -> tuple[str, ...]:
 
 
 def inject(
-    model: Llama, config: Any, full: tuple[str, ...], *, dtype: torch.dtype | None, keep_base: bool
+    model: Llama,
+    config: Any,
+    full: tuple[str, ...],
+    *,
+    dtype: torch.dtype | None,
+    keep_base: bool,
+    places: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Put PEFT's layers in; freeze all parameters but theirs and those trained in full."""
     from peft import inject_adapter_in_model
     from peft.tuners.lora import Linear
 
-    from puna.model.adapted import AdaptedLinear
+    from puna.model.adapted import AdaptedLinear, MaskedLinear
 
     parameters = dict(model.named_parameters())
     base = None
     if keep_base:
         base = {name: parameters[name].detach().to("cpu", copy=True) for name in full}
-    config._register_custom_module({nn.Linear: AdaptedLinear, NF4Linear: Linear})
+    if places is None:
+        config._register_custom_module({nn.Linear: AdaptedLinear, NF4Linear: Linear})
+    else:
+        config._register_custom_module({nn.Linear: MaskedLinear, NF4Linear: MaskedLinear})
     # PEFT draws from the global generator, and warns of a layer that is not its own.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type.*NF4Linear")
@@ -205,8 +219,11 @@ def inject(
         if ".lora_" in name:
             parameter.data = parameter.data.to(model.dtype if dtype is None else dtype)
         parameter.requires_grad_(".lora_" in name or name in full)
+    if places is not None:
+        for name, layer in lora_layers(model):
+            layer.register_buffer("places", places[name].to(model.device), persistent=False)
     model.train(model.training)  # new layers start in training mode
-    model.adapter = AdapterState(config, full, base)
+    model.adapter = AdapterState(config, full, base, masked=places is not None)
 
 
 def report(model: Llama) -> LoraReport:

@@ -252,6 +252,12 @@ def parameter_count(model: nn.Module) -> int:
     return quantised + sum(parameter.numel() for parameter in model.parameters())
 
 
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all that a model holds but its adapter: weights, codes and scales, masks."""
+    own = [tensor for name, tensor in model.named_parameters() if ".lora_" not in name]
+    return sum(tensor.nbytes for tensor in (*own, *model.buffers()))
+
+
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer`` in the place of the module called ``name``."""
     parent, _, attribute = name.rpartition(".")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from puna.core import assets
 from puna.core.errors import PunaError, nearest, unknown_name
@@ -78,14 +79,16 @@ def save(
     kind: GgufKind = "f16",
     packed: bool = False,
     within: str | Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a model with its tokenizer, chat template and generation config; returns what was written.
 
     ``hf``: a folder that transformers opens. ``gguf``: a file for llama.cpp, ``out`` itself if it
     ends in ``.gguf``, else ``model-<kind>.gguf`` in that folder. ``adapter``: the adapter alone in
     PEFT's layout; it names its base by a path relative to its own folder if that lies in the folder
-    ``within``, so that the two can be moved together. A folder is written whole or not at all and
-    replaces only a checkpoint. ``packed`` writes an ``hf`` folder with quantised matrices as integers
+    ``within``, so that the two can be moved together, and holds ``weights``, by parameter, in place of
+    those that the model computes with. A folder is written whole or not at all and replaces only a
+    checkpoint. ``packed`` writes an ``hf`` folder with quantised matrices as integers
     (:func:`puna.model.hf.write_hf`).
     """
     target = Path(out)
@@ -104,7 +107,7 @@ def save(
         if format == "hf":
             write_hf(model, aside, packed=packed)
         else:
-            write_adapter(model, aside, base_name=_base_name(model, target, within))
+            write_adapter(model, aside, base_name=base_name(model, target, within), weights=weights)
         if model.tokenizer is not None:
             model.tokenizer.save(
                 aside, template=model.template.source if model.template is not None else None
@@ -216,7 +219,7 @@ def _stated_base(folder: Path) -> str:
     return name
 
 
-def _base_name(model: Llama, target: Path, within: str | Path | None) -> str:
+def base_name(model: Llama, target: Path, within: str | Path | None) -> str:
     """How an adapter in the folder ``target`` names its base."""
     if model.source is None:
         raise PunaError(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,10 @@ from puna.core.progress import console
 from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus
-from puna.model.adapters import LoraSettings, add_lora, merge_lora, quantize_for
-from puna.model.nf4 import take_quantised
-from puna.model.probe import difference, probe
-from puna.text import pretrained
 from puna.text.encode import Encoded
 from puna.text.packing import Packed, group_of, pack, usual_mode
 from puna.train.checkpoint import seal_of, seed_of
 from puna.train.distributed import World, world
-from puna.train.dropout import quicken
 from puna.train.held_out import HeldOut, HeldOutCorpus, passes
 from puna.train.ledger import check_trained, ledger, ledger_metrics, ledger_table
 from puna.train.loader import Feed
@@ -48,12 +43,11 @@ from puna.train.preferences import (
 )
 from puna.train.prepare import encode, mixed_rows, packing_of, sources_of
 from puna.train.schedule import Schedule, compose, preset
-from puna.train.sharding import is_sharded, shard, whole_on_first
+from puna.train.sharding import shard, whole_on_first
 from puna.train.sources import Sources
 from puna.train.stages import (
     SHARE_OF_MEMORY,
     WITH_REFERENCE,
-    Lora,
     Train,
     exits_learnt,
     layers_to_recompute,
@@ -63,6 +57,15 @@ from puna.train.stages import (
 from puna.train.subnetworks import Alternating
 from puna.train.summary import add_pairs, fill_report, metrics_of, start_table
 from puna.train.teacher import bytes_beside, distillation, teacher_of
+from puna.train.trained import (
+    ADAPTERS,
+    dtype_of,
+    is_shared_out,
+    leave_adapters,
+    open_model,
+    weights_fingerprint,
+    write_model,
+)
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -88,12 +91,12 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
     if handed is not None and parameters.seed is None:
         seed = seed_of(handed.folder)
     with world(context.device) as here:
-        model, measured = _open(context, parameters, here, seed)
-        dtype = _dtype(context, parameters)
+        model, measured = open_model(context, parameters, here, seed)
+        dtype = dtype_of(context, parameters)
         teacher = teacher_of(context.inputs.get("teacher"), model, parameters, dtype, here)
         recipe = _recipe(model, context, parameters, seed)
         if teacher is not None:
-            recipe["teacher"] = _weights_fingerprint(teacher)
+            recipe["teacher"] = weights_fingerprint(teacher)
         sources, recipe = sources_of(model, context, parameters, seed=seed, recipe=recipe, here=here)
         packed = sources.rows
         feed = _feed(sources, parameters, seed, here)
@@ -127,6 +130,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
                 "evaluate": held_out.measure if held_out.corpora else None,
                 "handed": handed,
                 "before_step": objective.begin if isinstance(objective, Alternating) else None,
+                "after_step": leave_adapters(context, parameters, here),
             }
             return Loop(model, feed, objective, optimizer, recipe=whole_recipe, **{**given, **changes})
 
@@ -136,7 +140,9 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         with room_for(context.out / "model", fix=loop.checkpoints.advice()):
             weights = whole_on_first(optimizer.weights(), here)
             release_memory()  # what steps left behind would stand beside the float32 model that is written
-            outputs = _write(context, parameters, model, weights, seed, here)
+            outputs = write_model(context, parameters, model, weights, seed, here)
+        if parameters.adapter_steps is not None:
+            outputs["adapters"] = context.out / ADAPTERS
         if parameters.state_after is not None:
             outputs["state"] = context.out / "state"
         here.wait()
@@ -172,7 +178,7 @@ def _fit_into_memory(model: Llama, parameters: Train, dtype: str, here: World, *
 
     ``beside`` are the bytes of what else lies on the device: a teacher.
     """
-    if _sharded(parameters, here):
+    if is_shared_out(parameters, here):
         shard(model, here)
     limit = SHARE_OF_MEMORY * _memory_of_device(here) - beside
     model.recomputed_layers = layers_to_recompute(
@@ -207,69 +213,11 @@ def _tell(
     console.print(table)
 
 
-def _dtype(context: Context, parameters: Train) -> str:
-    return parameters.dtype or context.dtype
-
-
 def _memory_of_device(here: World) -> float:
     """Bytes of memory where the tensors live."""
     if here.device.type == "cuda":
         return float(torch.cuda.get_device_properties(here.device).total_memory)
     return float(total_memory())
-
-
-def _sharded(parameters: Train, here: World) -> bool:
-    """Whether weights are shared out: a single process has nobody to share with."""
-    return parameters.sharding == "full" and here.size > 1
-
-
-def _open(context: Context, parameters: Train, here: World, seed: int) -> tuple[Llama, dict[str, float]]:
-    """The model to train, and how far what was done to it moves the logits of the probe before training.
-
-    A new adapter moves no bit (``start_difference`` 0.0); a base put into NF4 moves them
-    (``nf4_difference``).
-    """
-    dtype = _dtype(context, parameters)
-    if dtype not in ("float32", "bfloat16"):
-        raise PunaError("training computes in float32 or bfloat16", where="dtype", found=dtype)
-    # What is shared out is whole in main memory first: a GPU need not hold it.
-    device = "cpu" if _sharded(parameters, here) else str(here.device)
-    model = _base(context.inputs["model"], parameters, dtype, device)
-    if model.tokenizer is None:
-        raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
-    moved: dict[str, float] = {}
-    if parameters.lora is not None:
-        settings = _lora_settings(parameters.lora)
-        before = probe(model)
-        if quantize_for(model, settings):
-            before, exact = probe(model), before
-            moved["nf4_difference"] = difference(exact, before)
-        add_lora(model, settings, seed=seed)
-        moved["start_difference"] = difference(before, probe(model))
-    if here.device.type == "cpu":
-        quicken(model)
-    return model, moved
-
-
-def _base(source: str | Path, parameters: Train, dtype: str, device: str) -> Llama:
-    """The model as it is before anything is added: opened, its own adapter merged."""
-    model = pretrained.load(source, dtype=dtype, device=device)
-    if model.adapter is not None:
-        if parameters.lora is not None and parameters.save_adapter:
-            raise PunaError(
-                "the new adapter cannot be written: the base it is for exists nowhere but here",
-                where=source,
-                found="a model that is itself an adapter",
-                fix="set save_adapter: false, or convert the model to a plain folder first",
-            )
-        merge_lora(model)
-    return model
-
-
-def _lora_settings(lora: Lora) -> LoraSettings:
-    return LoraSettings(
-        lora.r, lora.alpha, lora.dropout, lora.target, lora.rslora, lora.full, lora.dora, lora.base
-    )
 
 
 def _held_out(
@@ -411,7 +359,7 @@ def _recipe(model: Llama, context: Context, parameters: Train, seed: int) -> dic
         "dtype": str(model.dtype),
         "seed": seed,
         "spec": fingerprint(model.spec.to_config()),
-        "weights": _weights_fingerprint(model),
+        "weights": weights_fingerprint(model),
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
         "template": None if template is None else template.fingerprint,
         "corpus": [Corpus.open(path).fingerprint for path in context.inputs["corpus"].values()],
@@ -429,57 +377,3 @@ def _read_by_mixture(context: Context, parameters: Train) -> dict[str, Any]:
         held_out = context.inputs.get("held_out") or {}
         found["held_out"] = {name: Corpus.open(path).fingerprint for name, path in held_out.items()}
     return found
-
-
-def _weights_fingerprint(model: Llama) -> str:
-    """A fingerprint of all weights before training: the sum of each tensor's bits as integers."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-    sums = {
-        name: int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64))
-        for name, tensor in model.state_dict().items()  # codes and scales in NF4 are no parameters
-    }
-    return fingerprint(sums)
-
-
-def _write(
-    context: Context,
-    parameters: Train,
-    model: Llama,
-    masters: Iterable[tuple[str, Tensor]],
-    seed: int,
-    here: World,
-) -> dict[str, Path]:
-    """Save the model, and the adapter on its own where there is one; only the first process writes.
-
-    ``masters`` come one at a time, of sharded ones with the help of all processes. They are float32, and
-    go into a float32 model: the trained one if all of it was trained and lies here, else the base opened
-    again, so that an adapter is merged into weights that were never rounded. An adapter of a base in NF4
-    is merged into the decoded base, which is what it was trained on: codes and scales are taken from the
-    trained model, and decoded in float32.
-    """
-    folder, adapter = context.out / "model", context.out / "adapter"
-    outputs = {"model": folder}
-    if parameters.lora is not None and parameters.save_adapter:
-        outputs["adapter"] = adapter
-    if not here.is_main:
-        for _ in masters:
-            raise AssertionError("whole weights are for the first process alone")
-        return outputs
-    if parameters.lora is None and not is_sharded(model):
-        final = model.float()
-    else:
-        final = _base(context.inputs["model"], parameters, "float32", "cpu")
-        take_quantised(final, model)
-    if parameters.lora is not None:
-        add_lora(final, _lora_settings(parameters.lora), seed=seed)
-    places = dict(final.named_parameters())
-    with torch.no_grad():
-        for name, master in masters:
-            places[name].copy_(master)
-    if "adapter" in outputs:
-        # The folder of the run: model and adapter move with it.
-        pretrained.save(final, adapter, "adapter", within=context.out.parent)
-    if parameters.lora is not None:
-        merge_lora(final)
-    pretrained.save(final.to(pretrained.DTYPES[parameters.save_dtype]), folder)
-    return outputs

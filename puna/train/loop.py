@@ -96,7 +96,8 @@ class Loop:
     before the first step, every ``eval_steps`` and after the last step; it changes nothing: dropout
     is off, and all generators are put back. ``begin`` is where a run stands whose weights and moments are
     in the optimiser already, ``checkpoints`` a folder for them other than the one in ``out``. ``before_step``
-    is told the number of each step, counted from 0, before its first pass.
+    is told the number of each step, counted from 0, before its first pass; ``after_step`` is called behind
+    each step, before its checkpoint is made.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Loop:
         begin: TrainState | None = None,
         checkpoints: Path | None = None,
         before_step: Callable[[int], None] | None = None,
+        after_step: Callable[[Loop], None] | None = None,
     ) -> None:
         self.model = model
         self.feed = feed
@@ -128,6 +130,7 @@ class Loop:
         self.before_step = before_step
         folder = out / "checkpoints" if checkpoints is None else checkpoints
         self.checkpoints = Checkpoints(folder, recipe, self.world, seed=settings.seed)
+        self.after_step = after_step
         self.state = begin or TrainState()
         self._log: MetricsLog | None = None
         self._saved = time.monotonic()
@@ -200,6 +203,8 @@ class Loop:
     def _after_step(self) -> None:
         """Evaluate and save where that is due."""
         settings, state = self.settings, self.state
+        if self.after_step is not None:
+            self.after_step(self)
         last = state.step == settings.last_step
         due = settings.eval_steps and state.step % settings.eval_steps == 0
         if last or due or self.feed.awaits_losses(state.epoch, state.epoch_step):

@@ -33,7 +33,7 @@ class Method:
     """What is trained: all weights (``r`` 0), or a LoRA of rank ``r`` on ``target`` and ``full`` modules.
 
     ``dora`` adds a magnitude for each row of an adapted matrix; with ``base`` "nf4" the projections that
-    are not trained in full are held in NF4.
+    are not trained in full are held in NF4. Without a LoRA ``frozen`` modules are not trained.
     """
 
     r: int = 0
@@ -42,6 +42,7 @@ class Method:
     full: tuple[str, ...] = ()
     dora: bool = False
     base: str = "as_is"
+    frozen: tuple[str, ...] = ()
 
     def trains(self, module: str, spec: LlamaSpec) -> bool:
         """Whether the own weights of a module, told by its whole name, are trained.
@@ -49,11 +50,12 @@ class Method:
         Names in ``full`` are ends of the module's name or of one that encloses it; of a tied model
         ``lm_head`` is the embedding.
         """
-        if not self.r or (spec.tied and module == _EMBEDDING and "lm_head" in self.full):
-            return True
+        names = self.full if self.r else self.frozen
         parts = module.split(".")
-        around = (f".{'.'.join(parts[:count])}" for count in range(1, len(parts) + 1))
-        return any(name.endswith(f".{wanted}") for name in around for wanted in self.full)
+        around = [f".{'.'.join(parts[:count])}" for count in range(1, len(parts) + 1)]
+        named = spec.tied and module == _EMBEDDING and "lm_head" in names
+        named = named or any(name.endswith(f".{wanted}") for name in around for wanted in names)
+        return named if self.r else not named
 
     def trains_head(self, spec: LlamaSpec) -> bool:
         """Whether the weight that makes logits needs a gradient."""

@@ -164,6 +164,14 @@ class Train(Parameters):
     """Gradients are clipped to this global norm; 0 does not clip."""
     lora: Lora | None = None
     """A low-rank adapter; null trains all weights."""
+    frozen: tuple[str, ...] = ()
+    """Without lora: modules that stay as they are, such as [lm_head]; a tied head is the embedding."""
+    keep_zeros: bool = False
+    """Weights of projections that are exactly zero, pruned without becoming smaller, stay so; an adapter
+    changes the others alone (S23), and is written in a form of its own that peft does not open."""
+    adapter_steps: int | None = pydantic.Field(None, ge=1)
+    """Steps between adapters that are left as the output ``adapters``, the last among them, for another stage
+    to choose from."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the model computes in; null takes the run's. Masters and sums are float32 in either case."""
     recompute: int | None = pydantic.Field(None, ge=0)
@@ -215,10 +223,22 @@ class Train(Parameters):
         self._check_schedule(given)
         self._check_order(given)
         self._check_objective(given)
+        self._check_what_is_trained()
         lora = self.lora
         if self.sharding == "full" and (self.recompute or (lora and (lora.dora or lora.base == "nf4"))):
             raise ValueError("sharding 'full' does not go with recompute, lora.dora or lora.base 'nf4'")
         return self
+
+    def _check_what_is_trained(self) -> None:
+        """Refuse settings of what is trained that do not go together."""
+        if self.lora is None and self.adapter_steps is not None:
+            raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
+        if self.lora is not None and self.frozen:
+            raise ValueError("frozen means nothing with lora, which trains nothing but what it names")
+        if self.lora is not None and self.keep_zeros and (self.lora.dora or self.lora.full):
+            raise ValueError("keep_zeros does not go with lora.dora or lora.full")
+        if self.sharding == "full" and (self.frozen or self.keep_zeros or self.adapter_steps):
+            raise ValueError("sharding 'full' does not go with frozen, keep_zeros or adapter_steps yet")
 
     def _check_schedule(self, given: set[str]) -> None:
         """Refuse settings that the schedule does not read."""
@@ -344,7 +364,7 @@ def method_of(parameters: Train) -> Method:
     """What is trained, for the planner."""
     lora = parameters.lora
     if lora is None:
-        return Method()
+        return Method(frozen=parameters.frozen)
     return Method(lora.r, lora.dropout, lora.target, lora.full, lora.dora, lora.base)
 
 
@@ -487,7 +507,7 @@ def _length(parameters: Train, corpus: float, available: Mapping[str, float]) ->
         "teacher": Input("model", optional=True),
         "state": Input("state", optional=True),
     },
-    outputs={"model": "model", "adapter": "model", "state": "state"},
+    outputs={"model": "model", "adapter": "model", "adapters": "model", "state": "state"},
     plan=plan_train,
     distributed=True,
     resumes="checkpoints",

@@ -61,7 +61,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], 
 
     def once(run: Callable[[], Any]) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(job, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(job, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run()
 

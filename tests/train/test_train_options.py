@@ -11,6 +11,7 @@ from little_trainings import LORA, TIMED, train, weights
 from test_distilling import FLIPS as OF_DISTILLING
 
 from puna.core.stage import Outcome
+from puna.text import pretrained
 from puna.train.metrics import read_metrics
 from puna.train.stages import Lora, Train
 
@@ -67,6 +68,8 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "betas": ({}, {"betas": [0.5, 0.9]}),
     "max_grad_norm": ({}, {"max_grad_norm": 1e-3, "betas": [0.0, 0.0]}),
     "lora": ({}, {"lora": LORA}),
+    "frozen": ({}, {"frozen": ["lm_head"]}),
+    "adapter_steps": ({"lora": LORA}, {"adapter_steps": 2}),
     "dtype": ({}, {"dtype": "bfloat16"}),
     "seed": ({}, {"seed": 1}),
     "logging_steps": ({}, {"logging_steps": 2}),
@@ -91,6 +94,7 @@ LORA_FLIPS: dict[str, Any] = {
 _SEEN_ELSEWHERE = {
     "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
     "save_steps": "test_save_steps_make_checkpoints",
+    "keep_zeros": "test_weights_that_were_pruned_to_zero_stay_so_if_asked",
     "restore": "test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_do_not",
     "sharding": "test_a_process_alone_shares_nothing_out",
     "recompute": "test_recomputed_layers_change_no_bit_of_a_training",
@@ -143,6 +147,21 @@ def test_micro_batch_tokens_bound_a_forward_pass(
     shapes.clear()
     train(places, tmp_path / "32", micro_batch_tokens=32)
     assert max(rows * width for rows, width in shapes) == 32
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_weights_that_were_pruned_to_zero_stay_so_if_asked(
+    places: dict[str, Path], tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    model = pretrained.load(places["model"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[::2] = 0
+    pretrained.save(model, tmp_path / "pruned")
+    given = {**places, "model": tmp_path / "pruned"}
+    free = weights(train(given, tmp_path / "free", lora=lora)[0])[name]
+    held = weights(train(given, tmp_path / "held", lora=lora, keep_zeros=True, weight_decay=0.1)[0])[name]
+    assert free[::2].any() and not held[::2].any() and held[1::2].any()
 
 
 def test_a_process_alone_shares_nothing_out(places: dict[str, Path], tmp_path: Path) -> None:

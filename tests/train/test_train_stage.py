@@ -87,7 +87,7 @@ def test_resume_on_nf4_compares_codes_and_scales(
     lora = {**LORA, "base": "nf4"}
     whole, _ = train(places, tmp_path / "whole", lora=lora)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(job, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(places, tmp_path / "run", lora=lora, save_steps=2)
     other = pretrained.load(places["model"])

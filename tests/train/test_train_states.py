@@ -24,7 +24,7 @@ def test_resume_refuses_another_recipe_and_finishes_with_the_same(
 
     whole, _ = train(places, tmp_path / "whole", lora=LORA)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(job, "write_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(places, tmp_path / "run", lora=LORA, save_steps=2)
     for changed, key in (
