@@ -269,3 +269,28 @@ class Mixture(Parameters):
 def _check_weights(weights: Mapping[str, float]) -> None:
     if not sum(weights.values()) > 0:
         raise ValueError("weights that are all 0 choose nothing")
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Lora(Parameters):
+    """A low-rank adapter; everything it does not name is frozen."""
+
+    r: int = pydantic.Field(8, ge=1)
+    """Rank."""
+    alpha: float = pydantic.Field(16.0, gt=0)
+    """The adapter's output is multiplied by alpha / r."""
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs that are dropped in training."""
+    target: tuple[str, ...] = pydantic.Field(PROJECTIONS, min_length=1)
+    """Projections that are adapted, by the end of their name."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(r) instead."""
+    full: tuple[str, ...] = ()
+    """Modules trained in full beside it, such as [embed_tokens, lm_head]; tied ones are one matrix."""
+    dora: bool = False
+    """Learn a magnitude for each row of an adapted matrix too (DoRA)."""
+    base: Literal["as_is", "nf4"] = "as_is"
+    """nf4 holds the frozen projections in 4 bits (QLoRA); the model that is left is the decoded base with the
+    adapter merged in."""

@@ -26,35 +26,11 @@ from puna.train.plan import (
     trained_parameters,
     training_operations,
 )
-from puna.train.settings import Children, Mixture, ScheduleSegment, check_segments
+from puna.train.settings import Children, Lora, Mixture, ScheduleSegment, check_segments
 from puna.train.sharded_plan import sharded_memory
 
 SHARE_OF_MEMORY = 0.8
 """Of a device's memory, what a training may take before it recomputes activations."""
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class Lora(Parameters):
-    """A low-rank adapter; everything it does not name is frozen."""
-
-    r: int = pydantic.Field(8, ge=1)
-    """Rank."""
-    alpha: float = pydantic.Field(16.0, gt=0)
-    """The adapter's output is multiplied by alpha / r."""
-    dropout: float = pydantic.Field(0.0, ge=0, lt=1)
-    """Share of the adapter's inputs that are dropped in training."""
-    target: tuple[str, ...] = pydantic.Field(PROJECTIONS, min_length=1)
-    """Projections that are adapted, by the end of their name."""
-    rslora: bool = False
-    """Multiply by alpha / sqrt(r) instead."""
-    full: tuple[str, ...] = ()
-    """Modules trained in full beside it, such as [embed_tokens, lm_head]; tied ones are one matrix."""
-    dora: bool = False
-    """Learn a magnitude for each row of an adapted matrix too (DoRA)."""
-    base: Literal["as_is", "nf4"] = "as_is"
-    """nf4 holds the frozen projections in 4 bits (QLoRA); the model that is left is the decoded base with the
-    adapter merged in."""
 
 
 class Train(Parameters):

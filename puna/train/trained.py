@@ -26,8 +26,9 @@ from puna.text import pretrained
 from puna.train.distributed import World
 from puna.train.dropout import quicken
 from puna.train.loop import Loop
+from puna.train.settings import Lora
 from puna.train.sharding import is_sharded
-from puna.train.stages import Lora, Train
+from puna.train.stages import Train
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama

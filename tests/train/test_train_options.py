@@ -13,7 +13,8 @@ from test_distilling import FLIPS as OF_DISTILLING
 from puna.core.stage import Outcome
 from puna.text import pretrained
 from puna.train.metrics import read_metrics
-from puna.train.stages import Lora, Train
+from puna.train.settings import Lora
+from puna.train.stages import Train
 
 
 def seen(outcome: Outcome, out: Path) -> dict[str, Any]:
