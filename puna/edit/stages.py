@@ -8,7 +8,12 @@ from typing import Any, Literal
 import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
-from puna.edit import merge_stages, pruning_stages, recover_stages, search_stages  # noqa: F401  registers their stages
+from puna.edit import (  # noqa: F401  registers their stages
+    merge_stages,
+    pruning_stages,
+    recover_stages,
+    search_stages,
+)
 from puna.edit.quantize import stages as quantize_stages  # noqa: F401  registers its stages
 from puna.edit.sub_blocks import stages as sub_block_stages  # noqa: F401  registers its stages
 
