@@ -21,7 +21,9 @@ from puna.model.adapters import BASES, LoraSettings, add_lora, quantize_for
 from puna.model.cache import KeyValueCache
 from puna.model.llama import Llama
 from puna.model.nf4 import dequantize_base, quantize_base
+from puna.model.search_space import SearchSpace
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
+from puna.model.subnetwork import part_of
 
 Forward = Callable[[Tensor], Tensor]  # token ids [batch, time] to logits [batch, time, vocab]
 VOCABULARY = 97
@@ -290,6 +292,13 @@ for _base in BASES:
     neutral(f"a new rsLoRA, base {_base}")(_adapted(base=_base, rslora=True))
     neutral(f"a new DoRA, base {_base}")(_adapted(base=_base, dora=True))
     neutral(f"a new LoRA in bfloat16, base {_base}")(_adapted(torch.bfloat16, base=_base))
+
+
+@neutral("the largest child of a super-network")
+def _() -> tuple[Forward, Forward]:
+    model = decoder(spec_of(BLOCK, BLOCK, BLOCK))
+    space = SearchSpace.of(model.spec, (3, 2), (1.0, 0.5))
+    return model, part_of(model, space.kept(space.whole))
 
 
 @neutral("NF4, decoded")
