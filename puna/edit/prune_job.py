@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from puna.model.spec import LlamaSpec
 
 _KEPT = "kept.json"
-_CONTEXT = 512
+CONTEXT = 512
 """Tokens behind which a decoding step is counted."""
 
 
@@ -55,7 +55,7 @@ def run_prune(context: Context, parameters: Prune) -> Outcome:
     metrics |= _importance_figures(pruned)
     metrics["masked_difference"] = _masked_difference(context, pruned.kept)
     small = pruned.model.to(pretrained.DTYPES[parameters.save_dtype])
-    context.report["tables"] = [_layers(model.spec, small.spec)]
+    context.report["tables"] = [layer_table(model.spec, small.spec)]
     folder = pretrained.save(small, context.out / "model")
     write_kept(folder, pruned.kept)
     return Outcome({"model": folder}, metrics)
@@ -81,7 +81,7 @@ def _calibration(model: Llama, corpus: Path, pruning: Pruning, seed: int) -> lis
 
 def _figures(whole: LlamaSpec, kept: Kept, share: float) -> dict[str, float]:
     """What was taken out against what was to be, and what the rest costs against the whole."""
-    before, after = count(whole, context=_CONTEXT), count(whole, kept, context=_CONTEXT)
+    before, after = count(whole, context=CONTEXT), count(whole, kept, context=CONTEXT)
     removed = before.block_parameters - after.block_parameters
     wanted = share * before.block_parameters
     return {
@@ -120,7 +120,7 @@ def _masked_difference(context: Context, kept: Kept) -> float:
     return difference(masked, probe(sliced(model, kept))) / float(masked.abs().max())
 
 
-def _layers(before: LlamaSpec, after: LlamaSpec) -> dict[str, Any]:
+def layer_table(before: LlamaSpec, after: LlamaSpec) -> dict[str, Any]:
     """What each layer has left, for the report."""
     rows = [[str(layer), str(block.kv_heads), str(block.width)] for layer, block in enumerate(after.blocks)]
     first = before.blocks[0]

@@ -9,6 +9,7 @@ import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.edit import (  # noqa: F401  registers their stages
+    mask_stages,
     merge_stages,
     pruning_stages,
     recover_stages,

@@ -171,12 +171,15 @@ class Masks:
     """Factors of what units give, by layer; differentiable, 1 leaves a unit and 0 takes it out.
 
     ``head_groups`` [kv_heads], ``channels`` [width], ``hidden`` [hidden_size], ``blocks`` [layers].
+    ``gated`` multiplies both what gate and what up give by a channel's factor, in place of the product of
+    the two: the same for 0 and 1, not between them.
     """
 
     head_groups: Mapping[int, Tensor] = field(default_factory=dict)
     channels: Mapping[int, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
     blocks: Tensor | None = None
+    gated: bool = False
 
     @classmethod
     def of(cls, spec: LlamaSpec, kept: Kept, dtype: torch.dtype | None = None) -> Masks:
@@ -201,9 +204,10 @@ class Masks:
 def soft_mask(model: Llama, masks: Masks) -> Iterator[None]:
     """A block in which what each unit gives is multiplied by its factor.
 
-    A head group and a channel are multiplied where they enter the projection to the stream, a block where
-    its halves add to the stream, a hidden dimension wherever the stream is written, so that every norm
-    sees zeros. Works with any factors; gradients reach them.
+    A head group and a channel are multiplied where they enter the projection to the stream (a channel of
+    ``gated`` masks where it leaves gate and up), a block where its halves add to the stream, a hidden
+    dimension wherever the stream is written, so that every norm sees zeros. Works with any factors; gradients
+    reach them.
     """
     handles: list[Any] = []
     blocks = cast("Sequence[Block]", list(cast("Iterable[Block]", model.model.layers)))
@@ -221,7 +225,11 @@ def soft_mask(model: Llama, masks: Masks) -> Iterator[None]:
             if spec.attention != "none":
                 handles += _hooked(block.self_attn, None, whole)
             if spec.feed_forward == "swiglu":
-                handles += _hooked(block.mlp.down_proj, masks.channels.get(layer), masks.hidden)
+                channels = masks.channels.get(layer)
+                if masks.gated:
+                    for module in (block.mlp.gate_proj, block.mlp.up_proj):
+                        handles += _hooked(module, None, channels)
+                handles += _hooked(block.mlp.down_proj, None if masks.gated else channels, masks.hidden)
             elif spec.feed_forward == "linear":
                 handles += _hooked(block.mlp.linear_mlp, None, masks.hidden)
             if spec.feed_forward != "none":
@@ -232,6 +240,50 @@ def soft_mask(model: Llama, masks: Masks) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def folded(tensors: Mapping[str, Tensor], spec: LlamaSpec, masks: Masks) -> dict[str, Tensor]:
+    """Weights that compute unmasked what ``tensors``, the decoder's weights, compute under ``masks``.
+
+    Factors go into the matrices where their units are written. A tied embedding is read by the head too,
+    so the final norm is divided by what the embedding is multiplied with; where that is 0 nothing arrives,
+    and the norm's weight stays.
+    """
+    factors: dict[str, list[tuple[int, Tensor]]] = {}
+
+    def multiply(name: str, dimension: int, factor: Tensor | None) -> None:
+        if factor is not None and name in tensors:
+            factors.setdefault(name, []).append((dimension, factor))
+
+    for layer, block in enumerate(spec.blocks):
+        at = f"model.layers.{layer}."
+        groups, channels = masks.head_groups.get(layer), masks.channels.get(layer)
+        if groups is not None and block.kv_heads:
+            span = block.heads // block.kv_heads * block.head_dim
+            multiply(f"{at}self_attn.o_proj.weight", 1, groups.repeat_interleave(span))
+        if masks.gated:
+            for name in ("gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias"):
+                multiply(f"{at}mlp.{name}", 0, channels)
+        else:
+            multiply(f"{at}mlp.down_proj.weight", 1, channels)
+        for name in ("self_attn.o_proj", "self_attn.linear_attn", "mlp.down_proj", "mlp.linear_mlp"):
+            for part in ("weight", "bias"):
+                multiply(f"{at}{name}.{part}", 0, masks.hidden)
+                multiply(f"{at}{name}.{part}", 0, None if masks.blocks is None else masks.blocks[layer])
+    if masks.hidden is not None:
+        multiply("model.embed_tokens.weight", 1, masks.hidden)
+        if spec.tied:
+            hidden = masks.hidden
+            multiply("model.norm.weight", 0, torch.where(hidden == 0, 1.0, 1 / hidden))
+    return {name: _multiplied(tensor, factors.get(name, [])) for name, tensor in tensors.items()}
+
+
+def _multiplied(tensor: Tensor, factors: list[tuple[int, Tensor]]) -> Tensor:
+    """``tensor`` times factors [entries of a dimension], or scalars."""
+    for dimension, factor in factors:
+        shape = [-1 if place == dimension else 1 for place in range(tensor.dim())]
+        tensor = tensor * (factor.view(shape) if factor.dim() else factor).to(tensor)
+    return tensor
 
 
 def _hooked(module: torch.nn.Module, entering: Tensor | None, leaving: Tensor | None) -> list[Any]:

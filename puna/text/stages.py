@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -167,3 +168,47 @@ def vocabulary(context: Context, parameters: VocabularyParameters) -> Outcome:
     from puna.text.vocabulary.job import change_vocabulary
 
     return change_vocabulary(context, parameters)
+
+
+class SystemPrompt(Parameters):
+    """Parameters of the stage ``system_prompt``."""
+
+    content: str = pydantic.Field(min_length=1)
+    """The system message of conversations that have none."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What the weights are written in; null takes the run's."""
+
+
+def plan_system_prompt(parameters: SystemPrompt, shapes: Any) -> Cost:
+    """The weights are read, held and written once."""
+    spec = shapes.spec
+    if spec is None:
+        return Cost()
+    memory = _BYTES[parameters.dtype or shapes.dtype] * spec.parameter_count()
+    return Cost(memory=float(memory), seconds=shapes.device.read_seconds(2 * memory), spec=spec)
+
+
+@stage(
+    "system_prompt",
+    parameters=SystemPrompt,
+    inputs={"model": Input("model")},
+    outputs={"model": "model"},
+    plan=plan_system_prompt,
+)
+def system_prompt(context: Context, parameters: SystemPrompt) -> Outcome:
+    """Write a system message into a model's chat template, so that training, evaluation and use all have it.
+
+    Time and memory grow linearly with the model, whose weights stay as they are.
+    """
+    from puna.text import pretrained
+    from puna.text.template import Template, template_for, with_system
+
+    model = pretrained.load_merged(context.inputs["model"], dtype=parameters.dtype or context.dtype)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
+    source = with_system(template_for(tokenizer).source, parameters.content)
+    model.template = Template(source, tokenizer.template_strings)
+    written = pretrained.save(model, context.out / "model")
+    tokens = len(tokenizer.encode(parameters.content))
+    return Outcome({"model": written}, {"prompt_tokens": float(tokens)})

@@ -242,6 +242,16 @@ def template_for(tokenizer: Tokenizer) -> Template:
     return template
 
 
+def with_system(source: str, content: str) -> str:
+    """A chat template that gives conversations without a system message this one; others stay as they are.
+
+    ``source`` is the template as it was. Its text is a Jinja string here, so any content goes.
+    """
+    opening = "[{'role': 'system', 'content': " + json.dumps(content, ensure_ascii=False) + "}]"
+    asked = "messages and messages[0]['role'] != 'system'"
+    return f"{{%- if {asked} -%}}{{%- set messages = {opening} + messages -%}}{{%- endif -%}}{source}"
+
+
 @dataclass(frozen=True)
 class _Marks:
     """Private-use characters that occur in none of a conversation's strings, two per message."""

@@ -72,7 +72,9 @@ if TYPE_CHECKING:
 
 
 MakeLoop = Callable[..., Loop]
-"""Makes the loop over a model; keywords change what it is given, those of ``recipe`` are added to it."""
+"""Makes the loop over a model; keywords change what it is given, those of ``recipe`` are added to it.
+
+``optimizer`` is called with named parameters and settings, in place of :class:`Optimizer`."""
 Course = Callable[["Llama", LoopSettings, MakeLoop], Loop]
 """How a training goes: from the model and the settings to the loop that has run, or the last of several."""
 
@@ -119,7 +121,9 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         _fit_into_memory(model, parameters, dtype, here, beside=bytes_beside(objective))
 
         def make_loop(model: Llama, **changes: Any) -> Loop:
-            optimizer = Optimizer(model.named_parameters(), _optimizer_settings(parameters))
+            optimizer = changes.pop("optimizer", Optimizer)(
+                model.named_parameters(), _optimizer_settings(parameters)
+            )
             if here.is_main:
                 _tell(model, parameters, optimizer, packed, settings, dtype, here)
             whole_recipe = {**recipe, **changes.pop("recipe", {})}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from text_samples import CONFIG, TEMPLATES, conversations, train_core, tricky_text, visible_text
 
 from puna.core.errors import PunaError
-from puna.text.template import CHATML, Span, Template, find_template, template_for
+from puna.text.template import CHATML, Span, Template, find_template, template_for, with_system
 from puna.text.tokenizer import Tokenizer
 
 TemplateNamed = Callable[[str], Template]
@@ -202,3 +202,15 @@ class TestRefusals:
         everything = "".join(map(chr, range(0xE000, 0xF900)))
         with pytest.raises(PunaError, match="private-use"):
             Template(CHATML, CONFIG).spans([{"role": "user", "content": everything}])
+
+
+@pytest.mark.parametrize("content", ["plain", 'it\'s "so"\n{{ x }} {% if %} %}', "é 語 \\n 😀", "<|im_end|>"])
+def test_a_default_system_message_is_written_as_it_is_and_only_where_there_is_none(content: str) -> None:
+    template = Template(with_system(CHATML, content))
+    asked = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    told = [{"role": "system", "content": content}, *asked]
+    assert template.render(asked) == Template(CHATML).render(told)
+    own = [{"role": "system", "content": "own"}, *asked]
+    assert template.render(own) == Template(CHATML).render(own)
+    text, spans = template.spans(asked)
+    assert [text[span.start : span.content_end] for span in spans] == ["u", "a"]
