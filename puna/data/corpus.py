@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,16 @@ import pyarrow.parquet
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint, folder_aside, read_json, sha256_of, write_json
 from puna.core.rows import META, read_shards
-from puna.data.kinds import COLUMNS, BadRowError, Kind, check_row, known_kind, languages_of, texts_of
+from puna.data.kinds import (
+    COLUMNS,
+    BadRowError,
+    Kind,
+    check_row,
+    known_kind,
+    labels_of,
+    languages_of,
+    texts_of,
+)
 from puna.data.ledger import Ledger, unbalanced
 
 KINDS: tuple[Kind, ...] = tuple(COLUMNS)
@@ -32,7 +41,7 @@ class Corpus:
         self.path = path
         self.kind = kind
         self.meta = meta
-        """What ``corpus.json`` holds: counts, counts per source and language, provenance, ledger, shards."""
+        """What ``corpus.json`` holds: counts, also by source, language and label, provenance, shards."""
 
     @classmethod
     def open(cls, path: Path | str, *, kind: str | None = None) -> Corpus:
@@ -75,6 +84,18 @@ class Corpus:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the kind and the content of the rows."""
         return fingerprint([self.kind, [shard["sha256"] for shard in self.meta["shards"]]])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels that its rows have, sorted; a corpus without labels is an error."""
+        if not self.kind.startswith("labelled"):
+            raise PunaError(
+                "the rows of this corpus have no labels",
+                where=self.path,
+                found=self.kind,
+                expected="labelled_texts or labelled_words",
+            )
+        return tuple(sorted(self.meta["labels"]))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows in order, as dictionaries with the columns of the kind."""
@@ -194,6 +215,8 @@ def _describe(
         "ledger": dict(ledger),
         "shards": writer.shards,
     }
+    if writer.labels:
+        meta["labels"] = dict(sorted(writer.labels.items()))
     write_json(folder / META, meta)
 
 
@@ -207,6 +230,7 @@ class _Writer:
         self.rows = 0
         self.shards: list[dict[str, Any]] = []
         self.counts: defaultdict[tuple[str, str], dict[str, int]] = defaultdict(_zero)
+        self.labels: Counter[str] = Counter()
         self._ids: set[int] = set()
         self._pending: list[Mapping[str, Any]] = []
         self._in_shard = 0
@@ -232,6 +256,7 @@ class _Writer:
         texts = list(texts_of(self.kind, row))
         words = sum(len(text.split()) for text in texts)
         size = sum(len(text.encode("utf-8")) for text in texts)
+        self.labels.update(labels_of(self.kind, row))
         for key in (("", ""), (row["source"], ""), ("", languages_of(self.kind, row))):
             counts = self.counts[key]
             counts["rows"] += 1
@@ -269,6 +294,7 @@ class _Writer:
 
 _ARROW = {
     "text": pyarrow.string(),
+    "words": pyarrow.list_(pyarrow.string()),
     "messages": pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])),
 }
 

@@ -30,6 +30,8 @@ def describe(corpus: Corpus, *, rows: int = 3) -> list[RenderableType]:
         words = sum(len(text.split()) for text in texts_of(corpus.kind, row))
         lengths[words.bit_length()] += 1
     parts: list[RenderableType] = [_head(corpus), _groups(corpus, "source"), _groups(corpus, "language")]
+    if corpus.kind.startswith("labelled"):
+        parts.append(_labels(corpus))
     parts += [_histogram(lengths), rich_table(drops_table({"": corpus}))]
     return parts + [_shown(corpus, row) for row in first]
 
@@ -59,6 +61,14 @@ def _groups(corpus: Corpus, by: str) -> Table:
     return table
 
 
+def _labels(corpus: Corpus) -> Table:
+    table = Table("label", "times")
+    table.columns[1].justify = "right"
+    for name in corpus.labels:
+        table.add_row(Text(name), f"{corpus.meta['labels'][name]:,}")
+    return table
+
+
 def _histogram(lengths: Mapping[int, int]) -> Table:
     table = Table("words in a row", "rows", "")
     most = max(lengths.values(), default=1)
@@ -75,7 +85,12 @@ def _shown(corpus: Corpus, row: Mapping[str, Any]) -> Panel:
     for field, value in row.items():
         if field in ("id", "source"):
             continue
-        lines = [(field, value)] if isinstance(value, str) else [(m["role"], m["content"]) for m in value]
+        if isinstance(value, str):
+            lines = [(field, value)]
+        elif isinstance(value[0], str):
+            lines = [(field, " ".join(value))]
+        else:
+            lines = [(m["role"], m["content"]) for m in value]
         for label, text in lines:
             cut = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
             body.append(f"{label}: ", style="bold")

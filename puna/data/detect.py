@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.core.errors import PunaError, nearest
-from puna.data.kinds import BadRowError, Kind, check_messages, check_text
+from puna.data.kinds import BadRowError, Kind, check_messages, check_text, check_words
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -200,6 +200,21 @@ def _document(row: Mapping[str, Any], languages: Languages) -> dict[str, Any]:
     return _with_language(row, languages, text=row["text"])
 
 
+def _labelled_text(row: Mapping[str, Any], languages: Languages) -> dict[str, Any]:
+    check_text(row["text"], "text")
+    check_text(row["label"], "label")
+    return _with_language(row, languages, text=row["text"], label=row["label"])
+
+
+def _labelled_words(row: Mapping[str, Any], languages: Languages) -> dict[str, Any]:
+    check_words(row["words"], "words")
+    check_words(row["labels"], "labels")
+    if len(row["words"]) != len(row["labels"]):
+        counts = f"{len(row['labels'])} labels for {len(row['words'])} words"
+        raise BadRowError("every word needs a label", "labels", counts)
+    return _with_language(row, languages, words=list(row["words"]), labels=list(row["labels"]))
+
+
 def _with_language(row: Mapping[str, Any], languages: Languages, **columns: Any) -> dict[str, Any]:
     language = row.get("language") or languages.text
     check_text(language, "language")
@@ -266,6 +281,8 @@ FORMATS: tuple[Format, ...] = (
         _pair,
     ),
     Format("translation", "sentence_pairs", ("translation",), (), _translation),
+    Format("labelled words", "labelled_words", ("words", "labels"), ("language",), _labelled_words),
+    Format("labelled text", "labelled_texts", ("text", "label"), ("language",), _labelled_text),
     Format("raw text", "documents", ("text",), ("language",), _document),
 )
 """Known formats, the more telling first: a table that fits several is read as the first."""

@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 from puna.core.errors import PunaError
 
-Kind = Literal["documents", "messages", "preferences", "sentence_pairs"]
+Kind = Literal["documents", "messages", "preferences", "sentence_pairs", "labelled_texts", "labelled_words"]
+Shape = Literal["text", "messages", "words"]
+"""What a column holds: a text, messages, or a list of texts."""
 
 ROLES = ("system", "user", "assistant", "tool")
 UNDETERMINED = "und"
 """The language tag for text whose language was not told (BCP 47)."""
 
-COLUMNS: dict[Kind, dict[str, Literal["text", "messages"]]] = {
+COLUMNS: dict[Kind, dict[str, Shape]] = {
     "documents": {"id": "text", "text": "text", "source": "text", "language": "text"},
     "messages": {"id": "text", "messages": "messages", "source": "text", "language": "text"},
     "preferences": {
@@ -32,8 +34,16 @@ COLUMNS: dict[Kind, dict[str, Literal["text", "messages"]]] = {
         "source_language": "text",
         "target_language": "text",
     },
+    "labelled_texts": {"id": "text", "text": "text", "label": "text", "source": "text", "language": "text"},
+    "labelled_words": {
+        "id": "text",
+        "words": "words",
+        "labels": "words",
+        "source": "text",
+        "language": "text",
+    },
 }
-_ABOUT_THE_ROW = {"id", "source", "language", "source_language", "target_language"}
+_ABOUT_THE_ROW = {"id", "source", "language", "source_language", "target_language", "label", "labels"}
 
 
 class BadRowError(ValueError):
@@ -59,8 +69,13 @@ def check_row(kind: Kind, row: Mapping[str, Any]) -> None:
             raise BadRowError("the column is missing", column)
         if shape == "text":
             check_text(row[column], column)
+        elif shape == "words":
+            check_words(row[column], column)
         else:
             check_messages(row[column], column)
+    if kind == "labelled_words" and len(row["words"]) != len(row["labels"]):
+        counts = f"{len(row['labels'])} labels for {len(row['words'])} words"
+        raise BadRowError("every word needs a label", "labels", counts)
     extra = sorted(set(row) - set(COLUMNS[kind]))
     if extra:
         raise BadRowError(f"kind {kind} has no such column", extra[0])
@@ -77,6 +92,21 @@ def check_text(value: Any, field: str) -> None:
             value.encode("utf-8")
         except UnicodeEncodeError:
             raise BadRowError("the text holds half a surrogate pair", field, ascii(value)) from None
+
+
+def check_words(value: Any, field: str) -> None:
+    """Raise :class:`BadRowError` unless ``value`` is a list of texts that say something."""
+    if not isinstance(value, list) or not value:
+        raise BadRowError("not a list of texts", field, repr(value))
+    for index, word in enumerate(value):
+        check_text(word, f"{field}[{index}]")
+
+
+def labels_of(kind: Kind, row: Mapping[str, Any]) -> list[str]:
+    """The labels of a row, none where the kind has none."""
+    if kind == "labelled_texts":
+        return [row["label"]]
+    return list(row["labels"]) if kind == "labelled_words" else []
 
 
 def check_messages(value: Any, field: str) -> None:
@@ -104,6 +134,8 @@ def texts_of(kind: Kind, row: Mapping[str, Any], *, system: bool = True) -> Iter
             continue
         if shape == "text":
             yield row[column]
+        elif shape == "words":
+            yield " ".join(row[column])
         else:
             yield from (m["content"] for m in row[column] if system or m["role"] != "system")
 

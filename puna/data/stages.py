@@ -1,5 +1,6 @@
 """The stages of this room: ``corpus`` (sources -> corpus), ``curate`` (sources -> pool of documents with
 signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
+``next_word_labels`` (words that a rule labels),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
 (documents -> questions whose answer is known), ``table_questions`` (a table -> questions about it),
 ``quality_classifier`` and ``importance_model`` (corpora -> models that score documents), and
@@ -19,6 +20,7 @@ from puna.data.curate.checks_settings import (
 from puna.data.curate.duplicates.settings import DuplicateChecksParameters
 from puna.data.curate.learned.settings import ImportanceParameters, QualityClassifierParameters
 from puna.data.curate.settings import CurateParameters
+from puna.data.next_word import NextWordParameters
 from puna.data.settings import (
     CorpusParameters,
     InstructionsParameters,
@@ -210,6 +212,39 @@ def planted(context: Context, parameters: PlantedParameters) -> Outcome:
     counts = made.meta["counts"]
     figures = {"rows": float(counts["rows"]), "words": float(counts["words"])}
     return Outcome({"corpus": made.path}, figures)
+
+
+def _next_word_cost(parameters: NextWordParameters, shapes: Any) -> Cost:
+    """As many tokens as the recipe expects, or a token for each word of rows of middle length."""
+    middle = (parameters.shortest + parameters.longest) / 2
+    tokens = {"train": parameters.rows * middle, "held_out": parameters.held_out_rows * middle}
+    tokens |= {str(side): float(count) for side, count in parameters.expected_tokens.items()}
+    return Cost(tokens=sum(tokens.values()), seconds=1.0, corpora=tokens, kind="labelled_words")
+
+
+@stage(
+    "next_word_labels",
+    parameters=NextWordParameters,
+    outputs=_SIDES,
+    plan=_next_word_cost,
+)
+def next_word_labels(context: Context, parameters: NextWordParameters) -> Outcome:
+    """Draw words that are labelled by the word behind them: a test of who looks ahead (S14, S75).
+
+    Time and memory grow linearly with the number of rows.
+    """
+    from puna.data.corpus import write_corpus
+    from puna.data.next_word import next_word_rows
+
+    outputs, figures = {}, {}
+    for side in _SIDES:
+        rows = next_word_rows(parameters, side, context.seed)
+        about = [{"source": "next_word", "licence": "CC0-1.0"}]
+        made = write_corpus(context.out / side, "labelled_words", rows, provenance=about, ledger={})
+        outputs[side] = made.path
+        figures[f"rows.{side}"] = float(made.count)
+        figures[f"marked.{side}"] = made.meta["labels"].get("B-MARK", 0) / sum(made.meta["labels"].values())
+    return Outcome(outputs, figures)
 
 
 @stage(

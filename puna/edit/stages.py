@@ -14,6 +14,7 @@ from puna.edit import (  # noqa: F401  registers their stages
     pruning_stages,
     recover_stages,
     search_stages,
+    unmasking_stages,
 )
 from puna.edit.quantize import stages as quantize_stages  # noqa: F401  registers its stages
 from puna.edit.sub_blocks import stages as sub_block_stages  # noqa: F401  registers its stages
@@ -134,7 +135,7 @@ def initialise(context: Context, parameters: Initialise) -> Outcome:
     from puna.text import pretrained
 
     where = context.inputs["tokenizer"]
-    tokenizer = pretrained.read_tokenizer(where)
+    tokenizer = pretrained.read_tokenizer(pretrained.locate(where))
     if tokenizer is None:
         raise PunaError("there is no tokenizer here", where=where, expected="a folder with tokenizer.json")
     seed = context.seed if parameters.seed is None else parameters.seed

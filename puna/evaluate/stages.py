@@ -1,5 +1,6 @@
 """The stages of this room: ``evaluate`` (several models on several corpora, compared by pairs of documents),
-``difference``, and ``ask_tables`` out of ``preprocessing_stage``."""
+``difference``, ``ask_tables`` out of ``preprocessing_stage``, and ``label_scores`` and ``label_checks`` out
+of ``labelling_stages``."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
-from puna.evaluate import preprocessing_stage  # noqa: F401  registers its stage
+from puna.evaluate import labelling_stages, preprocessing_stage  # noqa: F401  register their stages
 from puna.train import plan
 
 _BYTES_PER_TOKEN = 3.0  # between English in its own tokenizer (4) and another language in it (2.5)

@@ -7,6 +7,7 @@ head are written, with ``ensure_weight_tying``: PEFT then ties them again and as
 from __future__ import annotations
 
 import copy
+import dataclasses
 import enum
 import re
 from collections.abc import Mapping
@@ -32,7 +33,8 @@ from puna.model.adapters import (
     report,
     untie,
 )
-from puna.model.hf import SafetensorsFile, refuse_pickle
+from puna.model.hf import OWN_CONFIG, SafetensorsFile, refuse_pickle
+from puna.model.labels import add_label_head, labels_in
 from puna.model.llama import Llama
 from puna.model.masked_lora import MASKED_TYPE, PLACES, pack_places, unpack_places
 from puna.model.weights import EMBEDDING, HEAD, check_finite, check_shapes
@@ -110,8 +112,16 @@ def write_adapter(
         "ensure_weight_tying": shared,
         **({"peft_type": MASKED_TYPE} if state.masked else {}),
     }
+    beside: dict[str, Any] = {}
+    if model.labels is not None:
+        config["task_type"] = "SEQ_CLS" if model.labels.per == "text" else "TOKEN_CLS"
+        beside = {**model.labels.to_config("LlamaForCausalLM"), "bias": model.labels.bias}
+    if model.spec.layers_both_ways:
+        beside["layers_both_ways"] = list(model.spec.layers_both_ways)
     with folder_aside(folder) as aside:
         write_json(aside / ADAPTER_CONFIG, config)
+        if beside:
+            write_json(aside / OWN_CONFIG, beside)
         stored = {
             PREFIX + name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
         }
@@ -119,6 +129,24 @@ def write_adapter(
         if state.masked:
             bits = {f"{name}.weight": pack_places(layer.places) for name, layer in lora_layers(model)}
             save_file(bits, aside / PLACES)
+
+
+def prepare_base(model: Llama, folder: Path | str) -> None:
+    """Give ``model``, in place, what the adapter of ``folder`` needs: a head for labels, its masks."""
+    file = Path(folder) / OWN_CONFIG
+    if not file.exists():
+        return
+    stated = read_json(file)
+    if not isinstance(stated, dict):
+        raise PunaError("not what an adapter needs", where=file, expected="a JSON object")
+    labels = labels_in(stated, bias=bool(stated.get("bias")), where=file)
+    if labels is not None and model.labels is None:
+        add_label_head(model, labels, seed=0)  # the adapter holds the head that was trained
+    both_ways = stated.get("layers_both_ways", [])
+    blocks = enumerate(model.spec.blocks)
+    model.set_blocks(
+        tuple(dataclasses.replace(block, causal=layer not in both_ways) for layer, block in blocks)
+    )
 
 
 def _plain(value: Any) -> Any:

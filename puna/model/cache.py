@@ -29,7 +29,7 @@ class KeyValueCache:
             raise PunaError(
                 "a cache needs at least one row and one place", found=f"{batch} rows, {capacity} places"
             )
-        both_ways = [index for index, block in enumerate(spec.blocks) if not block.causal]
+        both_ways = spec.layers_both_ways
         if both_ways:
             raise PunaError(
                 "layers that attend both ways cannot be decoded with a cache",

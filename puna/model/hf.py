@@ -18,6 +18,8 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside, read_json, write_json
+from puna.model.hf_config import config_from_spec
+from puna.model.labels import SCORE, LabelKind, labels_in
 from puna.model.llama import Llama
 from puna.model.nf4 import quantised_layers
 from puna.model.packed_files import (
@@ -161,7 +163,11 @@ def read_hf(
 ) -> Llama:
     """Open a checkpoint folder (:func:`open_hf`); ``adjust`` may change the spec before the weights come."""
     spec, source = open_hf(folder)
-    model = fill_llama(adjust(spec), source, dtype=dtype, device=device)
+    config = read_config(Path(folder))
+    labels = labels_in(config, bias=f"{SCORE}.bias" in source.shapes, where=folder)
+    if labels is not None:  # there is no head for words that could be one of its own
+        spec = spec.replace(tied=True)
+    model = fill_llama(adjust(spec), source, dtype=dtype, device=device, labels=labels)
     if isinstance(source, PackedSource):
         model.grids = source.grids
     return model
@@ -346,8 +352,11 @@ def write_hf(
         grid = quantisation_config(*common_grid(model.grids, folder))
         for name, each in model.grids.items():
             tensors |= packed_tensors(name, tensors.pop(name), each, folder)
+    labels = model.labels
+    if labels is not None and labels.per == "word" and not labels.bias:  # transformers' class has one
+        tensors[f"{SCORE}.bias"] = torch.zeros(len(labels.names), dtype=model.dtype)
     with folder_aside(folder) as aside:
-        write_configs(model.spec, model.dtype, aside, extra_config, quantised=grid)
+        write_configs(model.spec, model.dtype, aside, extra_config, quantised=grid, labels=labels)
         _write_tensors(tensors, aside, shard_bytes)
 
 
@@ -358,9 +367,16 @@ def write_configs(
     extra: Mapping[str, Any] | None = None,
     *,
     quantised: Mapping[str, Any] | None = None,
+    labels: LabelKind | None = None,
 ) -> None:
     """Write what a checkpoint folder says of its weights: all files but the weights themselves."""
-    config = {**spec.to_config(), **({"quantization_config": quantised} if quantised else {})}
+    own = not spec.uniform or (labels is not None and not labels.plain)
+    config = {
+        **config_from_spec(spec, own=own),
+        **({"quantization_config": quantised} if quantised else {}),
+    }
+    if labels is not None:
+        config |= labels.to_config(config["architectures"][0])
     name = str(dtype).removeprefix("torch.")
     ids = {"bos_token_id": spec.bos_id, "eos_token_id": config["eos_token_id"], "pad_token_id": spec.pad_id}
     # Both names of the dtype key: transformers 5 reads the first, its elders the second.
@@ -369,7 +385,7 @@ def write_configs(
         folder / "generation_config.json",
         {"_from_model_config": True, **{key: value for key, value in ids.items() if value is not None}},
     )
-    if not spec.uniform:
+    if own:
         write_json(folder / OWN_CONFIG, config)
 
 

@@ -121,9 +121,12 @@ def _spec_from_hf(config: Mapping[str, Any], where: object) -> LlamaSpec:
     )
 
 
-def config_from_spec(spec: LlamaSpec) -> dict[str, Any]:
-    """The config.json of a spec; a spec that is not uniform gets model_type "puna" and its blocks in full."""
-    kind = spec.architecture
+def config_from_spec(spec: LlamaSpec, *, own: bool = False) -> dict[str, Any]:
+    """The config.json of a spec; a spec that is not uniform gets model_type "puna" and its blocks in full.
+
+    So does any with ``own``, for what no class of transformers computes.
+    """
+    kind = None if own else spec.architecture
     shared = {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,

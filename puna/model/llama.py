@@ -8,7 +8,7 @@ Seams, from the inside out: rope (``rope.py``), attention for training, prefill 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from puna.model.cache import KeyValueCache
 from puna.model.rope import Rotation, depends_on_length, rotate, rotation
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
 from puna.model.uniform_grid import UniformGrid
+
+if TYPE_CHECKING:
+    from puna.model.labels import LabelKind
 
 INITIAL_DEVIATION = 0.02
 
@@ -318,6 +321,7 @@ class Llama(nn.Module):
         self.source: str | None = None
         self.recomputed_layers = 0  # of these first layers only the input is kept for the backward pass
         self.adapter: Any | None = None  # what ``adapters.py`` remembers of an adapter in these layers
+        self.labels: LabelKind | None = None  # what ``labels.py``'s head says, where there is one
         self.grids: dict[str, UniformGrid] = {}  # by parameter: the grid that quantisation put it on
         with torch.device("meta"):  # no storage and no draws from torch's global generator
             self.model = Decoder(spec)
@@ -337,6 +341,14 @@ class Llama(nn.Module):
                 parameter.copy_(drawn.normal_(0, INITIAL_DEVIATION, generator=generator))
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+
+    def set_blocks(self, blocks: tuple[BlockSpec, ...]) -> None:
+        """Change what the layers are told, such as their masks; not a shape."""
+        for layer, block in zip(self.model.layers, blocks, strict=True):
+            cast(Block, layer).block = block
+            if block.attention == "full":
+                cast(Block, layer).self_attn.block = block
+        self.spec = self.spec.replace(blocks=blocks)
 
     @property
     def head_weight(self) -> Tensor:

@@ -366,6 +366,11 @@ class LlamaSpec:
             in_spec["blocks"] = tuple(dataclasses.replace(block, **in_blocks) for block in blocks)
         return dataclasses.replace(self, **in_spec)
 
+    @property
+    def layers_both_ways(self) -> tuple[int, ...]:
+        """The layers whose tokens see later ones, counted from 0."""
+        return tuple(layer for layer, block in enumerate(self.blocks) if not block.causal)
+
     def ranges(self) -> Iterator[tuple[int, int, BlockSpec]]:
         """Runs of equal consecutive blocks as (first, last, block)."""
         first = 0

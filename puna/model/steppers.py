@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from puna.core.errors import PunaError, unknown_name
 from puna.core.progress import say
 from puna.model.group_rounding import rounded_copy
+from puna.model.labels import require_words
 from puna.model.plain_stepper import PlainStepper
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def make_stepper(
         raise unknown_name("quantisation", str(quantize), get_args(Quantize))
     if cache_tokens < 1:
         raise PunaError("cache_tokens is out of range", found=cache_tokens, expected="at least 1")
+    require_words(model, "decoding")
     if kernels != "plain":
         from puna.model.native.build import CompilationError
         from puna.model.native.stepper import NativeStepper

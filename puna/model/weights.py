@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from puna.core.errors import PunaError, nearest
 from puna.core.progress import Track
+from puna.model.labels import LabelKind, add_label_head
 from puna.model.llama import Llama
 from puna.model.spec import LlamaSpec
 
@@ -44,9 +45,14 @@ class WeightSource(Protocol):
 
 
 def fill_llama(
-    spec: LlamaSpec, source: WeightSource, *, dtype: torch.dtype, device: torch.device | str
+    spec: LlamaSpec,
+    source: WeightSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    labels: LabelKind | None = None,
 ) -> Llama:
-    """A decoder of ``spec`` with the weights of ``source``, in evaluation mode.
+    """A decoder of ``spec`` with the weights of ``source``, in evaluation mode; ``labels`` have a head too.
 
     Raises :class:`PunaError` for a missing, left-over or misshapen tensor and for NaN or infinite weights.
     """
@@ -54,9 +60,9 @@ def fill_llama(
         raise PunaError(
             "weights need a floating-point dtype of 16 bits or more", where=source.where, found=dtype
         )
-    expected = expected_shapes(spec, source.where)
+    expected = expected_shapes(spec, source.where, labels)
     check_shapes(expected, source.shapes, source.where)
-    model = Llama(spec, dtype=dtype, device="meta")
+    model = _empty(spec, labels).to(dtype)
     with progress(f"reading {source.where.name}", spec.parameter_count()) as advance:
         for name, shape in expected.items():
             storage = torch.empty(shape, dtype=dtype, device=device)
@@ -67,13 +73,23 @@ def fill_llama(
     return model.eval()
 
 
-def expected_shapes(spec: LlamaSpec, where: object) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    spec: LlamaSpec, where: object, labels: LabelKind | None = None
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a decoder of ``spec``, in its own order; nothing is allocated."""
     if spec.parameter_count() > _IMPOSSIBLE:
         raise PunaError(
             "the config describes an impossibly large model", where=where, found=spec.parameter_count()
         )
-    return {name: tuple(parameter.shape) for name, parameter in Llama(spec, device="meta").named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in _empty(spec, labels).named_parameters()}
+
+
+def _empty(spec: LlamaSpec, labels: LabelKind | None) -> Llama:
+    """A decoder whose parameters have shapes alone."""
+    model = Llama(spec, device="meta")
+    if labels is not None:
+        add_label_head(model, labels)
+    return model
 
 
 def set_parameter(model: nn.Module, name: str, storage: Tensor) -> None:

@@ -19,15 +19,22 @@ from puna.text.tokenizer import Piece, Tokenizer
 
 KINDS = ("documents", "messages", "preferences", "sentence_pairs")
 _BATCH = 1024
+IGNORED = -100
+"""Label of a place where nothing is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One row: token ids, whether each is a target (never the first), and the row's id."""
+    """One row: token ids, whether each is a target (never the first), and the row's id.
+
+    Where ``labels`` are there, each token is what is known and its label what is learnt: a number, or
+    IGNORED; ``trained`` then says which tokens have one, the first perhaps among them.
+    """
 
     ids: list[int]
     trained: list[bool]
     source: str = ""
+    labels: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -17,13 +17,11 @@ import numpy
 import torch
 
 from puna.core.errors import PunaError, unknown_name
+from puna.text.encode import IGNORED as IGNORED
 from puna.text.encode import Encoded
 
 Mode = Literal["wrap", "fit", "off"]
 MODES = ("wrap", "fit", "off")
-IGNORED = -100
-"""Label of a place where nothing is learnt."""
-
 NO_TARGET = "nothing to learn in it"
 TARGETS_CUT = "what is to be learnt lies beyond the length"
 WITHOUT_THE_OTHER = "the other of its group was dropped"
@@ -43,7 +41,9 @@ class Slice:
 
     @property
     def targets(self) -> int:
-        """Targets inside: the first token of a slice has nothing to be predicted from."""
+        """Targets inside. The first token of a slice has nothing to be predicted from; it may be labelled."""
+        if self.document.labels is not None:
+            return sum(self.document.trained[self.start : self.stop])
         return sum(self.document.trained[self.start + 1 : self.stop])
 
 
@@ -127,9 +127,9 @@ def usual_mode(kind: str) -> Mode:
     """How rows of a corpus of ``kind`` are packed unless somebody says otherwise.
 
     ``wrap`` for running text; ``fit`` for conversations, since the second part of a cut one would be
-    learnt without its question.
+    learnt without its question, and for what is labelled.
     """
-    return "fit" if kind in ("messages", "preferences") else "wrap"
+    return "wrap" if kind in ("documents", "sentence_pairs") else "fit"
 
 
 def group_of(kind: str) -> int:
@@ -244,7 +244,7 @@ def _reasons_to_drop(pieces: tuple[Slice, ...]) -> list[str | None]:
 
 def _reason_to_drop(document: Encoded, stop: int) -> str | None:
     try:
-        first = document.trained.index(True, 1)
+        first = document.trained.index(True, 1 if document.labels is None else 0)
     except ValueError:
         return NO_TARGET
     return TARGETS_CUT if first >= stop else None
@@ -304,7 +304,8 @@ def _fit(whole: Sequence[tuple[Slice, ...]], length: int) -> list[Row]:
 class Batch:
     """Rows as tensors, all int64 [rows, time].
 
-    ``labels[b, t]`` is the id that place t has to predict (shifted inside its document already),
+    ``labels[b, t]`` is the id that place t has to predict (shifted inside its document already), or its
+    own label where documents have labels,
     -100 where nothing is learnt. ``positions`` restart at 0 with each document; ``segments`` number
     the documents of a row from 0 and are -1 on padding.
     """
@@ -353,7 +354,10 @@ def collate(rows: Iterable[Row], *, pad_id: int = 0, length: int | None = None) 
             ids = numpy.array(piece.document.ids[piece.start : piece.stop], dtype=numpy.int64)
             trained = numpy.array(piece.document.trained[piece.start : piece.stop], dtype=bool)
             input_ids[number, start:stop] = ids
-            labels[number, start : stop - 1] = numpy.where(trained[1:], ids[1:], IGNORED)
+            if piece.document.labels is not None:
+                labels[number, start:stop] = piece.document.labels[piece.start : piece.stop]
+            else:
+                labels[number, start : stop - 1] = numpy.where(trained[1:], ids[1:], IGNORED)
             positions[number, start:stop] = numpy.arange(len(piece))
             segments[number, start:stop] = segment
             start = stop

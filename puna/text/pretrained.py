@@ -14,10 +14,11 @@ from torch import Tensor
 from puna.core import assets
 from puna.core.errors import PunaError, nearest, unknown_name
 from puna.core.files import folder_aside, read_json
-from puna.model.adapter_files import ADAPTER_CONFIG, read_adapter, write_adapter
+from puna.model.adapter_files import ADAPTER_CONFIG, prepare_base, read_adapter, write_adapter
 from puna.model.adapters import merge_lora
 from puna.model.checkpoint import check_vocabulary, detect, read_weights, write_gguf, write_hf
 from puna.model.gguf_writer import GgufKind
+from puna.model.labels import require_words
 from puna.model.llama import Llama
 from puna.text.gguf_vocabulary import gguf_metadata
 from puna.text.template import Template, find_template
@@ -47,6 +48,7 @@ def load(
     path = locate(source)
     if detect(path).kind == "adapter":
         model = _load_base(path, kind, device, overrides)
+        prepare_base(model, path)
         read_adapter(model, path)
     else:
         model = read_weights(path, dtype=kind, device=device, overrides=overrides)
@@ -97,6 +99,7 @@ def save(
     settle_tokens(model)
     if format == "gguf":
         file = target if target.suffix == ".gguf" else target / f"model-{kind}.gguf"
+        require_words(model, "a GGUF file")
         if model.tokenizer is None:
             raise PunaError("a GGUF file needs a tokenizer and the model has none", where=file)
         metadata = gguf_metadata(model.tokenizer, model.template, rows=model.spec.vocab_size)

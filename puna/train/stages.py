@@ -1,4 +1,5 @@
-"""The stage ``train``: pre-training, fine-tuning, distillation, preferences; in full or with LoRA."""
+"""The stage ``train``: pre-training, fine-tuning, distillation, preferences; in full or with LoRA. And
+``label``, out of a module of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import pydantic
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.units import sliced_spec
+from puna.train import labelling_stages  # noqa: F401  registers its stage
 from puna.train.plan import (
     BYTES,
     DROPOUT_TRAFFIC,

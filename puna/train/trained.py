@@ -19,6 +19,7 @@ from puna.model.adapters import (
     parameters_in_full,
     quantize_for,
 )
+from puna.model.labels import require_words
 from puna.model.masked_lora import hold_zeros, nonzero_places
 from puna.model.nf4 import held_bytes, take_quantised
 from puna.model.probe import difference, probe
@@ -49,6 +50,7 @@ def open_model(context: Context, parameters: Train, here: World, seed: int) -> t
     # What is shared out is whole in main memory first: a GPU need not hold it.
     device = "cpu" if is_shared_out(parameters, here) else str(here.device)
     model = base_model(context.inputs["model"], parameters, dtype, device)
+    require_words(model, "training on text")
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
     moved: dict[str, float] = {}
@@ -88,10 +90,11 @@ def base_model(source: str | Path, parameters: Train, dtype: str, device: str) -
     return model
 
 
-def lora_settings(lora: Lora) -> LoraSettings:
-    """The same for the decoder."""
+def lora_settings(lora: Lora, *more: str) -> LoraSettings:
+    """The same for the decoder; ``more`` modules are trained in full beside the adapter."""
+    full = (*lora.full, *more)
     return LoraSettings(
-        lora.r, lora.alpha, lora.dropout, lora.target, lora.rslora, lora.full, lora.dora, lora.base
+        lora.r, lora.alpha, lora.dropout, lora.target, lora.rslora, full, lora.dora, lora.base
     )
 
 

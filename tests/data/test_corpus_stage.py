@@ -208,6 +208,7 @@ def test_the_room_registers_its_stages() -> None:
         "instructions",
         "curation_checks",
         "juicer_checks",
+        "next_word_labels",
         "planted",
         "preferences",
         "quality_classifier",

@@ -17,6 +17,7 @@ from puna.data.sources.files import CsvSettings, JsonlSettings, ParquetSettings,
 from puna.data.sources.gettext import GettextSettings
 from puna.data.sources.huggingface import HuggingfaceSettings
 from puna.data.sources.libreoffice_help import LibreofficeHelpSettings
+from puna.data.sources.obo import OboSettings
 
 _BY_SUFFIX = {
     ".txt": "text",
@@ -29,6 +30,7 @@ _BY_SUFFIX = {
     ".po": "gettext",
     ".mo": "gettext",
     ".whl": "gettext",
+    ".obo": "obo",
 }
 
 
@@ -58,7 +60,8 @@ AnySource = Annotated[
     | DebianDescriptionsSettings
     | HuggingfaceSettings
     | ChatterbotSettings
-    | BigbenchSettings,
+    | BigbenchSettings
+    | OboSettings,
     pydantic.Field(discriminator="format"),
     pydantic.BeforeValidator(with_format),
 ]

@@ -1,4 +1,4 @@
-"""BIG-bench's tasks in JSON: an input and what is to be answered, as a question and its answer."""
+"""BIG-bench's tasks in JSON: an input and what is to be answered, as a question and its answer or a label."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ class BigbenchSettings(PlacedSettings):
         return [] if self.path is None else [_file(Path(self.path), self.task)]
 
 
-@source(BigbenchSettings, "messages")
+@source(BigbenchSettings, "messages", "labelled_texts")
 def read_bigbench(settings: BigbenchSettings, reading: Reading) -> Iterator[Item]:
     """An example is a source document of its own: a question, and the first of its answers.
 
-    Of a choice the answer is the one with the highest score; where several have it, the row is bad.
+    Of a choice the answer is the one with the highest score; where several have it, the row is bad. As a
+    labelled text the input is the text, ``ask`` put around it, and the answer its label.
     """
     path = _file(asset_or_path(settings.asset, settings.path, reading), settings.task)
     for number, example in enumerate(_examples(path)):
@@ -60,8 +61,11 @@ def read_bigbench(settings: BigbenchSettings, reading: Reading) -> Iterator[Item
             reading.bad_row(error, where=f"{path}, {name}")
             continue
         reading.tally.keep()
-        said = {"role": "user", "content": settings.ask.replace("{input}", asked)}
-        row = {"messages": [said, {"role": "assistant", "content": answered}]}
+        asked = settings.ask.replace("{input}", asked)
+        row: dict[str, Any] = {"text": asked, "label": answered}
+        if reading.kind == "messages":
+            said = {"role": "user", "content": asked}
+            row = {"messages": [said, {"role": "assistant", "content": answered}]}
         yield Item(name, {**row, "language": settings.language or reading.language})
 
 

@@ -18,7 +18,7 @@ import pydantic
 from puna.core.errors import PunaError
 from puna.core.progress import say
 from puna.data.detect import Detection, Languages, detect
-from puna.data.kinds import UNDETERMINED, BadRowError
+from puna.data.kinds import UNDETERMINED, BadRowError, Kind
 from puna.data.sources.common import Item, Reading, SourceSettings, source
 
 
@@ -103,13 +103,16 @@ def read_text(settings: TextSettings, reading: Reading) -> Iterator[Item]:
                 reading.tally.drop("empty")
 
 
-@source(JsonlSettings, "documents", "messages", "preferences", "sentence_pairs")
+_KINDS: tuple[Kind, ...] = ("documents", "messages", "preferences", "sentence_pairs", "labelled_texts")
+
+
+@source(JsonlSettings, *_KINDS, "labelled_words")
 def read_jsonl(settings: JsonlSettings, reading: Reading) -> Iterator[Item]:
     """JSON lines: a line is a source document."""
     return _table(settings, reading, _json_rows)
 
 
-@source(CsvSettings, "documents", "messages", "preferences", "sentence_pairs")
+@source(CsvSettings, *_KINDS)
 def read_csv(settings: CsvSettings, reading: Reading) -> Iterator[Item]:
     """CSV: a record is a source document."""
 
@@ -120,7 +123,7 @@ def read_csv(settings: CsvSettings, reading: Reading) -> Iterator[Item]:
     return _table(settings, reading, rows)
 
 
-@source(ParquetSettings, "documents", "messages", "preferences", "sentence_pairs")
+@source(ParquetSettings, *_KINDS, "labelled_words")
 def read_parquet(settings: ParquetSettings, reading: Reading) -> Iterator[Item]:
     """Parquet: a row is a source document."""
     return _table(settings, reading, _parquet_rows)
