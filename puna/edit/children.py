@@ -18,6 +18,7 @@ import torch
 from puna.core.errors import unknown_name
 from puna.decode.engine import Engine
 from puna.decode.sampling import Sampling
+from puna.edit.step_seconds import StepSeconds
 from puna.model.search_space import Genes, SearchSpace
 from puna.model.sizes import step_operations
 from puna.model.slicing import Masks, sliced, soft_mask
@@ -56,7 +57,8 @@ def mean_loss(model: Llama, batches: Sequence[Batch]) -> float:
 class Measured:
     """Measures children of ``model`` on ``batches``; one that was measured is not measured again.
 
-    ``cost`` is a name out of :data:`COSTS`, ``context`` the tokens that it looks at.
+    ``cost`` is a name out of :data:`COSTS`, ``context`` the tokens that it looks at; with ``seconds`` the
+    cost is what that table says.
     """
 
     model: Llama
@@ -64,10 +66,11 @@ class Measured:
     batches: Sequence[Batch]
     cost: str = "operations"
     context: int = 512
+    seconds: StepSeconds | None = None
     losses: dict[Genes, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.cost not in COSTS:
+        if self.seconds is None and self.cost not in COSTS:
             raise unknown_name("cost", self.cost, COSTS)
 
     def __call__(self, genes: Genes) -> tuple[float, float]:
@@ -83,7 +86,9 @@ class Measured:
         return self.losses[own]
 
     def cost_of(self, genes: Genes) -> float:
-        """The cost of a child, from its shapes."""
+        """The cost of a child, from its shapes or from the table of seconds."""
+        if self.seconds is not None:
+            return self.seconds.of(self.space, genes)
         return COSTS[self.cost](sliced_spec(self.space.spec, self.space.kept(genes)), self.context)
 
 

@@ -5,6 +5,7 @@ System S29. What was searched on is written down with the children, and is refus
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from puna.edit.search_stages import CommonText
 from puna.edit.sort_units import held_by_first_half
 from puna.edit.sort_units import sort_channels as sort
 from puna.edit.stats import collect
+from puna.edit.step_seconds import StepSeconds, measure_step_seconds
 from puna.model.adapters import merge_lora
 from puna.model.search_space import Genes, SearchSpace
 from puna.model.slicing import sliced
@@ -94,7 +96,8 @@ def run_search(context: Context, parameters: SearchChildren) -> Outcome:
     model = _opened(context, "model", context.dtype)
     space = parameters.children.space(model.spec)
     batches = _texts(model, context, parameters)
-    measured = Measured(model, space, batches, parameters.cost, parameters.context_tokens)
+    seconds = _step_seconds(context, space, parameters)
+    measured = Measured(model, space, batches, parameters.cost, parameters.context_tokens, seconds)
     methods = (parameters.method, *parameters.baselines)
     archives: dict[str, Archive] = {}
     with Track("searching", len(methods) * parameters.evaluations, "children") as track:
@@ -114,6 +117,7 @@ def run_search(context: Context, parameters: SearchChildren) -> Outcome:
         "children": parameters.children.model_dump(mode="json"),
         "cost": parameters.cost,
         "context_tokens": parameters.context_tokens,
+        "seconds": None if seconds is None else dataclasses.asdict(seconds),
         "method": parameters.method,
         "chosen": dict(zip(_SIZES, chosen, strict=True)),
         "archives": {name: _as_json(archive) for name, archive in archives.items()},
@@ -125,6 +129,19 @@ def run_search(context: Context, parameters: SearchChildren) -> Outcome:
         outputs[name] = pretrained.save(child, context.out / name)
     context.report["curves"] = [_curve({name: each.values().tolist() for name, each in archives.items()})]
     return Outcome(outputs, _search_figures(space, archives, own, reference))
+
+
+def _step_seconds(context: Context, space: SearchSpace, parameters: SearchChildren) -> StepSeconds | None:
+    """The table of a step's seconds, where the search goes by it."""
+    if parameters.cost != "seconds":
+        return None
+    return measure_step_seconds(
+        _opened(context, "model", "float32"),
+        space,
+        "int8" if parameters.timed_weights == "int8" else None,
+        context=parameters.context_tokens,
+        rounds=parameters.timed_rounds,
+    )
 
 
 def _chosen(archive: Archive, shares: Sequence[float], whole: float) -> list[Genes]:
@@ -199,7 +216,8 @@ def run_measure(context: Context, parameters: MeasureChildren) -> Outcome:
     model, exact = (_opened(context, "model", dtype) for dtype in (context.dtype, "float32"))
     space = _space_of(model, record)
     batches = _texts(model, context, parameters)
-    measured = Measured(model, space, batches, record["cost"], record["context_tokens"])
+    seconds = record["seconds"] and StepSeconds(record["seconds"]["rest"], tuple(record["seconds"]["layers"]))
+    measured = Measured(model, space, batches, record["cost"], record["context_tokens"], seconds)
     fronts = {name: _front(points) for name, points in record["archives"].items()}
     front = fronts[record["method"]]
     figures = _volumes(measured, fronts)
@@ -276,7 +294,9 @@ def _against_plain(
     plain = _opened(context, "plain", context.dtype)
     if plain.spec != measured.model.spec:
         raise PunaError("the plainly tuned model has another shape", where="plain", found=str(plain.source))
-    other = Measured(plain, measured.space, measured.batches, measured.cost, measured.context)
+    other = Measured(
+        plain, measured.space, measured.batches, measured.cost, measured.context, measured.seconds
+    )
     whole = measured.space.whole
     figures = {"plain.whole": measured.loss(whole) / other.loss(whole)}
     for genes in rows:

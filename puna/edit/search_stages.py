@@ -54,10 +54,15 @@ class SearchChildren(CommonText):
 
     children: Children
     """The sizes that children may have: those that the super-network was tuned with."""
-    cost: Literal["parameters", "operations"] = "operations"
-    """What is kept low beside the loss: weights, or floating-point operations of a token that is decoded."""
+    cost: Literal["parameters", "operations", "seconds"] = "operations"
+    """What is kept low beside the loss: weights; floating-point operations of a token that is decoded; or
+    seconds of a decoding step on this machine, timed for each width and added up over the layers."""
     context_tokens: int = pydantic.Field(512, ge=1)
-    """operations: tokens, itself included, that a token attends to."""
+    """operations, seconds: tokens, itself included, that a token attends to."""
+    timed_weights: Literal["float", "int8"] = "int8"
+    """seconds: the form in which the engine holds the weights when it is timed."""
+    timed_rounds: int = pydantic.Field(30, ge=1)
+    """seconds: rounds in which the timed children take turns; medians count."""
     method: Method = "linas"
     """How children are chosen to be measured; the outputs are this search's."""
     baselines: tuple[Method, ...] = ()
@@ -89,6 +94,9 @@ class SearchChildren(CommonText):
     def _consistent(self) -> SearchChildren:
         if self.method in self.baselines or len({*self.baselines}) < len(self.baselines):
             raise ValueError("baselines are searches other than method, each once")
+        timings = {"timed_weights": "int8", "timed_rounds": 30}
+        if self.cost != "seconds" and any(getattr(self, name) != value for name, value in timings.items()):
+            raise ValueError("timed_weights and timed_rounds mean nothing without cost 'seconds'")
         if self.population > self.evaluations:
             raise ValueError("evaluations are those of one population at least")
         if list(self.cost_shares) != sorted(self.cost_shares) or not 0 < self.cost_shares[0] <= 1:

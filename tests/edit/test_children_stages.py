@@ -18,6 +18,7 @@ from puna.edit.children import Measured, differing_numbers, engine_loss, masked_
 from puna.edit.scores import score_units
 from puna.edit.search_stages import CommonText
 from puna.edit.sort_units import held_by_first_half, sort_channels
+from puna.edit.step_seconds import StepSeconds, table_of, timed_children
 from puna.model.adapters import LoraSettings, add_lora
 from puna.model.llama import Llama
 from puna.model.search_space import SearchSpace
@@ -207,6 +208,35 @@ def test_weights_and_operations_are_different_costs(root: Path) -> None:
         Measured(model, space, batches(root), "joules")
 
 
+def test_seconds_of_a_step_add_up_over_layers_and_the_rest() -> None:
+    space = SearchSpace.of(SPEC, (3, 2), (1.0, 0.5), "last")
+    seconds = {
+        genes: 5.0 + sum((3.0, 1.0)[genes[1 + layer]] for layer in space.layers(genes))
+        for genes in timed_children(space)
+    }
+    assert {genes[0] for genes in seconds} == {0, 1}
+    table = table_of(space, seconds)
+    assert table == StepSeconds(5.0, (3.0, 1.0))
+    assert table.of(space, (1, 1, 0, 1)) == table.of(space, (1, 1, 0, 0)) == 9.0
+    one_depth = SearchSpace.of(SPEC, (3,), (1.0, 0.5))
+    alone = table_of(one_depth, dict.fromkeys(timed_children(one_depth), 6.0))
+    assert alone == StepSeconds(0.0, (2.0, 2.0))
+
+
+def test_a_search_by_seconds_goes_by_a_table_that_was_timed_and_keeps_it(root: Path, tmp_path: Path) -> None:
+    given = {**SEARCH, "cost": "seconds", "context_tokens": 8, "timed_rounds": 3, "timed_weights": "float"}
+    inputs = {"model": "super", "corpus": "texts"}
+    outcome, _ = run("search_children", root, tmp_path / "search", inputs, **given, half="first")
+    record = json.loads(outcome.outputs["children"].read_text())
+    table = StepSeconds(record["seconds"]["rest"], tuple(record["seconds"]["layers"]))
+    space = SearchSpace.of(SPEC, (3, 2), (1.0, 0.5), "last")
+    assert len(table.layers) == 2 and table.rest + sum(table.layers) > 0
+    for point in record["archives"]["linas"]:
+        assert point["cost"] == table.of(space, tuple(point["genes"]))
+    figures = measure(root, outcome, tmp_path / "measure", engine="none")[0].metrics
+    assert figures["front.linas"] >= 1 and "speed.small" not in figures
+
+
 def test_what_differs_is_counted(root: Path) -> None:
     model, other = model_of(), model_of()
     texts = batches(root)
@@ -263,6 +293,8 @@ def test_channels_under_an_adapter_are_not_sorted() -> None:
         ({"cost_shares": [0.8, 0.6, 0.4]}, "cost_shares rise"),
         ({"cost_shares": [0, 0.6, 0.8]}, "cost_shares rise"),
         ({"method": "annealing"}, "method"),
+        ({"timed_rounds": 3}, "mean nothing without cost 'seconds'"),
+        ({"timed_weights": "float"}, "mean nothing without cost 'seconds'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(given: dict[str, Any], words: str) -> None:
