@@ -16,6 +16,8 @@ from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
+from puna.edit.quantize.quantize import quantize
+from puna.edit.quantize.settings import Gptq, Quantization, Uniform
 from puna.edit.sub_blocks import costs, local_distillation
 from puna.edit.sub_blocks.costs import Times, Workload
 from puna.edit.sub_blocks.divergence import final_states, mean_kl, predicted, rank_correlation, replace_one
@@ -334,6 +336,28 @@ def test_a_score_is_the_divergence_of_the_parent_with_one_half_exchanged(
     assert predicted(scores, everywhere("none", PARENT)) == pytest.approx(
         sum(scores[layer, "attention", "none"] for layer in range(4))
     )
+
+
+def test_many_no_ops_are_not_the_sum_of_each(given: dict[str, Any], parent: tuple[Llama, str]) -> None:
+    """Why random children are measured beside the sums: halves are scored one at a time."""
+    model, known = parent
+    opened, text = Library.open(given["library"], known), batches()
+    scores = replace_one(model, opened, text)
+    empty = assemble(model, opened, everywhere("none", "none"))
+    true = mean_kl(model, final_states(model, text), empty, text)
+    assert abs(predicted(scores, everywhere("none", "none")) - true) > 0.2 * true
+
+
+def test_linear_halves_are_quantised_as_projections_are(
+    given: dict[str, Any], parent: tuple[Llama, str]
+) -> None:
+    model, known = parent
+    child = assemble(model, Library.open(given["library"], known), everywhere("linear", "linear"))
+    grid = Uniform(bits=3, group=16)
+    quantize(child, Quantization(grid=grid, rounding=Gptq()), kit.random_ids(4, 24))
+    for name, weight in child.named_parameters():
+        if "linear_" in name:
+            assert all(len(row.unique()) <= 8 for row in weight.detach().view(-1, 16))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from little_preferences import sentence
@@ -18,12 +19,13 @@ from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.model.attention import lay_out
 from puna.text import pretrained
-from puna.text.packing import IGNORED
+from puna.text.packing import IGNORED, Batch
 from puna.text.template import Template
 from puna.train.distillation import kl
+from puna.train.loader import MicroBatch
 from puna.train.loop import Loop
 from puna.train.metrics import read_metrics
-from puna.train.teacher import Distill
+from puna.train.teacher import Distill, DistillSettings
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -204,6 +206,19 @@ def test_hidden_states_behind_every_layer_count_where_there_are_labels(
             apart += (1 - cosines)[batch.labels != IGNORED].mean()
     added = with_states.metrics["loss.first"] - plain.metrics["loss.first"]
     assert added == pytest.approx(0.5 * float(apart), rel=1e-4)
+
+
+def test_what_the_text_goes_on_with_is_not_learnt(places: dict[str, Path]) -> None:
+    """A language-model loss beside it raised the divergence in the paper: labels only say where."""
+    student, teacher = (pretrained.load(places[name]).eval() for name in ("thin", "teacher"))
+    ids = torch.arange(4, 34).view(2, 15)
+    positions, segments = torch.arange(15).expand(2, 15), torch.zeros_like(ids)
+    objective = Distill(DistillSettings(hidden_cosine=1.0), live=teacher)
+    found = []
+    for labels in (ids.roll(-1, 1), torch.full_like(ids, 5)):
+        micro = MicroBatch(Batch(ids, labels, positions, segments), numpy.arange(2))
+        found.append(objective(student, micro))
+    assert torch.equal(found[0].tokens, found[1].tokens)
 
 
 def test_a_stored_teacher_gives_the_bits_of_a_live_one(train: Train, tmp_path: Path) -> None:
