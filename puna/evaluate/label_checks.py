@@ -4,7 +4,7 @@
 * ``batched.M``: largest difference of a row's logits in a padded batch from those it has alone.
 * ``first_moves.M``: by how much the state of the first token moves when the last token is another one.
 * ``later_seen.M``: share of pairs (i, j > i) in which the gradient of i's logits to token j is not zero.
-* ``patterns_wrong.M``: of all patterns of masks over four groups of layers, those under which later tokens
+* ``patterns_wrong.M``: of all patterns of masks over groups of layers, those under which later tokens
   are seen without a 1 in it, or not seen with one; ``patterns_batched.M``: ``batched`` at the worst of them.
 * ``zeros_differ.M``: numbers in the states in which the pattern of zeros is not the causal model, to the bit.
 """
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from puna.model.llama import Llama
     from puna.text.packing import Batch
 
-_GROUPS = 4
-
 
 def checks(inputs: Mapping[str, Any], parameters: LabelChecks, *, seed: int) -> dict[str, float]:
     """All figures by name, for every model."""
@@ -54,7 +52,9 @@ def checks(inputs: Mapping[str, Any], parameters: LabelChecks, *, seed: int) -> 
         found[f"batched.{name}"] = batched_as_alone(model, batch)
         found[f"first_moves.{name}"] = first_moves(model, batch)
         found[f"later_seen.{name}"] = later_seen(model, _alone(batch, 0))
-        found |= {f"{figure}.{name}": value for figure, value in patterns(model, batch).items()}
+        if parameters.groups is not None:
+            figures = patterns(model, batch, parameters.groups)
+            found |= {f"{figure}.{name}": value for figure, value in figures.items()}
     return found
 
 
@@ -121,10 +121,9 @@ def later_seen(model: Llama, ids: Tensor, most: int = 12) -> float:
     return seen / pairs
 
 
-def patterns(model: Llama, batch: Batch) -> dict[str, float]:
+def patterns(model: Llama, batch: Batch, groups: int) -> dict[str, float]:
     """Who sees whom under every pattern, and whether that of zeros is the causal model to the bit."""
     before = model.spec.blocks
-    groups = min(_GROUPS, len(before))
     wrong = worst = 0.0
     try:
         unmask(model, "0" * groups)

@@ -80,6 +80,8 @@ class LabelChecks(Parameters):
     """Rows of the corpus that are looked at, of unequal length."""
     max_length: int = pydantic.Field(64, ge=2)
     """Tokens of a row at most."""
+    groups: int | None = pydantic.Field(4, ge=1, le=8)
+    """Groups of layers of which every pattern of masks is checked too; null: the models as they are alone."""
 
 
 @stage(
