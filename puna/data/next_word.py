@@ -16,10 +16,7 @@ from puna.core.seeds import numpy_generator
 from puna.core.stage import Parameters, PlanOnly
 
 MARKED, OTHER = "B-MARK", "O"
-_WORDS = (
-    "time year people way day man thing woman life child world school state family student group country "
-    "problem hand part place case week company system program question work number night point home water"
-)
+_WORDS = "time year people way day man thing woman life child world school state family student group"
 
 
 class NextWordParameters(Parameters):
@@ -31,7 +28,7 @@ class NextWordParameters(Parameters):
     """Rows of the other."""
     words: tuple[str, ...] = pydantic.Field(tuple(_WORDS.split()), min_length=2)
     """The words that are drawn, all equally often."""
-    triggers: int = pydantic.Field(10, ge=1)
+    triggers: int = pydantic.Field(4, ge=1)
     """How many of them mark the word before them: the first."""
     shortest: int = pydantic.Field(8, ge=2)
     """Words of a row at least."""
