@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.seeds import torch_generator
+from puna.model.light_adapter import LightState, fold, refuse_prompts
 from puna.model.llama import Llama
 from puna.model.nf4 import (
     NF4Linear,
@@ -295,9 +296,14 @@ def merge_lora(model: Llama) -> None:
     """Add the adapter to the weights and go back to plain layers, in place; nothing stays frozen.
 
     Sums are made in float32: logits stay within 1e-5 in a float32 model, and within one rounding of
-    the weights otherwise. What is held in NF4 is decoded, adapted or not: the adapter belongs to the
+    the weights otherwise. Scales and biases (:mod:`puna.model.light_adapter`) are folded in; attention prompts,
+    which are no weights, are an error. What is held in NF4 is decoded, adapted or not: the adapter belongs to the
     decoded weights, for with them it was trained.
     """
+    if isinstance(model.adapter, LightState):
+        refuse_prompts(model, "merged into weights")
+        fold(model)
+        return
     adapter_of(model, "merge")
     for _, layer in lora_layers(model):
         _merge(layer)

@@ -127,6 +127,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(spec.hidden_size, keys, bias=biased)
         self.v_proj = nn.Linear(spec.hidden_size, keys, bias=biased)
         self.o_proj = nn.Linear(queries, spec.hidden_size, bias=spec.attention_bias == "all")
+        self.prompt: nn.Module | None = None  # what an adapter may let attention look at besides
 
     def forward(
         self, hidden: Tensor, rotations: _Rotations, layout: Attending, cache: Storing | None
@@ -146,6 +147,8 @@ class Attention(nn.Module):
                 mixed = layout.attend_stored(queries, stored_keys, stored_values, block)
             else:
                 mixed = layout.attend(queries, keys, values, block)
+        if self.prompt is not None:
+            mixed = self.prompt(self, queries, mixed)
         return cast(Tensor, self.o_proj(mixed.flatten(2)))
 
 

@@ -47,6 +47,8 @@ def check_model(model: Llama, quantize: Quantize | None) -> None:
             raise _unfit("they would not run its hooks", f"a hook on {name or 'the model'}")
         if name.endswith(("_proj", "linear_attn", "linear_mlp")) and type(module) is not nn.Linear:
             raise _unfit("they take plain linear layers", f"{type(module).__name__} at {name}")
+        if isinstance(module, AttentionPrompt):
+            raise _unfit("they do not look at attention prompts", f"one at {name}")
     widest = max(block.head_dim for block in model.spec.blocks)
     if widest > MOST_HEAD_DIM:
         raise _unfit(f"they take heads of at most {MOST_HEAD_DIM} numbers", f"head_dim {widest}")
