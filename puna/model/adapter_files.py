@@ -35,6 +35,8 @@ from puna.model.adapters import (
 )
 from puna.model.hf import OWN_CONFIG, SafetensorsFile, refuse_pickle
 from puna.model.labels import add_label_head, labels_in
+from puna.model.light_adapter import LightState
+from puna.model.light_files import holds_prompts, read_prompts, write_prompts
 from puna.model.llama import Llama
 from puna.model.masked_lora import MASKED_TYPE, PLACES, pack_places, unpack_places
 from puna.model.weights import EMBEDDING, HEAD, check_finite, check_shapes
@@ -86,6 +88,9 @@ def write_adapter(
     """
     from peft import get_peft_model_state_dict
 
+    if isinstance(model.adapter, LightState):
+        write_prompts(model, folder, base_name=base_name)
+        return
     state = adapter_of(model, "write")
     # "auto" would ask the hub about base_name; what is trained in full is added below.
     own = {**model.state_dict(), **(weights or {})}
@@ -172,6 +177,9 @@ def read_adapter(
     """
     refuse_second(model)
     folder = Path(folder)
+    if holds_prompts(folder):
+        read_prompts(model, folder)
+        return report(model)
     config = _read_config(folder)
     if not (folder / ADAPTER_WEIGHTS).exists():
         refuse_pickle(folder)

@@ -296,9 +296,9 @@ def merge_lora(model: Llama) -> None:
     """Add the adapter to the weights and go back to plain layers, in place; nothing stays frozen.
 
     Sums are made in float32: logits stay within 1e-5 in a float32 model, and within one rounding of
-    the weights otherwise. Scales and biases (:mod:`puna.model.light_adapter`) are folded in; attention prompts,
-    which are no weights, are an error. What is held in NF4 is decoded, adapted or not: the adapter belongs to the
-    decoded weights, for with them it was trained.
+    the weights otherwise. Scales and biases (:mod:`puna.model.light_adapter`) are folded in; attention
+    prompts, which are no weights, are an error. What is held in NF4 is decoded, adapted or not: the adapter
+    belongs to the decoded weights, for with them it was trained.
     """
     if isinstance(model.adapter, LightState):
         refuse_prompts(model, "merged into weights")

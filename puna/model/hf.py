@@ -400,7 +400,7 @@ def plain_parameters(model: Llama, where: object) -> dict[str, Tensor]:
             fix="decode them first (puna.model.nf4.dequantize_base)",
         )
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if any(".base_layer." in name for name in tensors):
+    if any(".base_layer." in name or ".prompt." in name for name in tensors):
         raise PunaError(
             "the model carries an adapter",
             where=where,

@@ -1,20 +1,21 @@
 """LLaMA-Adapter: prompts that attention may look at, and a scale and a bias for every matrix.
 
-Systems: LLaMA-Adapter (2303.16199) and the text part of LLaMA-Adapter V2 (S09, 2304.15010). A layer with a prompt P
-of a few vectors adds to what each query head h has gathered tanh(g_h) softmax(q K_P^T) V_P, with K_P and V_P by the
-layer's own matrices, without rotation, in a softmax of its own; g_h is 0 at first, so that nothing changes by a bit.
-A key-value head of the prompt serves its whole group of query heads. V2 adds y = s * (W x + b) for every matrix,
-s = 1 and b = 0 at first, and trains the norms.
+Systems: LLaMA-Adapter (2303.16199) and the text part of LLaMA-Adapter V2 (S09, 2304.15010). A layer with a
+prompt P of a few vectors adds to what each query head h has gathered tanh(g_h) softmax(q K_P^T) V_P, with K_P
+and V_P by the layer's own matrices, without rotation, in a softmax of its own; g_h is 0 at first, so that
+nothing changes by a bit. A key-value head of the prompt serves its whole group of query heads. V2 adds y =
+s * (W x + b) for every matrix, s = 1 and b = 0 at first, and trains the norms.
 
-Scale, bias and norms go into weights exactly (:func:`fold`): a Llama with biases, which transformers knows. Prompts
-cannot: they stay, and are written in a form of puna's own. peft has an adaption prompt too, with one gate for all
-heads and no tanh, which is another method.
+Scale, bias and norms go into weights (:func:`fold`): a Llama with biases, which transformers knows. Prompts
+cannot: they stay, and are written in a form of puna's own. peft has an adaption prompt too, with one gate for
+all heads and no tanh, which is another method.
 
 What is trained is float32 whatever the model computes in: near 1 a bfloat16 scale has steps of 0.4%.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -35,9 +36,9 @@ KINDS: tuple[Kind, ...] = ("llama_adapter", "llama_adapter_v2")
 
 @dataclass(frozen=True)
 class LightSettings:
-    """``kind``; a prompt of ``prompt_length`` vectors in the last ``prompt_layers`` layers (None: all but the first).
+    """``kind``, and a prompt of ``prompt_length`` vectors in the last ``prompt_layers`` layers.
 
-    A length of 0 leaves prompts out.
+    None are all layers but the first; a length of 0 leaves prompts out.
     """
 
     kind: Kind = "llama_adapter_v2"
@@ -62,7 +63,10 @@ class LightSettings:
         wanted = max(1, count - 1) if self.prompt_layers is None else self.prompt_layers
         if wanted > count:
             raise PunaError(
-                "more layers with a prompt than there are", where="prompt_layers", found=wanted, expected=count
+                "more layers with a prompt than there are",
+                where="prompt_layers",
+                found=wanted,
+                expected=count,
             )
         return range(count - wanted, count)
 
@@ -77,7 +81,7 @@ class LightState:
 
 
 class AttentionPrompt(nn.Module):
-    """``embedding`` [length, hidden] that a layer's attention looks at through ``gate`` [heads], 0 at first."""
+    """``embedding`` [length, hidden] that attention looks at through ``gate`` [heads], 0 at first."""
 
     def __init__(self, length: int, hidden: int, heads: int) -> None:
         super().__init__()
@@ -93,12 +97,14 @@ class AttentionPrompt(nn.Module):
         prompt = self.embedding.to(queries.dtype)
         shape = (len(prompt), block.kv_heads, block.head_dim)
         keys, values = attention.k_proj(prompt).view(shape), attention.v_proj(prompt).view(shape)
-        grouped = queries.unflatten(2, (block.kv_heads, -1))  # heads of a group follow one another
+        batch, time, heads, size = queries.shape
+        # Heads of a group follow one another.
+        grouped = queries.reshape(batch, time, block.kv_heads, heads // block.kv_heads, size)
         scores = torch.einsum("btkgd,lkd->btkgl", grouped, keys).float() * block.scale
         weights = scores.softmax(dim=-1).to(values.dtype)
         seen = torch.einsum("btkgl,lkd->btkgd", weights, values).flatten(2, 3)
         gated = seen.float() * torch.tanh(self.gate.float())[:, None]
-        return cast(Tensor, mixed + gated.to(mixed.dtype))
+        return mixed + gated.to(mixed.dtype)
 
 
 class ScaledLinear(nn.Module):
@@ -146,7 +152,7 @@ def add_light(model: Llama, settings: LightSettings, *, seed: int) -> LightState
         raise PunaError("such an adapter goes on plain matrices", where=model.source, found=odd)
     model.requires_grad_(False)
     for layer in layers:
-        _put_prompt(model, layer, settings.prompt_length, torch_generator(seed, "prompt", layer))
+        put_prompt(model, layer, settings.prompt_length, torch_generator(seed, "prompt", layer))
     for name, module in linears if scaled else ():
         replace_layer(model, name, ScaledLinear(cast(nn.Linear, module)).train(model.training))
     for name, parameter in model.named_parameters():
@@ -161,7 +167,8 @@ def is_light(name: str) -> bool:
     return name.endswith((".prompt.embedding", ".prompt.gate", "_proj.scale", "_proj.shift"))
 
 
-def _put_prompt(model: Llama, layer: int, length: int, generator: torch.Generator | None) -> None:
+def put_prompt(model: Llama, layer: int, length: int, generator: torch.Generator | None) -> None:
+    """Give a layer a prompt, drawn by ``generator`` or of zeros, with gates of zero."""
     block: Any = model.model.layers[layer]
     if block.block.attention != "full":
         raise PunaError("a layer without attention looks at no prompt", where=f"layer {layer}")
@@ -194,6 +201,22 @@ def fold(model: Llama) -> None:
         state.scaled = False
     model.adapter = state if any(True for _ in prompted_layers(model)) else None
     model.requires_grad_(model.adapter is None)
+
+
+@contextlib.contextmanager
+def take_prompts(model: Llama) -> Iterator[None]:
+    """A block in which the model is without its prompts: its weights alone."""
+    state, taken = model.adapter, dict(prompted_layers(model))
+    blocks = cast(Any, model.model.layers)
+    try:
+        for layer in taken:
+            blocks[layer].self_attn.prompt = None
+        model.adapter = None
+        yield
+    finally:
+        for layer, prompt in taken.items():
+            blocks[layer].self_attn.prompt = prompt
+        model.adapter = state
 
 
 def refuse_prompts(model: Llama, purpose: str) -> None:

@@ -15,7 +15,7 @@ from puna.core import assets
 from puna.core.errors import PunaError, nearest, unknown_name
 from puna.core.files import folder_aside, read_json
 from puna.model.adapter_files import ADAPTER_CONFIG, prepare_base, read_adapter, write_adapter
-from puna.model.adapters import merge_lora
+from puna.model.adapters import AdapterState, merge_lora
 from puna.model.checkpoint import check_vocabulary, detect, read_weights, write_gguf, write_hf
 from puna.model.gguf_writer import GgufKind
 from puna.model.labels import require_words
@@ -68,7 +68,7 @@ def load(
 def load_merged(source: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Llama:
     """:func:`load` for decoding: an adapter is added to the weights, so that no step pays for it."""
     model = load(source, dtype=dtype, device=device)
-    if model.adapter is not None:
+    if isinstance(model.adapter, AdapterState):  # attention prompts are no weights, and stay
         merge_lora(model)
     return model
 

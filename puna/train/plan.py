@@ -33,7 +33,8 @@ class Method:
     """What is trained: all weights (``r`` 0), or a LoRA of rank ``r`` on ``target`` and ``full`` modules.
 
     ``dora`` adds a magnitude for each row of an adapted matrix; with ``base`` "nf4" the projections that
-    are not trained in full are held in NF4. Without a LoRA ``frozen`` modules are not trained.
+    are not trained in full are held in NF4. Without a LoRA ``frozen`` modules are not trained. ``light`` is
+    a kind of LLaMA-Adapter with a ``prompt`` of so many vectors in so many layers.
     """
 
     r: int = 0
@@ -43,6 +44,8 @@ class Method:
     dora: bool = False
     base: str = "as_is"
     frozen: tuple[str, ...] = ()
+    light: str = ""
+    prompt: tuple[int, int | None] = (0, None)
 
     def trains(self, module: str, spec: LlamaSpec) -> bool:
         """Whether the own weights of a module, told by its whole name, are trained.
@@ -50,6 +53,8 @@ class Method:
         Names in ``full`` are ends of the module's name or of one that encloses it; of a tied model
         ``lm_head`` is the embedding.
         """
+        if self.light:
+            return self.light == "llama_adapter_v2" and module.endswith("norm")
         names = self.full if self.r else self.frozen
         parts = module.split(".")
         around = [f".{'.'.join(parts[:count])}" for count in range(1, len(parts) + 1)]
@@ -121,10 +126,23 @@ def lora_parameters(spec: LlamaSpec, method: Method) -> int:
     )
 
 
+def light_parameters(spec: LlamaSpec, method: Method) -> int:
+    """Weights of LLaMA-Adapter but for the norms: prompts and gates, a scale and a bias for each output."""
+    if not method.light:
+        return 0
+    length, layers = method.prompt
+    wanted = max(1, len(spec.blocks) - 1) if layers is None else layers
+    prompted = spec.blocks[len(spec.blocks) - min(wanted, len(spec.blocks)) :] if length else ()
+    total = sum(length * spec.hidden_size + block.heads for block in prompted)
+    if method.light == "llama_adapter_v2":
+        total += sum(2 * out for block in spec.blocks for _, out in projections(spec, block).values())
+    return total
+
+
 def trained_parameters(spec: LlamaSpec, method: Method) -> int:
     """Weights that get a gradient; a tied embedding and head count once."""
     own = sum(size for module, size in module_sizes(spec) if method.trains(module, spec))
-    return lora_parameters(spec, method) + own
+    return lora_parameters(spec, method) + light_parameters(spec, method) + own
 
 
 def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
@@ -211,6 +229,8 @@ def _layer_bytes(
             total += method.r * size + (2 * outputs * size if method.dora else 0)
         if adapted and method.dropout:
             total += inputs * (size + 1)
+        elif method.light == "llama_adapter_v2":
+            total += 4 * outputs  # the product, in float32, which the scale's gradient takes
         elif name == "down_proj" and not (adapted and (method.dora or method.base == "nf4")):
             pass  # its input is made again
         elif adapted or method.trains(module_of(layer, name), spec):
@@ -229,6 +249,7 @@ def weight_bytes(spec: LlamaSpec, method: Method, dtype: str) -> int:
     """Bytes of the model's weights and the adapter's as they are held: exactly, NF4's scales included."""
     size = BYTES[dtype]
     total = (spec.parameter_count() + lora_parameters(spec, method)) * size
+    total += 4 * light_parameters(spec, method)
     for inputs, outputs in _held_in_nf4(spec, method):
         total += sum(bits((outputs, inputs))) // 8 - inputs * outputs * size
     return total

@@ -1,4 +1,4 @@
-"""Parameters of the stage ``train`` that say what is mixed how, and how the learning rate moves. No torch."""
+"""Parameters of the stage ``train``: what is mixed how, how the rate moves, what is added. No torch."""
 
 from __future__ import annotations
 
@@ -294,3 +294,20 @@ class Lora(Parameters):
     base: Literal["as_is", "nf4"] = "as_is"
     """nf4 holds the frozen projections in 4 bits (QLoRA); the model that is left is the decoded base with the
     adapter merged in."""
+
+
+class LightAdapter(Parameters):
+    """Attention prompts, scales, biases and norms; everything else is frozen (S09)."""
+
+    kind: Literal["llama_adapter", "llama_adapter_v2"] = "llama_adapter_v2"
+    """llama_adapter trains prompts and gates alone; v2 also a scale and a bias of each matrix, and norms."""
+    prompt_length: int = pydantic.Field(10, ge=0)
+    """Vectors of a layer's prompt; 0 leaves prompts out."""
+    prompt_layers: int | None = pydantic.Field(None, ge=1)
+    """So many of the last layers have a prompt; null: all but the first."""
+
+    @pydantic.model_validator(mode="after")
+    def _trains_something(self) -> LightAdapter:
+        if self.kind == "llama_adapter" and not self.prompt_length:
+            raise ValueError("an adapter of prompts alone needs a prompt_length of at least 1")
+        return self

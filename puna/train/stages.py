@@ -13,7 +13,7 @@ import pydantic
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.units import sliced_spec
-from puna.train import labelling_stages  # noqa: F401  registers its stage
+from puna.train import labelling_stages, light_stages  # noqa: F401  registers their stages
 from puna.train.plan import (
     BYTES,
     DROPOUT_TRAFFIC,
@@ -28,7 +28,14 @@ from puna.train.plan import (
     trained_parameters,
     training_operations,
 )
-from puna.train.settings import Children, Lora, Mixture, ScheduleSegment, check_segments
+from puna.train.settings import (
+    Children,
+    LightAdapter,
+    Lora,
+    Mixture,
+    ScheduleSegment,
+    check_segments,
+)
 from puna.train.sharded_plan import sharded_memory
 
 SHARE_OF_MEMORY = 0.8
@@ -142,6 +149,9 @@ class Train(Parameters):
     """Gradients are clipped to this global norm; 0 does not clip."""
     lora: Lora | None = None
     """A low-rank adapter; null trains all weights."""
+    adapter: LightAdapter | None = None
+    """Prompts for attention, scales and biases instead of lora; prompts are the output ``adapter``, all
+    else is in the output ``model``, over which they lie."""
     frozen: tuple[str, ...] = ()
     """Without lora: modules that stay as they are, such as [lm_head]; a tied head is the embedding."""
     keep_zeros: bool = False
@@ -209,6 +219,10 @@ class Train(Parameters):
 
     def _check_what_is_trained(self) -> None:
         """Refuse settings of what is trained that do not go together."""
+        if self.adapter is not None and (self.lora or self.frozen or self.keep_zeros or self.children):
+            raise ValueError("adapter does not go with lora, frozen, keep_zeros or children")
+        if self.adapter is not None and (self.sharding == "full" or not self.save_adapter):
+            raise ValueError("adapter does not go with sharding 'full' or save_adapter: false")
         if self.lora is None and self.adapter_steps is not None:
             raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
         if self.lora is not None and self.frozen:
@@ -340,7 +354,9 @@ def pair_settings(parameters: Train) -> dict[str, float]:
 
 def method_of(parameters: Train) -> Method:
     """What is trained, for the planner."""
-    lora = parameters.lora
+    lora, light = parameters.lora, parameters.adapter
+    if light is not None:
+        return Method(light=light.kind, prompt=(light.prompt_length, light.prompt_layers))
     if lora is None:
         return Method(frozen=parameters.frozen)
     return Method(lora.r, lora.dropout, lora.target, lora.full, lora.dora, lora.base)

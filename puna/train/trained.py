@@ -20,12 +20,14 @@ from puna.model.adapters import (
     quantize_for,
 )
 from puna.model.labels import require_words
+from puna.model.light_adapter import add_light
 from puna.model.masked_lora import hold_zeros, nonzero_places
 from puna.model.nf4 import held_bytes, take_quantised
 from puna.model.probe import difference, probe
 from puna.text import pretrained
 from puna.train.distributed import World
 from puna.train.dropout import quicken
+from puna.train.light import light_settings, write_light
 from puna.train.loop import Loop
 from puna.train.settings import Lora
 from puna.train.sharding import is_sharded
@@ -62,6 +64,10 @@ def open_model(context: Context, parameters: Train, here: World, seed: int) -> t
             before, exact = probe(model), before
             moved["nf4_difference"] = difference(exact, before)
         add_lora(model, settings, seed=seed, places=places)
+        moved["start_difference"] = difference(before, probe(model))
+    elif parameters.adapter is not None:
+        before = probe(model)
+        add_light(model, light_settings(parameters.adapter), seed=seed)
         moved["start_difference"] = difference(before, probe(model))
     else:
         frozen = set(parameters_in_full(model, parameters.frozen))
@@ -146,6 +152,9 @@ def write_model(
     trained model, and decoded in float32.
     """
     folder, adapter = context.out / "model", context.out / "adapter"
+    if parameters.adapter is not None and here.is_main:
+        base = base_model(context.inputs["model"], parameters, "float32", "cpu")
+        return write_light(context, parameters, base, masters, seed)
     outputs = {"model": folder}
     if parameters.lora is not None and parameters.save_adapter:
         outputs["adapter"] = adapter

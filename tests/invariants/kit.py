@@ -19,7 +19,9 @@ from torch import Tensor
 from puna.core.seeds import torch_generator
 from puna.model.adapters import BASES, LoraSettings, add_lora, quantize_for
 from puna.model.cache import KeyValueCache
+from puna.model.light_adapter import KINDS, Kind, LightSettings, add_light
 from puna.model.llama import Llama
+from puna.model.masked_lora import nonzero_places
 from puna.model.nf4 import dequantize_base, quantize_base
 from puna.model.search_space import SearchSpace
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
@@ -309,3 +311,36 @@ def _() -> tuple[Forward, Forward]:
 
 
 add_decoder("nf4", lambda: _quantised(decoder(spec_of().replace(attention_bias="all"))))
+
+
+def _with_adapter(kind: Kind) -> Llama:
+    model = decoder(spec_of())
+    add_light(model, LightSettings(kind, 3, 2), seed=0)
+    return model
+
+
+for _kind in KINDS:
+    neutral(f"{_kind}, just added")(lambda kind=_kind: (decoder(spec_of()), _with_adapter(kind)))
+
+
+@neutral("a masked LoRA, just added")
+def _() -> tuple[Forward, Forward]:
+    plain, adapted = decoder(spec_of()), decoder(spec_of())
+    for model in (plain, adapted):
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[::2] = 0
+    add_lora(adapted, LoraSettings(r=2), seed=0, places=nonzero_places(adapted))
+    return plain, adapted
+
+
+def _prompted() -> Llama:
+    model = _with_adapter("llama_adapter_v2")
+    generator = torch_generator(1, "prompted")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+add_decoder("prompted", _prompted)

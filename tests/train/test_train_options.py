@@ -70,6 +70,7 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "max_grad_norm": ({}, {"max_grad_norm": 1e-3, "betas": [0.0, 0.0]}),
     "lora": ({}, {"lora": LORA}),
     "frozen": ({}, {"frozen": ["lm_head"]}),
+    "adapter": ({}, {"adapter": {"prompt_length": 2}}),
     "adapter_steps": ({"lora": LORA}, {"adapter_steps": 2}),
     "dtype": ({}, {"dtype": "bfloat16"}),
     "seed": ({}, {"seed": 1}),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from puna.core.errors import PunaError
 from puna.model.llama import Attention, FeedForward
+from puna.model.light_adapter import AttentionPrompt
 
 if TYPE_CHECKING:
     from puna.model.llama import Block, LinearAttention, LinearFeedForward, Llama
