@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -311,3 +311,19 @@ class LightAdapter(Parameters):
         if self.kind == "llama_adapter" and not self.prompt_length:
             raise ValueError("an adapter of prompts alone needs a prompt_length of at least 1")
         return self
+
+
+def check_what_is_trained(train: Any) -> None:
+    """Refuse parameters of the stage ``train`` that say what is trained and do not go together."""
+    if train.adapter is not None and (train.lora or train.frozen or train.keep_zeros or train.children):
+        raise ValueError("adapter does not go with lora, frozen, keep_zeros or children")
+    if train.adapter is not None and (train.sharding == "full" or not train.save_adapter):
+        raise ValueError("adapter does not go with sharding 'full' or save_adapter: false")
+    if train.lora is None and train.adapter_steps is not None:
+        raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
+    if train.lora is not None and train.frozen:
+        raise ValueError("frozen means nothing with lora, which trains nothing but what it names")
+    if train.lora is not None and train.keep_zeros and (train.lora.dora or train.lora.full):
+        raise ValueError("keep_zeros does not go with lora.dora or lora.full")
+    if train.sharding == "full" and (train.frozen or train.keep_zeros or train.adapter_steps):
+        raise ValueError("sharding 'full' does not go with frozen, keep_zeros or adapter_steps yet")

@@ -35,6 +35,7 @@ from puna.train.settings import (
     Mixture,
     ScheduleSegment,
     check_segments,
+    check_what_is_trained,
 )
 from puna.train.sharded_plan import sharded_memory
 
@@ -211,26 +212,11 @@ class Train(Parameters):
         self._check_schedule(given)
         self._check_order(given)
         self._check_objective(given)
-        self._check_what_is_trained()
+        check_what_is_trained(self)
         lora = self.lora
         if self.sharding == "full" and (self.recompute or (lora and (lora.dora or lora.base == "nf4"))):
             raise ValueError("sharding 'full' does not go with recompute, lora.dora or lora.base 'nf4'")
         return self
-
-    def _check_what_is_trained(self) -> None:
-        """Refuse settings of what is trained that do not go together."""
-        if self.adapter is not None and (self.lora or self.frozen or self.keep_zeros or self.children):
-            raise ValueError("adapter does not go with lora, frozen, keep_zeros or children")
-        if self.adapter is not None and (self.sharding == "full" or not self.save_adapter):
-            raise ValueError("adapter does not go with sharding 'full' or save_adapter: false")
-        if self.lora is None and self.adapter_steps is not None:
-            raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
-        if self.lora is not None and self.frozen:
-            raise ValueError("frozen means nothing with lora, which trains nothing but what it names")
-        if self.lora is not None and self.keep_zeros and (self.lora.dora or self.lora.full):
-            raise ValueError("keep_zeros does not go with lora.dora or lora.full")
-        if self.sharding == "full" and (self.frozen or self.keep_zeros or self.adapter_steps):
-            raise ValueError("sharding 'full' does not go with frozen, keep_zeros or adapter_steps yet")
 
     def _check_schedule(self, given: set[str]) -> None:
         """Refuse settings that the schedule does not read."""
