@@ -150,6 +150,10 @@ def add_light(model: Llama, settings: LightSettings, *, seed: int) -> LightState
     odd = next((name for name, module in linears if type(module) is not nn.Linear), None)
     if odd is not None:
         raise PunaError("such an adapter goes on plain matrices", where=model.source, found=odd)
+    if any("linear" in (block.attention, block.feed_forward) for block in model.spec.blocks):
+        raise PunaError(
+            "such an adapter goes on layers of a Llama", where=model.source, found="a linear half"
+        )
     model.requires_grad_(False)
     for layer in layers:
         put_prompt(model, layer, settings.prompt_length, torch_generator(seed, "prompt", layer))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from puna.core.errors import PunaError
-from puna.model.llama import Attention, FeedForward
 from puna.model.light_adapter import AttentionPrompt
+from puna.model.llama import Attention, FeedForward
 
 if TYPE_CHECKING:
     from puna.model.llama import Block, LinearAttention, LinearFeedForward, Llama
