@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +18,7 @@ from puna.model.cache import KeyValueCache
 from puna.model.light_adapter import add_light, fold
 from puna.text import pretrained
 from puna.text.encode import encode_rows
-from puna.text.packing import collate, pack
+from puna.text.packing import IGNORED, collate, pack
 from puna.text.tokenizer import Tokenizer
 from puna.train.light import INSTRUCTIONS_AND_CAPTIONS, light_settings
 from puna.train.loader import MicroBatch
@@ -70,7 +71,11 @@ def _batch(model: Llama, corpus: Path, tokens: int) -> MicroBatch:
         chosen += encode_rows([row], opened.kind, cast(Tokenizer, model.tokenizer), model.template)
         if sum(map(len, chosen)) > tokens:
             break
-    return MicroBatch(collate(pack(chosen, tokens, mode="wrap")[:1]), numpy.array([0]))
+    batch = collate(pack(chosen, tokens, mode="wrap")[:1])
+    ends = batch.segments != batch.segments.roll(-1, dims=1)
+    ends[:, -1] = True
+    labels = batch.input_ids.roll(-1, dims=1).masked_fill(ends, IGNORED)
+    return MicroBatch(dataclasses.replace(batch, labels=labels), numpy.array([0]))
 
 
 def _by_turns(model: Llama, micro: MicroBatch, parameters: AdapterChecks) -> dict[str, float]:

@@ -162,11 +162,12 @@ def test_the_engine_writes_what_the_forward_pass_says_and_native_kernels_refuse(
         make_stepper(model, cache_tokens=64, kernels="native")
 
 
+@pytest.mark.parametrize("corpus", ["documents", "messages"])
 def test_a_batch_of_one_kind_changes_no_bit_of_the_other_kinds_parameters(
-    places: dict[str, Path], tmp_path: Path
+    places: dict[str, Path], tmp_path: Path, corpus: str
 ) -> None:
     stage = get_stage("adapter_checks")
-    inputs = {"model": str(places["model"]), "corpus": places["documents"]}
+    inputs = {"model": str(places["model"]), "corpus": places[corpus]}
 
     def run(**adapter: Any) -> dict[str, float]:
         parameters = validate(stage.parameters, {"adapter": {**V2, **adapter}, "rounds": 3}, where="test")
