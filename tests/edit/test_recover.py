@@ -101,6 +101,8 @@ def test_a_recovered_adapter_is_the_small_one_at_kept_places_and_zero_elsewhere(
     )
     assert found.metrics["kept_differ"] == found.metrics["elsewhere"] == 0
     assert found.metrics["factors_difference"] < 1e-7
+    held = sum(tensor.nbytes for tensor in weights(copy_).values())
+    assert lora.metrics["weight_bytes"] == held < sum(t.nbytes for t in weights(places["model"]).values())
     kept = Kept.from_json(json.loads((copy_ / FILE).read_text()))
     small = load_file(lora.outputs["adapter"] / "adapter_model.safetensors")
     large = load_file(found.outputs["adapter"] / "adapter_model.safetensors")
@@ -377,6 +379,9 @@ def test_a_masked_lora_changes_nothing_at_zeros_through_training_and_recovery(
     found = run("recover_adapter", tmp_path / "back", given, save_dtype="float32")
     assert found.metrics["kept_differ"] == found.metrics["elsewhere"] == 0
     assert set(found.outputs) == {"model"}  # no low rank, no PEFT adapter
+    if base == "as_is":  # zeros are stored like any number, and masks besides
+        held = sum(tensor.nbytes for tensor in weights(sparse).values())
+        assert lora.metrics["weight_bytes"] > held
     whole, changed = weights(places["model"]), weights(found.outputs["model"])
     for name, kept in before.items():
         same = whole[f"{name}.weight"] == changed[f"{name}.weight"]
