@@ -90,7 +90,7 @@ class Groups:
         return {kind: frozenset(members) for kind, members in found.items()}
 
     def held(self, kind: str, names: Iterable[str]) -> frozenset[str]:
-        """The parameters that a batch of ``kind`` leaves as they are, for ``Optimizer.step``."""
+        """The parameters that a batch of ``kind`` leaves as they are, for ``Optimizer.holding``."""
         if kind not in self.patterns:
             raise unknown_name("kind of batch", kind, self.patterns)
         every = self.of(names)

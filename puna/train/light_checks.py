@@ -93,9 +93,8 @@ def _by_turns(model: Llama, micro: MicroBatch, parameters: AdapterChecks) -> dic
             loss = objective(model, micro)
             loss.total.backward()  # type: ignore[no-untyped-call]
             held = INSTRUCTIONS_AND_CAPTIONS.held(kind, names)
-            optimizer.drop(held)
-            norm = optimizer.gradient_norm(loss.targets)
-            optimizer.step(1.0, loss.targets, norm, held=held)
+            with optimizer.holding(held):
+                optimizer.step(1.0, loss.targets, optimizer.gradient_norm(loss.targets))
             changed = {name: _differ(before[name], optimizer.masters[name]) for name in names}
             figures[f"{kind}.others_changed"] += sum(changed[name] for name in held)
             figures[f"{kind}.own_changed"] += sum(changed[name] for name in owned[kind])

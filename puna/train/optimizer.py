@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,12 +104,23 @@ class Optimizer:
         if not self.sharded:
             world.sum_(self.gradient)
 
-    def drop(self, names: Collection[str]) -> None:
-        """Forget what was gathered for these: a step that holds them is not to be clipped by it."""
-        for name in names:
-            gradient = self.masters[name].grad
+    @contextlib.contextmanager
+    def holding(self, names: Collection[str]) -> Iterator[None]:
+        """A block in which a step leaves these parameters, and their moments, as they are to the bit.
+
+        What was gathered for them is forgotten, and counts in no norm. A gradient of zero would not do: moments
+        and decay move a weight without one.
+        """
+        gradients = {name: self.masters[name].grad for name in names}
+        for name, gradient in gradients.items():
             assert gradient is not None
             gradient.zero_()
+            self.masters[name].grad = None  # AdamW passes over what has none
+        try:
+            yield
+        finally:
+            for name, gradient in gradients.items():
+                self.masters[name].grad = gradient
 
     def gradient_norm(self, divisor: float, world: World | None = None) -> float:
         """Global norm of the mean gradient: of the gathered sums divided by ``divisor``.
@@ -121,14 +133,11 @@ class Optimizer:
         return float(norm) / divisor
 
     @torch.no_grad()
-    def step(
-        self, schedule_factor: float, divisor: float, norm: float, *, held: Collection[str] = ()
-    ) -> float:
+    def step(self, schedule_factor: float, divisor: float, norm: float) -> float:
         """One update with the gathered gradients divided by ``divisor``, clipped to the global norm.
 
         ``norm`` is what :meth:`gradient_norm` gave. Returns the learning rate that was used (of
-        parameters with factor 1), and leaves the gradient buffer zero. Parameters ``held`` by their names,
-        and their moments, stay as they are to the bit.
+        parameters with factor 1), and leaves the gradient buffer zero.
         """
         limit = self.settings.max_grad_norm
         clip = limit / norm if limit and norm > limit else 1.0
@@ -136,12 +145,7 @@ class Optimizer:
         rate = self.settings.learning_rate * schedule_factor
         for group in self._adamw.param_groups:
             group["lr"] = rate * group["factor"]
-        gradients = {name: self.masters[name].grad for name in held}
-        for name in held:
-            self.masters[name].grad = None  # AdamW passes over what has none
         self._adamw.step()
-        for name, gradient in gradients.items():
-            self.masters[name].grad = gradient
         self.gradient.zero_()
         self._round()
         return rate
