@@ -108,8 +108,8 @@ class Optimizer:
     def holding(self, names: Collection[str]) -> Iterator[None]:
         """A block in which a step leaves these parameters, and their moments, as they are to the bit.
 
-        What was gathered for them is forgotten, and counts in no norm. A gradient of zero would not do: moments
-        and decay move a weight without one.
+        What was gathered for them is forgotten, and counts in no norm. A gradient of zero would not do:
+        moments and decay move a weight without one.
         """
         gradients = {name: self.masters[name].grad for name in names}
         for name, gradient in gradients.items():
