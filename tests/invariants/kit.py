@@ -26,6 +26,7 @@ from puna.model.nf4 import dequantize_base, quantize_base
 from puna.model.search_space import SearchSpace
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
 from puna.model.subnetwork import part_of
+from puna.model.unmasking import unmask
 
 Forward = Callable[[Tensor], Tensor]  # token ids [batch, time] to logits [batch, time, vocab]
 VOCABULARY = 97
@@ -301,6 +302,14 @@ def _() -> tuple[Forward, Forward]:
     model = decoder(spec_of(BLOCK, BLOCK, BLOCK))
     space = SearchSpace.of(model.spec, (3, 2), (1.0, 0.5))
     return model, part_of(model, space.kept(space.whole))
+
+
+@neutral("masks by the pattern of zeros")
+def _() -> tuple[Forward, Forward]:
+    plain, changed = decoder(spec_of(BLOCK, BLOCK, BLOCK)), decoder(spec_of(BLOCK, BLOCK, BLOCK))
+    unmask(changed, "11")
+    unmask(changed, "00")
+    return plain, changed
 
 
 @neutral("NF4, decoded")

@@ -10,6 +10,7 @@ import pydantic
 
 from puna.core import assets
 from puna.data.sources.bigbench import BigbenchSettings
+from puna.data.sources.brown import BrownSettings
 from puna.data.sources.chatterbot import ChatterbotSettings
 from puna.data.sources.common import SOURCES, Item, Reading, Source, SourceSettings, known_asset
 from puna.data.sources.debian_descriptions import DebianDescriptionsSettings
@@ -61,7 +62,8 @@ AnySource = Annotated[
     | HuggingfaceSettings
     | ChatterbotSettings
     | BigbenchSettings
-    | OboSettings,
+    | OboSettings
+    | BrownSettings,
     pydantic.Field(discriminator="format"),
     pydantic.BeforeValidator(with_format),
 ]
