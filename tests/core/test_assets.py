@@ -383,7 +383,7 @@ def test_the_catalogue_that_comes_along_is_sound() -> None:
         ("a: [", "not a readable list"),
         ("[a, b]", "mapping"),
         ("a: {what: x, licence: y}", "'from' is missing"),
-        ("a: {what: x, licence: y, from: {registry: npm}}", "npm"),
+        ("a: {what: x, licence: y, from: {registry: cargo}}", "cargo"),
         (
             "a: {what: x, licence: y, from: {registry: pypi, package: p, version: v, sha256: a, bytes: 1}}",
             "sha256",
