@@ -71,7 +71,7 @@ def run(context: Context, parameters: Unmasking) -> Outcome:
     found = {pattern: work.measured(pattern) for pattern in parameters.all_patterns()}
     always = score(majority(sides.test.true, _seen(sides.train)), sides.test.true)
     by = next(name for name in _FIGURES if f"validation.{name}" in next(iter(found.values())))
-    # Of equals the first: fewer unmasked groups, lower ones.
+    # Of equals the first, in the order of the table.
     chosen = max(found, key=lambda pattern: found[pattern][f"validation.{by}"])
     context.report["tables"] = [_table(found, always, by, chosen)]
     shutil.rmtree(context.out / "patterns", ignore_errors=True)

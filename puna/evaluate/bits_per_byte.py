@@ -25,6 +25,7 @@ import torch
 from puna.core.errors import PunaError
 from puna.core.progress import Track
 from puna.evaluate.statistics import Floats
+from puna.model.labels import require_words
 from puna.model.rope import depends_on_length
 from puna.train.objectives import IGNORED, linear_cross_entropy
 
@@ -108,8 +109,7 @@ def measure(
 def _check(model: Llama, texts: Sequence[str], window: int, stride: int, batch_tokens: int) -> Tokenizer:
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="open it with puna.load")
-    if not all(block.causal for block in model.spec.blocks):
-        raise PunaError("bits per byte needs a causal model", where=model.source)
+    require_words(model, "bits per byte")
     if not any(texts):
         raise PunaError("there is no text to measure", found=f"{len(texts)} documents, 0 bytes")
     if window < 1 or not 1 <= stride <= window or batch_tokens < 1:

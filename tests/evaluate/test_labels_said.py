@@ -102,6 +102,14 @@ def test_scores_stand_beside_the_majority_and_a_model_that_was_only_asked(places
         run("label_scores", {"models": {"own": places["word"]}, "corpus": places["texts"]})
 
 
+def test_a_labeller_has_no_bits_per_byte(places: dict[str, Path]) -> None:
+    """Its decoder's embedding would be taken for a head, whatever head it was trained without."""
+    from puna.evaluate.bits_per_byte import measure
+
+    with pytest.raises(PunaError, match=r"bits per byte needs a language model[^~]*2 labels"):
+        measure(pretrained.load(places["text"]), ["the cat"])
+
+
 def test_checks_tell_who_looks_ahead_and_what_transformers_computes(places: dict[str, Path]) -> None:
     models = {"causal": places["word"], "ahead": places["ahead"]}
     found = run("label_checks", {"models": models, "corpus": places["words"]}, rows=4)[0].metrics
