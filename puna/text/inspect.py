@@ -19,6 +19,7 @@ from rich.text import Text
 from puna.core.errors import PunaError
 from puna.model.spec import LlamaSpec
 from puna.text.encode import Encoded, encode_rows
+from puna.text.labelled import LABELLED, encode_labelled, names_in
 from puna.text.packing import Mode, Packed, PackReport, Row, pack, usual_mode
 from puna.text.template import Template
 from puna.text.tokenizer import Tokenizer
@@ -74,7 +75,12 @@ def inspect_corpus(
     Shown are the first ``samples`` packed rows with every token coloured, and the table of what was
     packed, truncated and dropped. The counts are of the rows looked at, not of the whole corpus.
     """
-    encoded = encode_rows(islice(rows, limit), kind, tokenizer, template, train_on=train_on)
+    chosen = islice(rows, limit)
+    if kind in LABELLED:
+        labelled = list(chosen)
+        encoded = encode_labelled(labelled, kind, tokenizer, names_in(labelled, kind))
+    else:
+        encoded = encode_rows(chosen, kind, tokenizer, template, train_on=train_on)
     packed = pack(encoded, length, mode=mode or usual_mode(kind))
     parts: list[RenderableType] = [legend()]
     for number, row in enumerate(packed[:samples]):

@@ -16,6 +16,15 @@ from puna.core.errors import PunaError
 from puna.text.encode import IGNORED, Encoded
 from puna.text.tokenizer import Tokenizer
 
+LABELLED = ("labelled_texts", "labelled_words")
+"""The kinds of corpora whose rows have labels."""
+
+
+def names_in(rows: Iterable[Mapping[str, Any]], kind: str) -> list[str]:
+    """The labels that rows have, sorted."""
+    per_row = ([row["label"]] if kind == "labelled_texts" else row["labels"] for row in rows)
+    return sorted({label for labels in per_row for label in labels})
+
 
 def encode_labelled(
     rows: Iterable[Mapping[str, Any]], kind: str, tokenizer: Tokenizer, names: Sequence[str]

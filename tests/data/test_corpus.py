@@ -22,8 +22,20 @@ messages = st.lists(
 
 
 def rows_of_kind(kind: str) -> st.SearchStrategy[list[dict[str, Any]]]:
+    if kind == "labelled_words":
+        pairs = st.lists(st.tuples(text, text), min_size=1, max_size=4)
+        words = {"words": pairs, "labels": st.none(), **dict.fromkeys(("id", "source", "language"), text)}
+        both = st.fixed_dictionaries(words).map(_words_and_labels)
+        return st.lists(both, min_size=1, max_size=6, unique_by=lambda row: row["id"])
     columns = {name: text if shape == "text" else messages for name, shape in COLUMNS[kind].items()}  # type: ignore[index]
     return st.lists(st.fixed_dictionaries(columns), min_size=1, max_size=6, unique_by=lambda row: row["id"])
+
+
+def _words_and_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """As many labels as words, each its own."""
+    words, labels = zip(*row["words"], strict=True)
+    ordered = {name: row[name] for name in COLUMNS["labelled_words"]}
+    return {**ordered, "words": list(words), "labels": list(labels)}
 
 
 def document(number: int = 0, **changes: Any) -> dict[str, Any]:

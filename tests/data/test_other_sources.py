@@ -247,7 +247,7 @@ def test_a_missing_extra_is_told_with_what_to_install(
 def test_every_registered_source_can_be_named_in_a_recipe_and_has_a_format() -> None:
     assert set(models_of(AnySource)) == set(SOURCES)
     formats = [source.format for source in SOURCES.values()]
-    assert len(set(formats)) == len(formats) == 10
+    assert len(set(formats)) == len(formats) == 12
     assert all(source.kinds for source in SOURCES.values())
     assert json.dumps(formats)
 

@@ -31,6 +31,8 @@ TEXTS: dict[str, dict[str, Any]] = {
         "source_language": "en",
         "target_language": "nl",
     },
+    "labelled_texts": {"text": "the cat sat", "label": "calm", "language": "en"},
+    "labelled_words": {"words": ["the", "cat", "sat"], "labels": ["O", "B-CAT", "O"], "language": "en"},
 }
 
 
@@ -56,5 +58,5 @@ def test_a_corpus_of_every_kind_can_be_looked_at(kind: str, tmp_path: Path, mode
         shown.append(capture.get())
     alone, trained = shown
     assert kind in alone and "the cat" in alone and "packing" not in alone
-    assert f"packing: {'fit' if kind in ('messages', 'preferences') else 'wrap'}" in trained
+    assert f"packing: {'wrap' if kind in ('documents', 'sentence_pairs') else 'fit'}" in trained
     assert "the" in trained and "·cat" in trained
