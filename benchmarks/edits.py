@@ -51,11 +51,11 @@ def make_models(size: str, folder: Path) -> list[Path]:
 
     from puna.core import assets
     from puna.core.seeds import torch_generator
-    from puna.edit.delta import Weights, parts_of
     from puna.model.hf import write_configs
     from puna.model.spec import LlamaSpec
     from puna.model.tensor_writer import TensorWriter
     from puna.model.weights import expected_shapes
+    from puna.text.stored_weights import Weights, parts_of
 
     base = Weights.open(assets.fetch("smollm2-135m-instruct")) if size == "135m" else None
     spec = LlamaSpec.from_config(TINYLLAMA) if base is None else base.spec

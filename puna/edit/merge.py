@@ -18,7 +18,7 @@ from torch import Tensor
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside, write_text
 from puna.core.progress import Track
-from puna.edit.delta import DeltaSet, Weights, check_same_shapes, count_of, parts_of
+from puna.edit.delta import DeltaSet, check_same_shapes
 from puna.edit.merge_config import MergeConfig, ModelRef, Slice, settings_at
 from puna.edit.merge_methods import model_thresholds
 from puna.edit.merge_stack import WHOLE_BASE, Settings, Stack
@@ -30,6 +30,7 @@ from puna.model.spec import BlockSpec, LlamaSpec
 from puna.model.tensor_writer import TensorWriter
 from puna.model.weights import expected_shapes
 from puna.text import pretrained
+from puna.text.stored_weights import Weights, count_of, parts_of
 from puna.text.template import find_template
 
 _LAYER = "model.layers."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError, unknown_name
-from puna.edit.delta import count_of, parts_of
+from puna.text.stored_weights import count_of, parts_of
 
 _HELD = 1 << 24
 """Weights that a stack keeps between passes, all models together: 64 MB."""

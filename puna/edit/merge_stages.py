@@ -199,9 +199,10 @@ def delta(context: Context, parameters: Delta) -> Outcome:
 
     Time grows linearly with the weights; memory holds some millions of them.
     """
-    from puna.edit.delta import DeltaSet, Weights
+    from puna.edit.delta import DeltaSet
     from puna.edit.merge_study import delta_metrics
     from puna.text.pretrained import DTYPES
+    from puna.text.stored_weights import Weights
 
     base = Weights.open(context.inputs["base"])
     taken = DeltaSet.between(base, Weights.open(context.inputs["model"]))
@@ -367,7 +368,8 @@ def dare_checks(context: Context, parameters: DareChecks) -> Outcome:
     Time grows with draws times elements; memory holds a part of a tensor.
     """
     from puna.edit import merge_study
-    from puna.edit.delta import DeltaSet, Weights
+    from puna.edit.delta import DeltaSet
+    from puna.text.stored_weights import Weights
 
     model = Weights.open(context.inputs["model"])
     taken = DeltaSet.between(Weights.open(context.inputs["base"]), model)

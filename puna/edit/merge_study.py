@@ -19,12 +19,13 @@ from torch.nn import functional
 from puna.core.errors import PunaError
 from puna.data.corpus import Corpus
 from puna.edit import sparsify
-from puna.edit.delta import DeltaSet, Weights, parts_of
+from puna.edit.delta import DeltaSet
 from puna.edit.merge import Plan
 from puna.model.llama import Llama
 from puna.model.weights import set_parameter
 from puna.text.encode import encode_rows
 from puna.text.packing import IGNORED, Row, collate, group_of, pack, usual_mode
+from puna.text.stored_weights import Weights, parts_of
 
 if TYPE_CHECKING:
     from puna.text.tokenizer import Tokenizer

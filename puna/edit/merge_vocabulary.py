@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
-from puna.edit.delta import Parts, Weights, parts_of
 from puna.edit.merge_config import MergeConfig, ModelRef
 from puna.model.weights import EMBEDDING, HEAD
 from puna.text import pretrained
+from puna.text.stored_weights import Parts, Weights, parts_of
 from puna.text.tokenizer import Tokenizer
 
 Indices = numpy.ndarray[Any, numpy.dtype[numpy.int64]]

@@ -49,12 +49,12 @@ class DocumentBits:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """A run of tokens to read: position i of ``inputs`` predicts the next token; the last ones are scored."""
 
     document: int
     inputs: Sequence[int]
-    targets: Sequence[int]  # what the last len(targets) positions predict
+    targets: Sequence[int]  # what the last len(targets) positions predict; IGNORED is not scored
 
 
 def start_token(tokenizer: Tokenizer) -> int:
@@ -87,9 +87,19 @@ def measure(
     windows = [
         piece
         for document, row in enumerate(ids)
-        for piece in _windows(document, [start, *row], window, stride)
+        for piece in windows_of(document, [start, *row], window, stride)
     ]
-    nats = numpy.zeros(len(texts))
+    nats = sum_nats(model, windows, len(texts), batch_tokens, label)
+    return DocumentBits(
+        bits=nats / math.log(2),
+        bytes=numpy.array([len(text.encode()) for text in texts], dtype=numpy.float64),
+        tokens=numpy.array([len(row) for row in ids], dtype=numpy.float64),
+    )
+
+
+def sum_nats(model: Llama, windows: list[Window], count: int, batch_tokens: int, label: str) -> Floats:
+    """The negative log-likelihoods that ``windows`` score, summed for each of ``count`` documents."""
+    nats = numpy.zeros(count)
     was_training = model.training
     model.eval()
     try:
@@ -99,11 +109,7 @@ def measure(
                 track.advance(sum(len(piece.inputs) for piece in batch))
     finally:
         model.train(was_training)
-    return DocumentBits(
-        bits=nats / math.log(2),
-        bytes=numpy.array([len(text.encode()) for text in texts], dtype=numpy.float64),
-        tokens=numpy.array([len(row) for row in ids], dtype=numpy.float64),
-    )
+    return nats
 
 
 def _check(model: Llama, texts: Sequence[str], window: int, stride: int, batch_tokens: int) -> Tokenizer:
@@ -122,22 +128,28 @@ def _check(model: Llama, texts: Sequence[str], window: int, stride: int, batch_t
     return tokenizer
 
 
-def _windows(document: int, ids: list[int], window: int, stride: int) -> Iterator[_Window]:
-    """Cut ``ids`` (start token first) so that each later token is scored once; the last window is full."""
+def windows_of(
+    document: int, ids: list[int], window: int, stride: int, targets: Sequence[int] | None = None
+) -> Iterator[Window]:
+    """Cut ``ids`` (start token first) so that each later token is scored once; the last window is full.
+
+    ``targets`` are what is scored where it is not ``ids``: the same, with IGNORED in some places.
+    """
+    targets = ids if targets is None else targets
     last = len(ids) - 1  # the last token is only ever predicted
     start = scored = 0
     while scored < last:
         end = min(start + window, last)
-        yield _Window(document, ids[start:end], ids[scored + 1 : end + 1])
+        yield Window(document, ids[start:end], targets[scored + 1 : end + 1])
         scored = end
         start = min(start + stride, max(last - window, 0))
 
 
-def _batches(model: Llama, windows: list[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
+def _batches(model: Llama, windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
     """Windows of similar length together, the longest first, ``rows x longest <= batch_tokens``."""
     # Some rotations follow the longest row of a batch: there only equal lengths go together.
     mixed = not any(depends_on_length(block.rope) for block in model.spec.blocks)
-    batch: list[_Window] = []
+    batch: list[Window] = []
     for piece in sorted(windows, key=lambda piece: -len(piece.inputs)):
         fits = (len(batch) + 1) * len(batch[0].inputs) <= batch_tokens if batch else True
         if batch and not (fits and (mixed or len(piece.inputs) == len(batch[0].inputs))):
@@ -149,7 +161,7 @@ def _batches(model: Llama, windows: list[_Window], batch_tokens: int) -> Iterato
 
 
 @torch.inference_mode()
-def _score(model: Llama, batch: list[_Window], nats: Floats) -> None:
+def _score(model: Llama, batch: list[Window], nats: Floats) -> None:
     """Add the negative log-likelihoods of a batch's targets to their documents' ``nats``."""
     input_ids = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORED)
@@ -160,5 +172,6 @@ def _score(model: Llama, batch: list[_Window], nats: Floats) -> None:
         labels[row, end - len(piece.targets) : end] = torch.tensor(piece.targets)
     hidden = model.hidden(input_ids.to(model.device))
     losses = linear_cross_entropy(hidden, model.head_weight, labels.to(model.device)).tokens
-    documents = numpy.repeat([piece.document for piece in batch], [len(piece.targets) for piece in batch])
+    scored = [sum(target != IGNORED for target in piece.targets) for piece in batch]
+    documents = numpy.repeat([piece.document for piece in batch], scored)
     numpy.add.at(nats, documents, losses.cpu().double().numpy())

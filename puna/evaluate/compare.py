@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from puna.core.errors import PunaError, unknown_name
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from puna.evaluate.stages import Evaluate
     from puna.model.llama import Llama
 
+Further = Callable[[str, "Llama"], None]
+"""What else is measured of a model, given its name."""
+
 
 def evaluate_models(
     models: Mapping[str, str],
@@ -26,13 +29,15 @@ def evaluate_models(
     seed: int = 0,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    further: Further | None = None,
 ) -> Result:
     """Measure every model on every corpus and let each answer the prompts.
 
     ``models`` and ``corpora`` map the names used in the results to sources (folders, files, assets
     or hub ids) and corpus folders. Corpora of documents give bits per byte and fertility, corpora of
     sentence pairs give translation scores. Which documents are read depends on the corpus's name
-    and ``seed``, never on the model. Models are opened one after another and freed.
+    and ``seed``, never on the model. Models are opened one after another and freed. ``further`` is called
+    with each of them, and measures corpora of conversations.
     """
     _check_names(models, corpora, settings)
     opened = {name: Corpus.open(path) for name, path in corpora.items()}
@@ -58,11 +63,12 @@ def evaluate_models(
             result.documents[name] = _documents(name, corpus, settings, seed)
         elif corpus.kind == "sentence_pairs":
             result.pairs[name] = _pairs(name, corpus, settings, seed)
-        else:
+        elif further is None or corpus.kind != "messages":
             raise PunaError(
                 f"a corpus of {corpus.kind} cannot be measured",
                 where=corpora[name],
                 expected="a corpus of documents (bits per byte) or sentence_pairs (translation)",
+                fix="the stage forgetting measures conversations" if corpus.kind == "messages" else None,
             )
     asked = [(label, prompt) for label, prompts in settings.prompts.items() for prompt in prompts]
     result.samples = [
@@ -71,6 +77,8 @@ def evaluate_models(
     for name, source in models.items():
         model = pretrained.load(source, dtype=dtype, device=device)
         _measure(name, model, settings, [prompt for _, prompt in asked], result)
+        if further is not None:
+            further(name, model)
         del model
         gc.collect()
     return result
@@ -125,7 +133,7 @@ def _measure(name: str, model: Llama, settings: Evaluate, asked: Sequence[Any], 
 
 def _documents(name: str, corpus: Corpus, settings: Evaluate, seed: int) -> Documents:
     """The documents that are measured: drawn by seed up to the limits, then in the corpus's order."""
-    rows = _drawn(name, corpus, settings.max_documents, seed)
+    rows = drawn(name, corpus, settings.max_documents, seed)
     kept: list[tuple[int, dict[str, Any]]] = []
     size = 0
     for place, row in rows:
@@ -143,11 +151,11 @@ def _pairs(name: str, corpus: Corpus, settings: Evaluate, seed: int) -> Pairs:
             f"corpus {name!r} holds sentence pairs, and nothing says how to translate them",
             fix="set `translation` (an empty mapping takes the defaults), or leave the corpus out",
         )
-    rows = sorted(_drawn(name, corpus, settings.translation.rows, seed), key=lambda item: item[0])
+    rows = sorted(drawn(name, corpus, settings.translation.rows, seed), key=lambda item: item[0])
     return Pairs([row for _, row in rows])
 
 
-def _drawn(name: str, corpus: Corpus, limit: int | None, seed: int) -> list[tuple[int, dict[str, Any]]]:
+def drawn(name: str, corpus: Corpus, limit: int | None, seed: int) -> list[tuple[int, dict[str, Any]]]:
     """At most ``limit`` rows with their places, in a random order that depends on name and seed."""
     if corpus.count == 0:
         raise PunaError("the corpus is empty", where=name)

@@ -83,12 +83,23 @@ class Result:
         }
 
     @functools.cached_property
+    def compared(self) -> list[tuple[str, str]]:
+        """Pairs [model, other]: each model with the baseline, then the further ones, each once."""
+        pairs = [(model, self.baseline) for model in self.others]
+        return list(dict.fromkeys([*pairs, *(pair for pair in self.compare if pair[1] != self.baseline)]))
+
+    def name_of(self, corpus: str, model: str, other: str) -> str:
+        """What a comparison's metrics end in."""
+        return f"{corpus}.{model}" if other == self.baseline else f"{corpus}.{model}.vs.{other}"
+
+    @functools.cached_property
     def comparisons(self) -> dict[tuple[str, str, str], Comparison]:
         """By (corpus, model, other): each model against the baseline, then the further pairs."""
-        pairs = [(model, self.baseline) for model in self.others] + [
-            pair for pair in self.compare if pair[1] != self.baseline
-        ]
-        return {(corpus, *pair): self._compare(corpus, *pair) for corpus in self.documents for pair in pairs}
+        return {
+            (corpus, *pair): self._compare(corpus, *pair)
+            for corpus in self.documents
+            for pair in self.compared
+        }
 
     def _compare(self, corpus: str, model: str, other: str) -> Comparison:
         after, before = self.bits[corpus, model].bits, self.bits[corpus, other].bits
@@ -134,7 +145,7 @@ class Result:
         for (corpus, model), interval in self.intervals.items():
             found |= interval.metrics(f"bpb.{corpus}.{model}")
         for (corpus, model, other), comparison in self.comparisons.items():
-            name = f"{corpus}.{model}" if other == self.baseline else f"{corpus}.{model}.vs.{other}"
+            name = self.name_of(corpus, model, other)
             found |= comparison.change.metrics(f"change.{name}")
             found[f"better.{name}"] = comparison.better / comparison.documents
             found[f"sign_p.{name}"] = comparison.sign_p

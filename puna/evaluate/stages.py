@@ -1,9 +1,10 @@
 """The stages of this room: ``evaluate`` (several models on several corpora, compared by pairs of documents),
-``difference``, ``ask_tables`` out of ``preprocessing_stage``, and ``label_scores`` and ``label_checks`` out
-of ``labelling_stages``."""
+``forgetting`` (versions of one model over time), ``difference``, ``ask_tables`` out of
+``preprocessing_stage``, and ``label_scores`` and ``label_checks`` out of ``labelling_stages``."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import string
 from typing import Any
@@ -146,6 +147,65 @@ def evaluate(context: Context, parameters: Evaluate) -> Outcome:
     path = context.out / "scores.json"
     write_json(path, result.scores())
     return Outcome(outputs={"scores": path}, metrics=result.metrics())
+
+
+class Forgetting(Evaluate):
+    """Parameters of the stage ``forgetting``: those of ``evaluate``, and some for conversations."""
+
+    conversations: int = pydantic.Field(200, ge=1)
+    """Conversations of each corpus of messages at most, chosen by the run's seed."""
+    tasks: dict[str, tuple[str, ...]] = pydantic.Field(default_factory=dict)
+    """Corpora of messages whose last one is a choice, each with the choices; none: those that it has."""
+    distances: bool = True
+    """Whether to measure how far the weights lie from the baseline's."""
+    tokens: dict[str, float] = pydantic.Field(default_factory=dict)
+    """What each model had been trained on, the curves' x; by default they are numbered."""
+
+
+def plan_forgetting(parameters: Forgetting, shapes: Any) -> Cost:
+    """That of ``evaluate``, the choices read once more, and both models' weights for each distance."""
+    cost = plan_evaluate(parameters, shapes)
+    count = len(shapes.models)
+    limit = parameters.conversations * _USUAL_LENGTH
+    asked = count * sum(min(shapes.corpora.get(name, 0.0), limit) for name in parameters.tasks)
+    flops, seconds = 0.0, cost.seconds
+    for spec in shapes.models.values():
+        forward = plan.forward_operations(spec, min(parameters.window, _USUAL_LENGTH))
+        flops += forward * asked / max(count, 1)
+        if parameters.distances:
+            seconds += shapes.device.read_seconds(2 * spec.parameter_count() * plan.BYTES[shapes.dtype])
+    seconds += shapes.device.seconds(flops, shapes.dtype)
+    return dataclasses.replace(cost, tokens=cost.tokens + asked, flops=cost.flops + flops, seconds=seconds)
+
+
+@stage(
+    "forgetting",
+    parameters=Forgetting,
+    inputs={"models": Input("model", many=True), "corpora": Input("corpus", many=True, optional=True)},
+    outputs={"scores": "file"},
+    plan=plan_forgetting,
+)
+def forgetting(context: Context, parameters: Forgetting) -> Outcome:
+    """Tell what versions of a model learnt and forgot: bits, answers, choices, flips, distances, samples.
+
+    The models are named in the order of time. Time grows with models times text; memory is that of one model.
+    """
+    from puna.core.files import write_json
+    from puna.evaluate.forgetting import measure
+    from puna.evaluate.forgetting_tables import report
+
+    versions = measure(
+        context.inputs["models"],
+        context.inputs.get("corpora") or {},
+        parameters,
+        seed=context.seed,
+        dtype=context.dtype,
+        device=context.device,
+    )
+    context.report.update(report(versions, parameters.tokens))
+    path = context.out / "scores.json"
+    write_json(path, versions.scores())
+    return Outcome(outputs={"scores": path}, metrics=versions.metrics())
 
 
 class Differ(Parameters):

@@ -135,12 +135,13 @@ def _drawn(result: Result) -> dict[str, Any]:
     for corpus in result.documents:
         for model in result.models:
             comparison = result.comparisons.get((corpus, model, result.baseline))
-            row: dict[str, Any] = {"group": corpus, "label": model, **_ends(result.intervals[corpus, model])}
-            rows.append(row | ({"change": _ends(comparison.change)} if comparison else {}))
+            row: dict[str, Any] = {"group": corpus, "label": model, **ends(result.intervals[corpus, model])}
+            rows.append(row | ({"change": ends(comparison.change)} if comparison else {}))
     return {"title": "Bits per byte", "unit": "bits per byte", "baseline": result.baseline, "rows": rows}
 
 
-def _ends(interval: Interval) -> dict[str, float]:
+def ends(interval: Interval) -> dict[str, float]:
+    """A value with the ends of its interval where they are known, as charts take it."""
     return {"value": interval.value} | (
         {"low": interval.low, "high": interval.high} if interval.known else {}
     )

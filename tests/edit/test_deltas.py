@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from puna.core.errors import PunaError
 from puna.core.files import read_json, write_json
 from puna.core.seeds import torch_generator
-from puna.edit import delta as deltas
-from puna.edit.delta import DeltaSet, Weights
+from puna.edit.delta import DeltaSet
 from puna.model.adapter_files import write_adapter
 from puna.model.adapters import LoraSettings, add_lora
 from puna.model.checkpoint import write_hf
 from puna.model.llama import Llama
 from puna.model.tensor_writer import TensorWriter
-from puna.text import pretrained
+from puna.text import pretrained, stored_weights
+from puna.text.stored_weights import Weights
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_a_delta_is_the_difference_whatever_the_parts(
     base, child = Weights.open(pair[0]), Weights.open(pair[1])
     one, other = (load_file(folder / "model.safetensors") for folder in pair)
     taken = DeltaSet.between(base, child)
-    for size in (deltas.PART, 100):
-        monkeypatch.setattr(deltas, "PART", size)
+    for size in (stored_weights.PART, 100):
+        monkeypatch.setattr(stored_weights, "PART", size)
         assert all(torch.equal(taken.tensor(name), other[name] - one[name]) for name in one)
     assert set(taken.shapes) == set(one)
 
@@ -73,7 +73,7 @@ def test_an_adapter_is_the_delta_of_its_merged_model(
     merged = dict(pretrained.load_merged(tmp_path / "adapter").named_parameters())
     start = dict(pretrained.load(pair[0]).named_parameters())
     for name in taken.shapes:
-        got = torch.cat([opened.part(name, *place) for place in deltas.parts_of(opened.shapes[name])])
+        got = torch.cat([opened.part(name, *place) for place in stored_weights.parts_of(opened.shapes[name])])
         torch.testing.assert_close(got.view_as(merged[name]), merged[name].detach(), atol=1e-6, rtol=1e-6)
         expected = (merged[name] - start[name]).detach()
         torch.testing.assert_close(taken.tensor(name), expected, atol=1e-6, rtol=0)
@@ -89,7 +89,7 @@ def test_rows_of_a_product_are_those_of_the_whole(
     taken = DeltaSet.of_adapter(Weights.open(pair[0]), tmp_path / "adapter")
     name = "model.layers.0.mlp.down_proj.weight"
     whole = taken.tensor(name)
-    monkeypatch.setattr(deltas, "PART", 300)
+    monkeypatch.setattr(stored_weights, "PART", 300)
     torch.testing.assert_close(taken.tensor(name), whole, atol=1e-7, rtol=0)
     assert torch.linalg.matrix_rank(whole) == 3
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
-from puna.edit import combine, delta, merge_methods, sparsify
+from puna.edit import combine, merge_methods, sparsify
 from puna.edit.merge_stack import METHODS, Stack, get_method
 from puna.model.llama import Llama
+from puna.text import stored_weights
 from tests.invariants import kit
 
 FEW = settings(max_examples=25)
@@ -284,7 +285,7 @@ def test_large_tensors_are_merged_as_small_ones(monkeypatch: pytest.MonkeyPatch)
     values = {"weight": [0.6, 0.7], "density": [0.4, 0.7], "t": 0.3}
     deterministic = [n for n in METHODS if not n.startswith(("dare", "della", "passthrough"))]
     whole = {name: _run(name, base, deltas, values) for name in deterministic}
-    monkeypatch.setattr(delta, "PART", 60)
+    monkeypatch.setattr(stored_weights, "PART", 60)
     for name, expected in whole.items():
         torch.testing.assert_close(_run(name, base, deltas, values), expected, atol=1e-6, rtol=1e-6)
 

@@ -16,13 +16,14 @@ from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.data.ledger import Ledger
 from puna.edit import merge_statistics
-from puna.edit.delta import DeltaSet, Weights
+from puna.edit.delta import DeltaSet
 from puna.edit.merge_study import delta_metrics
 from puna.model.adapter_files import write_adapter
 from puna.model.adapters import LoraSettings, add_lora
 from puna.text import pretrained
 from puna.text.encode import encode_document
 from puna.text.packing import Row, Slice
+from puna.text.stored_weights import Weights
 from puna.text.tokenizer import Tokenizer
 
 

@@ -101,7 +101,7 @@ def test_windows_score_every_token_once_with_enough_context(
 ) -> None:
     stride = data.draw(st.integers(1, window))
     ids = list(range(length))
-    pieces = list(bits_per_byte._windows(0, ids, window, stride))
+    pieces = list(bits_per_byte.windows_of(0, ids, window, stride))
     assert [token for piece in pieces for token in piece.targets] == ids[1:]
     for piece in pieces:
         assert len(piece.inputs) <= window
