@@ -13,6 +13,7 @@ from puna.edit import (  # noqa: F401  registers their stages
     merge_stages,
     pruning_stages,
     recover_stages,
+    residual_stages,
     search_stages,
     unmasking_stages,
 )
