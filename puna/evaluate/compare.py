@@ -58,18 +58,7 @@ def evaluate_models(
         draws=settings.draws,
         seed=seed,
     )
-    for name, corpus in opened.items():
-        if corpus.kind == "documents":
-            result.documents[name] = _documents(name, corpus, settings, seed)
-        elif corpus.kind == "sentence_pairs":
-            result.pairs[name] = _pairs(name, corpus, settings, seed)
-        elif further is None or corpus.kind != "messages":
-            raise PunaError(
-                f"a corpus of {corpus.kind} cannot be measured",
-                where=corpora[name],
-                expected="a corpus of documents (bits per byte) or sentence_pairs (translation)",
-                fix="the stage forgetting measures conversations" if corpus.kind == "messages" else None,
-            )
+    _read(opened, settings, result, conversations=further is not None)
     asked = [(label, prompt) for label, prompts in settings.prompts.items() for prompt in prompts]
     result.samples = [
         {"label": label, "prompt": samples.prompt_text(prompt), "outputs": {}} for label, prompt in asked
@@ -82,6 +71,22 @@ def evaluate_models(
         del model
         gc.collect()
     return result
+
+
+def _read(corpora: Mapping[str, Corpus], settings: Evaluate, result: Result, *, conversations: bool) -> None:
+    """Put the rows that are measured into ``result``; ``conversations`` are left to others, or refused."""
+    for name, corpus in corpora.items():
+        if corpus.kind == "documents":
+            result.documents[name] = _documents(name, corpus, settings, result.seed)
+        elif corpus.kind == "sentence_pairs":
+            result.pairs[name] = _pairs(name, corpus, settings, result.seed)
+        elif not (conversations and corpus.kind == "messages"):
+            raise PunaError(
+                f"a corpus of {corpus.kind} cannot be measured",
+                where=corpus.path,
+                expected="a corpus of documents (bits per byte) or sentence_pairs (translation)",
+                fix="the stage forgetting measures conversations" if corpus.kind == "messages" else None,
+            )
 
 
 def _check_names(models: Mapping[str, str], corpora: Mapping[str, str], settings: Evaluate) -> None:

@@ -162,22 +162,7 @@ def measure(
     settings = settings.model_copy(
         update={"compare": (*(pair for pair in following if settings.baseline != pair[0]), *settings.compare)}
     )
-    conversations: dict[str, list[dict[str, Any]]] = {}
-    tasks: dict[str, Task] = {}
-    for name, path in corpora.items():
-        corpus = Corpus.open(path)
-        if corpus.kind == "messages":
-            rows = sorted(drawn(name, corpus, settings.conversations, seed), key=lambda row: row[0])
-            conversations[name] = [row for _, row in rows]
-            if name in settings.tasks:
-                tasks[name] = responses.task_of(name, corpus, conversations[name], settings.tasks[name])
-    if strange := [name for name in settings.tasks if name not in tasks]:
-        raise PunaError(
-            "a task needs a corpus of conversations",
-            where="forgetting, tasks",
-            found=strange[0],
-            expected=f"one of {', '.join(conversations) or 'some corpora of messages, and there is none'}",
-        )
+    conversations, tasks = _conversations(corpora, settings, seed)
     losses: dict[tuple[str, str], ResponseLoss] = {}
     said: dict[tuple[str, str], list[int]] = {}
 
@@ -198,6 +183,29 @@ def measure(
     )
     moved = _distances(models, result.baseline, result.others) if settings.distances else {}
     return Versions(result, conversations, tasks, losses, said, moved)
+
+
+def _conversations(
+    corpora: Mapping[str, str], settings: Forgetting, seed: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Task]]:
+    """The conversations of each corpus that are measured, and the tasks among them."""
+    conversations: dict[str, list[dict[str, Any]]] = {}
+    tasks: dict[str, Task] = {}
+    for name, path in corpora.items():
+        corpus = Corpus.open(path)
+        if corpus.kind == "messages":
+            rows = sorted(drawn(name, corpus, settings.conversations, seed), key=lambda row: row[0])
+            conversations[name] = [row for _, row in rows]
+            if name in settings.tasks:
+                tasks[name] = responses.task_of(name, corpus, conversations[name], settings.tasks[name])
+    if strange := [name for name in settings.tasks if name not in tasks]:
+        raise PunaError(
+            "a task needs a corpus of conversations",
+            where="forgetting, tasks",
+            found=strange[0],
+            expected=f"one of {', '.join(conversations) or 'some corpora of messages, and there is none'}",
+        )
+    return conversations, tasks
 
 
 def _distances(models: Mapping[str, str], baseline: str, others: Sequence[str]) -> dict[str, Distances]:
