@@ -39,6 +39,12 @@ def group_of(name: str) -> str:
     return f"layers.{parts[2]}" if name.startswith("model.layers.") else _NAMES.get(name, name)
 
 
+def _place(item: tuple[str, object]) -> tuple[int, str]:
+    """Layers by their numbers, the others before them."""
+    name, _, layer = item[0].partition(".")
+    return (int(layer) if name == "layers" else -1, item[0])
+
+
 def distances(before: Weights, after: Weights) -> Distances:
     """How far ``after`` lies from ``before``; time is that of reading both, memory that of a part of each."""
     squares: dict[str, list[float]] = {}
@@ -61,6 +67,6 @@ def distances(before: Weights, after: Weights) -> Distances:
             expected=f"some tensors as in {before.label}",
             fix="set distances: false",
         )
-    groups = {group: math.sqrt(moved / norm) for group, (moved, norm) in alike.items()}
+    groups = {group: math.sqrt(moved / norm) for group, (moved, norm) in sorted(alike.items(), key=_place)}
     moved, norm = (sum(sums[side] for sums in alike.values()) for side in (0, 1))
     return Distances(math.sqrt(moved / norm), groups, tuple(sorted({*squares, *unlike} - set(alike))))

@@ -164,6 +164,12 @@ def test_distances_are_the_norms_of_whole_tensors(
     assert min(found.groups.values()) <= found.whole <= max(found.groups.values())
 
 
+def test_layers_stand_in_their_order(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
+    places = [puna.save(tiny_llama(seed, num_hidden_layers=11), tmp_path / str(seed)) for seed in (0, 1)]
+    found = distances(*(Weights.open(place) for place in places))
+    assert list(found.groups)[-11:] == [f"layers.{number}" for number in range(11)]
+
+
 def test_an_adapter_has_the_distance_of_its_product(tmp_path: Path, inputs: dict[str, Any]) -> None:
     model = puna.load(inputs["models"]["before"])
     add_lora(model, LoraSettings(r=2, alpha=4.0, target=("q_proj",)), seed=0)
