@@ -134,18 +134,21 @@ class Engine:
             ids = self._encode_messages(prompt)  # type: ignore[arg-type]
         else:
             ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-            wrong = [token for token in ids if not 0 <= token < self.model.spec.vocab_size]
-            if wrong:
-                raise PunaError(
-                    "a prompt has ids outside the vocabulary",
-                    found=wrong[:5],
-                    expected=f"0 to {self.model.spec.vocab_size - 1}",
-                )
+            self._check_ids("a prompt has ids", ids)
         if not ids:
             raise PunaError(
                 "an empty prompt has no token to continue from", fix="give at least one character"
             )
         return ids
+
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        wrong = [token for token in ids if not 0 <= token < self.model.spec.vocab_size]
+        if wrong:
+            raise PunaError(
+                f"{what} outside the vocabulary",
+                found=wrong[:5],
+                expected=f"0 to {self.model.spec.vocab_size - 1}",
+            )
 
     def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
         if self.model.template is None:
@@ -294,6 +297,7 @@ class Engine:
         strategy: Strategy,
         on_event: Callable[[Event], None] | None,
     ) -> Job:
+        self._check_ids("stop_ids has ids", sampling.stop_ids)
         ids = self.encode(prompt)
         room = self.model.spec.max_positions - len(ids)
         if room < 1:

@@ -180,6 +180,11 @@ def test_bad_prompts_get_one_clear_message(model: Any, prompts: Any, message: st
         Engine(model).generate(prompts)
 
 
+def test_a_stop_id_that_no_text_can_hold_is_refused(model: Any) -> None:
+    with pytest.raises(PunaError, match="stop_ids has ids outside the vocabulary"):
+        Engine(model).generate([[5]], Sampling(stop_ids=[3, 400]))
+
+
 def test_a_model_without_tokenizer_is_refused(model: Any) -> None:
     model.tokenizer = None
     with pytest.raises(PunaError, match="no tokenizer"):
