@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puna.core.errors import PunaError, nearest
-from puna.data.kinds import BadRowError, Kind, check_messages, check_text, check_words
+from puna.data.kinds import BadRowError, Kind, check_labels, check_messages, check_text, check_words
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -209,9 +209,7 @@ def _labelled_text(row: Mapping[str, Any], languages: Languages) -> dict[str, An
 def _labelled_words(row: Mapping[str, Any], languages: Languages) -> dict[str, Any]:
     check_words(row["words"], "words")
     check_words(row["labels"], "labels")
-    if len(row["words"]) != len(row["labels"]):
-        counts = f"{len(row['labels'])} labels for {len(row['words'])} words"
-        raise BadRowError("every word needs a label", "labels", counts)
+    check_labels(row["words"], row["labels"])
     return _with_language(row, languages, words=list(row["words"]), labels=list(row["labels"]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from puna.core.errors import PunaError
@@ -73,9 +73,8 @@ def check_row(kind: Kind, row: Mapping[str, Any]) -> None:
             check_words(row[column], column)
         else:
             check_messages(row[column], column)
-    if kind == "labelled_words" and len(row["words"]) != len(row["labels"]):
-        counts = f"{len(row['labels'])} labels for {len(row['words'])} words"
-        raise BadRowError("every word needs a label", "labels", counts)
+    if kind == "labelled_words":
+        check_labels(row["words"], row["labels"])
     extra = sorted(set(row) - set(COLUMNS[kind]))
     if extra:
         raise BadRowError(f"kind {kind} has no such column", extra[0])
@@ -100,6 +99,14 @@ def check_words(value: Any, field: str) -> None:
         raise BadRowError("not a list of texts", field, repr(value))
     for index, word in enumerate(value):
         check_text(word, f"{field}[{index}]")
+
+
+def check_labels(words: Sequence[str], labels: Sequence[str]) -> None:
+    """Raise :class:`BadRowError` unless there is a label for each word."""
+    if len(words) != len(labels):
+        raise BadRowError(
+            "every word needs a label", "labels", f"{len(labels)} labels for {len(words)} words"
+        )
 
 
 def labels_of(kind: Kind, row: Mapping[str, Any]) -> list[str]:

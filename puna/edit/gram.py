@@ -1,4 +1,4 @@
-"""X^T X of rows that pass by, summed: half of it is computed, the rest mirrored at the end."""
+"""X^T X of rows that pass by: half of it is computed, the rest mirrored at the end; and what it tells."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def add_gram(sums: Tensor, rows: Tensor) -> None:
 def mirror(sums: Tensor) -> Tensor:
     """``sums`` [width, width] with the upper half that :func:`add_gram` left out put in its place."""
     return sums.copy_(sums.tril() + sums.tril(-1).T)
+
+
+def relative_error(sums: Tensor, exact: Tensor, changed: Tensor) -> float:
+    """Squared error of a matrix's outputs over the squared outputs, on the rows of ``sums`` [inputs, inputs].
+
+    ``exact`` and ``changed`` are its weights [outputs, inputs].
+    """
+    left = changed - exact
+    whole = float((exact * (exact @ sums)).sum())
+    return float((left * (left @ sums)).sum()) / whole if whole > 0 else 0.0

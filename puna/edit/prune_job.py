@@ -25,7 +25,6 @@ from puna.core.stage import Context, Outcome
 from puna.edit.calibration import calibration_batches
 from puna.edit.pruning import Pruned
 from puna.edit.pruning import prune as take_out
-from puna.model.adapters import merge_lora
 from puna.model.kept_units import write_kept
 from puna.model.probe import difference, probe
 from puna.model.slicing import Masks, slice_tensors, sliced, soft_mask
@@ -62,10 +61,7 @@ def run_prune(context: Context, parameters: Prune) -> Outcome:
 
 
 def _opened(context: Context, dtype: str) -> Llama:
-    model = pretrained.load(context.inputs["model"], dtype=dtype, device=context.device).eval()
-    if model.adapter is not None:
-        merge_lora(model)
-    return model
+    return pretrained.load_plain(context.inputs["model"], dtype=dtype, device=context.device).eval()
 
 
 def _calibration(model: Llama, corpus: Path, pruning: Pruning, seed: int) -> list[Batch]:

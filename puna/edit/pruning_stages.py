@@ -9,13 +9,12 @@ import pydantic
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.sizes import forward_operations
 from puna.model.units import Kept, Kind, sliced_spec
+from puna.train.plan import BYTES
 from puna.train.stages import Train, plan_train
 
 if TYPE_CHECKING:
     from puna.edit.pruning import PruneSettings
     from puna.model.spec import LlamaSpec
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Pruning(Parameters):
@@ -148,8 +147,8 @@ def _plan_prune(parameters: Prune, shapes: Any) -> Cost:
     weights = spec.parameter_count()
     small = _rough_spec(spec, parameters)
     seconds = shapes.device.seconds(flops, shapes.dtype)
-    seconds += shapes.device.read_seconds(small.parameter_count() * _BYTES[parameters.save_dtype])
-    memory = weights * (_BYTES[shapes.dtype] + (8 if parameters.scorer == "taylor" else 0))
+    seconds += shapes.device.read_seconds(small.parameter_count() * BYTES[parameters.save_dtype])
+    memory = weights * (BYTES[shapes.dtype] + (8 if parameters.scorer == "taylor" else 0))
     return Cost(tokens=tokens, flops=flops, memory=float(memory), seconds=seconds, spec=small)
 
 

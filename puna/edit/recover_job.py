@@ -18,7 +18,6 @@ from puna.edit.calibration import calibration_batches
 from puna.edit.recover import Comparison, Recovered, compare, recover, write_recovered
 from puna.edit.sparsegpt import Pattern, follows, sparsify
 from puna.model.adapter_files import ADAPTER_CONFIG, StoredAdapter, is_masked, open_adapter
-from puna.model.adapters import merge_lora
 from puna.model.checkpoint import open_weights
 from puna.model.kept_units import read_kept
 from puna.model.spec import LlamaSpec
@@ -92,7 +91,9 @@ def run_recover(context: Context, parameters: RecoverAdapter) -> Outcome:
     chosen = min(candidates, key=lambda name: losses.get(name, 0.0))
     stored, found = _recovered(candidates[chosen], small, base.spec, kept)
     _put(base, whole, found.changes)
-    outputs = {"model": pretrained.save(_typed(base, parameters.save_dtype), context.out / "model")}
+    outputs = {
+        "model": pretrained.save(base.to(pretrained.DTYPES[parameters.save_dtype]), context.out / "model")
+    }
     if found.factors:
         base.source = _source(context.inputs["base"])
         folder = context.out / "adapter"
@@ -105,10 +106,7 @@ def run_recover(context: Context, parameters: RecoverAdapter) -> Outcome:
 
 def _opened(context: Context, name: str) -> Llama:
     """A model in float32, its own adapter merged."""
-    model = pretrained.load(context.inputs[name], dtype="float32").eval()
-    if model.adapter is not None:
-        merge_lora(model)
-    return model
+    return pretrained.load_plain(context.inputs[name], dtype="float32").eval()
 
 
 def _source(base: str | Path) -> str:
@@ -172,10 +170,6 @@ def _put(model: Llama, whole: dict[str, Tensor], changes: dict[str, Tensor]) -> 
         parameter.copy_(whole[name])
         if name in changes:
             parameter.add_(changes[name])
-
-
-def _typed(model: Llama, dtype: str) -> Llama:
-    return model.to(pretrained.DTYPES[dtype])
 
 
 def _held_out(model: Llama, context: Context, parameters: RecoverAdapter) -> HeldOut | None:

@@ -8,8 +8,7 @@ import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.sizes import forward_operations
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from puna.train.plan import BYTES
 
 
 class SparseGpt(Parameters):
@@ -80,7 +79,7 @@ def _plan_recover(parameters: RecoverAdapter, shapes: Any) -> Cost:
     flops = 2 * tokens * forward_operations(spec, parameters.max_length)
     weights = spec.parameter_count()
     seconds = shapes.device.seconds(flops, "float32")
-    seconds += shapes.device.read_seconds(weights * (4 + _BYTES[parameters.save_dtype]))
+    seconds += shapes.device.read_seconds(weights * (4 + BYTES[parameters.save_dtype]))
     return Cost(tokens=2 * tokens, flops=flops, memory=float(8 * weights), seconds=seconds, spec=spec)
 
 

@@ -36,7 +36,6 @@ from puna.edit.sort_units import held_by_first_half
 from puna.edit.sort_units import sort_channels as sort
 from puna.edit.stats import collect
 from puna.edit.step_seconds import StepSeconds, measure_step_seconds
-from puna.model.adapters import merge_lora
 from puna.model.search_space import Genes, SearchSpace
 from puna.model.slicing import sliced
 from puna.model.units import sliced_spec
@@ -73,10 +72,7 @@ def run_sort(context: Context, parameters: SortChannels) -> Outcome:
 
 
 def _opened(context: Context, name: str, dtype: str) -> Llama:
-    model = pretrained.load(context.inputs[name], dtype=dtype, device=context.device).eval()
-    if model.adapter is not None:
-        merge_lora(model)
-    return model
+    return pretrained.load_plain(context.inputs[name], dtype=dtype, device=context.device).eval()
 
 
 def _texts(model: Llama, context: Context, parameters: CommonText) -> list[Batch]:

@@ -9,12 +9,12 @@ import pydantic
 from puna.core.seeds import derive
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.sizes import forward_operations
+from puna.train.plan import BYTES
 from puna.train.settings import Children
 
 if TYPE_CHECKING:
     from puna.edit.search import SearchSettings
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Method = Literal["linas", "nsga2", "random"]
 
 
@@ -94,8 +94,9 @@ class SearchChildren(CommonText):
     def _consistent(self) -> SearchChildren:
         if self.method in self.baselines or len({*self.baselines}) < len(self.baselines):
             raise ValueError("baselines are searches other than method, each once")
-        timings = {"timed_weights": "int8", "timed_rounds": 30}
-        if self.cost != "seconds" and any(getattr(self, name) != value for name, value in timings.items()):
+        fields = SearchChildren.model_fields
+        timings = ("timed_weights", "timed_rounds")
+        if self.cost != "seconds" and any(getattr(self, name) != fields[name].default for name in timings):
             raise ValueError("timed_weights and timed_rounds mean nothing without cost 'seconds'")
         if self.population > self.evaluations:
             raise ValueError("evaluations are those of one population at least")
@@ -124,7 +125,7 @@ def _plan_sort(parameters: SortChannels, shapes: Any) -> Cost:
     passes = {"taylor": 3, "contribution": 1}.get(parameters.scorer, 0)
     flops = passes * parameters.tokens * forward_operations(spec, parameters.length)
     weights = spec.parameter_count()
-    moved = shapes.device.read_seconds((4 + _BYTES[parameters.save_dtype]) * weights)
+    moved = shapes.device.read_seconds((4 + BYTES[parameters.save_dtype]) * weights)
     memory = weights * (12 if parameters.scorer == "taylor" else 4)
     return Cost(
         tokens=parameters.tokens,
@@ -159,7 +160,7 @@ def _plan_search(parameters: SearchChildren, shapes: Any) -> Cost:
         return Cost()
     read = float((1 + len(parameters.baselines)) * parameters.evaluations * parameters.tokens)
     flops = read * forward_operations(spec, parameters.length)
-    memory = _BYTES[shapes.dtype] * spec.parameter_count() + 8e3 * parameters.batch_rows * parameters.length
+    memory = BYTES[shapes.dtype] * spec.parameter_count() + 8e3 * parameters.batch_rows * parameters.length
     parameters.children.space(spec)  # sizes that the model does not have are told before anything runs
     return Cost(
         tokens=read,

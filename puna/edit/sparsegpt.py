@@ -20,6 +20,7 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.progress import Track
+from puna.edit.gram import relative_error
 from puna.edit.quantize.calibration import collect
 from puna.edit.quantize.rounding import Moments
 from puna.model.blockwise import Blockwise
@@ -113,7 +114,7 @@ def sparsify(
                 for name, linear in zip(site.names, site.linears, strict=True):
                     exact = linear.weight.detach().clone()
                     linear.weight.copy_(prune_matrix(exact, moments, pattern))
-                    done.errors[name] = _relative_error(inputs.sums, exact, linear.weight)
+                    done.errors[name] = relative_error(inputs.sums, exact, linear.weight)
                     done.weights += exact.numel()
                     done.zeros += int((linear.weight == 0).sum())
             passing.advance()
@@ -144,9 +145,9 @@ def prune_matrix(weight: Tensor, moments: Moments, pattern: Pattern) -> Tensor:
             lost = torch.where(mask[place], part[place], 0.0)
             errors[place] = lost / factor[at, at]
             part[place] -= lost
-            part[place + 1 :] -= factor[at, at + 1 : stop, None] * errors[place]
+            part[place + 1 :].addr_(factor[at, at + 1 : stop], errors[place], alpha=-1)
             part[place].masked_fill_(mask[place], 0.0)
-        found[stop:] -= factor[start:stop, stop:].T @ errors
+        found[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return found.T.contiguous()
 
 
@@ -168,12 +169,6 @@ def _rest_of(costs: Tensor, pattern: Pattern) -> Tensor:
     gone = round(len(costs) * pattern.removed)
     order = costs.argsort(dim=0, stable=True)
     return torch.zeros_like(costs, dtype=torch.bool).scatter_(0, order[:gone], True)
-
-
-def _relative_error(sums: Tensor, exact: Tensor, pruned: Tensor) -> float:
-    left = pruned - exact
-    whole = float((exact * (exact @ sums)).sum())
-    return float((left * (left @ sums)).sum()) / whole if whole > 0 else 0.0
 
 
 def follows(weights: Mapping[str, Tensor], pattern: Pattern) -> int:

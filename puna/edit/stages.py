@@ -19,8 +19,7 @@ from puna.edit import (  # noqa: F401  registers their stages
 )
 from puna.edit.quantize import stages as quantize_stages  # noqa: F401  registers its stages
 from puna.edit.sub_blocks import stages as sub_block_stages  # noqa: F401  registers its stages
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from puna.train.plan import BYTES
 
 
 class Shorten(Parameters):
@@ -39,7 +38,7 @@ def _plan(parameters: Shorten, shapes: Any) -> Cost:
         return Cost()
     blocks = tuple(spec.blocks[block] for block in parameters.blocks if 0 <= block < len(spec.blocks))
     short = spec.replace(blocks=blocks) if blocks else spec
-    held, written = 4 * spec.parameter_count(), short.parameter_count() * _BYTES[parameters.save_dtype]
+    held, written = 4 * spec.parameter_count(), short.parameter_count() * BYTES[parameters.save_dtype]
     return Cost(memory=held + written, seconds=shapes.device.read_seconds(held + written), spec=short)
 
 
@@ -52,12 +51,9 @@ def shorten(context: Context, parameters: Shorten) -> Outcome:
     Time and memory grow linearly with the number of weights.
     """
     from puna.edit.shorten import shorten as keep
-    from puna.model.adapters import merge_lora
     from puna.text import pretrained
 
-    model = pretrained.load(context.inputs["model"], dtype="float32")
-    if model.adapter is not None:
-        merge_lora(model)
+    model = pretrained.load_plain(context.inputs["model"], dtype="float32")
     short = keep(model, parameters.blocks).to(pretrained.DTYPES[parameters.save_dtype])
     written = pretrained.save(short, context.out / "model")
     count, before = short.spec.parameter_count(), model.spec.parameter_count()
@@ -114,7 +110,7 @@ def _plan_initialise(parameters: Initialise, shapes: Any) -> Cost:
     if known is None:
         return Cost()
     spec = parameters.spec(known.vocab_size)
-    memory = (4 + _BYTES[parameters.save_dtype]) * spec.parameter_count()
+    memory = (4 + BYTES[parameters.save_dtype]) * spec.parameter_count()
     return Cost(memory=memory, seconds=shapes.device.read_seconds(memory), spec=spec)
 
 

@@ -10,6 +10,7 @@ A pattern that was measured is written down, so that a killed run goes on with t
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,17 +70,14 @@ def run(context: Context, parameters: Unmasking) -> Outcome:
     recipe = {"recipe": parameters.train.model_dump(mode="json"), "seed": seed, "corpus": corpus.fingerprint}
     work = _Work(context, parameters, kind, sides, seed, recipe)
     found = {pattern: work.measured(pattern) for pattern in parameters.all_patterns()}
-    always = score(majority(sides.test.true, _seen(sides.train)), sides.test.true)
+    seen = Counter(label for labels in sides.train.true for label in labels)
+    always = score(majority(sides.test.true, seen), sides.test.true)
     by = next(name for name in _FIGURES if f"validation.{name}" in next(iter(found.values())))
     # Of equals the first, in the order of the table.
     chosen = max(found, key=lambda pattern: found[pattern][f"validation.{by}"])
     context.report["tables"] = [_table(found, always, by, chosen)]
     shutil.rmtree(context.out / "patterns", ignore_errors=True)
     return Outcome({}, _metrics(found, always, by, chosen))
-
-
-def _seen(labelled: Labelled) -> list[str]:
-    return [label for labels in labelled.true for label in labels]
 
 
 @dataclass

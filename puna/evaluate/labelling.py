@@ -16,6 +16,8 @@ import torch
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.data.corpus import Corpus
+from puna.data.kinds import Kind
+from puna.data.kinds import labels_of as labels_of_row
 from puna.evaluate.label_scores import UNSAID, Scores, majority, score
 from puna.model.labels import label_logits, labels_of
 from puna.text import pretrained
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 class Labelled:
     """Rows of a corpus and their true labels; a text has one."""
 
-    kind: str
+    kind: Kind
     rows: list[dict[str, Any]]
 
     @classmethod
@@ -50,7 +52,7 @@ class Labelled:
     @property
     def true(self) -> list[list[str]]:
         """The labels of each row."""
-        return [[row["label"]] if self.kind == "labelled_texts" else row["labels"] for row in self.rows]
+        return [labels_of_row(self.kind, row) for row in self.rows]
 
 
 @torch.no_grad()
@@ -121,8 +123,7 @@ def measure(
         said = predictions(model, labelled, max_length=parameters.max_length)
         found[name] = score(said, labelled.true)
     if inputs.get("train") is not None:
-        counts = Corpus.open(inputs["train"]).meta["labels"]
-        seen = [label for label, count in counts.items() for _ in range(count)]
+        seen = Corpus.open(inputs["train"]).meta["labels"]
         found["majority"] = score(majority(labelled.true, seen), labelled.true)
     if inputs.get("language_model") is not None:
         if parameters.zero_shot is None:

@@ -27,11 +27,6 @@ class ResponseLoss:
     nats: Floats
     tokens: Floats
 
-    @property
-    def loss(self) -> float:
-        """Nats a token, over all conversations together."""
-        return float(self.nats.sum() / self.tokens.sum())
-
 
 def measure(
     model: Llama, rows: Sequence[Mapping[str, Any]], *, window: int, batch_tokens: int, label: str

@@ -73,6 +73,14 @@ def load_merged(source: str | Path, *, dtype: str | torch.dtype = "float32", dev
     return model
 
 
+def load_plain(source: str | Path, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> Llama:
+    """:func:`load` for what works on weights alone: an adapter is merged, attention prompts are refused."""
+    model = load(source, dtype=dtype, device=device)
+    if model.adapter is not None:
+        merge_lora(model)
+    return model
+
+
 def save(
     model: Llama,
     out: str | Path,

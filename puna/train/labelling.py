@@ -104,11 +104,9 @@ def open_labeller(
 
 
 def _with_head(source: str | Path, kind: LabelKind, pattern: str, *, dtype: str, seed: int) -> Llama:
-    model = pretrained.load(source, dtype=dtype)
+    model = pretrained.load_plain(source, dtype=dtype)
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
-    if model.adapter is not None:
-        merge_lora(model)
     add_label_head(model, kind, seed=seed)
     unmask(model, pattern)
     return model

@@ -21,7 +21,6 @@ from torch import Tensor
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint
 from puna.core.progress import Track, say
-from puna.model.adapters import merge_lora
 from puna.text import pretrained
 from puna.text.packing import IGNORED, Row, collate
 from puna.train.distillation import (
@@ -104,9 +103,7 @@ def open_teacher(source: str | Path, student: Llama, *, dtype: str, world: World
 
     A tokenizer other than the student's is an error: the two distributions would be over different words.
     """
-    teacher = pretrained.load(source, dtype=dtype, device=str(world.device))
-    if teacher.adapter is not None:
-        merge_lora(teacher)
+    teacher = pretrained.load_plain(source, dtype=dtype, device=str(world.device))
     theirs, ours = (
         None if one.tokenizer is None else one.tokenizer.fingerprint for one in (teacher, student)
     )

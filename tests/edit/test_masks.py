@@ -31,6 +31,7 @@ from puna.text.template import CHATML, Template
 from puna.train.loop import Loop
 from puna.train.metrics import read_metrics
 from puna.train.optimizer import OptimizerSettings
+from tests.edit.running import run_stage
 from tests.invariants import kit
 
 WIDE = BlockSpec(heads=6, kv_heads=3, head_dim=8, width=40)
@@ -290,14 +291,6 @@ LEARNING: dict[str, Any] = {
         "save_dtype": "float32",
     },
 }
-
-
-def run_stage(
-    name: str, out: Path, inputs: dict[str, Any], parameters: dict[str, Any]
-) -> tuple[Outcome, Context]:
-    stage = get_stage(name)
-    context = Context(name, out, inputs, seed=0, dtype="float32")
-    return stage.function(context, validate(stage.parameters, parameters, where="test")), context
 
 
 def inputs_of(places: dict[str, Path]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator, torch_generator
-from puna.core.stage import Context, Outcome, get_stage, validate
+from puna.core.stage import Context, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.edit.allocate import ALLOCATORS, MOST, Pace, centred, removals, weight_of
 from puna.edit.calibration import calibration_batches
@@ -26,6 +26,7 @@ from puna.model.units import KINDS, Kind, block_parameters, unit_parameters
 from puna.text import pretrained
 from puna.text.packing import Batch
 from puna.train.metrics import read_metrics
+from tests.edit.running import run_stage
 from tests.invariants import kit
 
 WIDE = BlockSpec(heads=6, kv_heads=3, head_dim=8, width=40)
@@ -226,14 +227,6 @@ TRAINING: dict[str, Any] = {
     "dtype": "float32",
     "save_dtype": "float32",
 }
-
-
-def run_stage(
-    name: str, out: Path, inputs: dict[str, Any], parameters: dict[str, Any]
-) -> tuple[Outcome, Context]:
-    stage = get_stage(name)
-    context = Context(name, out, inputs, seed=0, dtype="float32")
-    return stage.function(context, validate(stage.parameters, parameters, where="test")), context
 
 
 def test_the_stage_prunes_saves_and_reports(

@@ -47,8 +47,8 @@ def test_scores_of_texts() -> None:
     # good: 1 hit, 2 said, 2 true; bad: 1, 2, 1; so-so: none.
     assert found.macro_f1 == pytest.approx((0.5 + 2 / 3 + 0) / 3)
     assert found.metrics(".x") == {"accuracy.x": 0.5, "macro_f1.x": pytest.approx(found.macro_f1)}
-    assert score(majority(true, ["bad", "good", "good"]), true).accuracy == 0.5
-    assert majority([["x", "y"]], ["b", "a"]) == [["a", "a"]]
+    assert score(majority(true, {"bad": 1, "good": 2}), true).accuracy == 0.5
+    assert majority([["x", "y"]], {"b": 1, "a": 1}) == [["a", "a"]]
 
 
 def test_a_word_without_a_label_counts_as_wrong() -> None:

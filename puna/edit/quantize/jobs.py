@@ -16,7 +16,6 @@ from puna.edit.quantize.methods import SETTINGS, setting
 from puna.edit.quantize.quantize import quantize
 from puna.edit.quantize.settings import Quantization
 from puna.edit.quantize.tuning import Budget
-from puna.model.adapters import merge_lora
 from puna.text import pretrained
 
 if TYPE_CHECKING:
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
 
 def open_plain(context: Context) -> Llama:
     """The stage's model in float32, without an adapter, with a tokenizer."""
-    model = pretrained.load(context.inputs["model"], dtype="float32").eval()
-    if model.adapter is not None:
-        merge_lora(model)
+    model = pretrained.load_plain(context.inputs["model"], dtype="float32").eval()
     if model.tokenizer is None:
         raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
     return model

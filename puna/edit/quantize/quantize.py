@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from puna.core.errors import PunaError
 from puna.core.progress import Track
 from puna.core.seeds import torch_generator
+from puna.edit.gram import relative_error
 from puna.edit.quantize.calibration import collect, rounded_activations
 from puna.edit.quantize.nf4_planner import Nf4Planner
 from puna.edit.quantize.planners import (
@@ -151,7 +152,7 @@ def _quantize_block(
     for site, inputs in zip(places, found, strict=True):
         for name, linear, rounded in _round_site(site, inputs, settings, seed):
             if inputs is not None:
-                done.errors[name] = _relative_error(inputs, linear.weight, rounded.weight)
+                done.errors[name] = relative_error(inputs.sums, linear.weight, rounded.weight)
             linear.weight.copy_(rounded.weight)
             done.matrices[name] = rounded.storage
             if rounded.grid is not None:
@@ -175,13 +176,6 @@ def _transform(
             for name, linear in zip(site.names, site.linears, strict=True):
                 if inputs is not None and not name.endswith(("q_proj.weight", "k_proj.weight")):
                     clip(linear, inputs, grid)
-
-
-def _relative_error(inputs: Inputs, exact: Tensor, rounded: Tensor) -> float:
-    """Squared error of the outputs over the squared outputs."""
-    left = rounded - exact
-    whole = float((exact * (exact @ inputs.sums)).sum())
-    return float((left * (left @ inputs.sums)).sum()) / whole if whole > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from puna.edit.sub_blocks.variants import HALVES, NONE, PARENT, Half
 from puna.model.sizes import cache_bytes
 from puna.model.spec import LlamaSpec
 
-METHODS = ("programme", "greedy", "most_parameters", "no_op_only", "uniform")
 _BYTES = 2  # of a weight, in bfloat16
 _SECONDS, _MEMORY, _WEIGHTS = "seconds", "bytes", "parameters"
 
@@ -133,7 +132,7 @@ def problem_of(scores: Scores, prices: Prices, limits: Limits, layers: int) -> P
 
 
 def choose(problem: Problem, method: str, *, solutions: int = 1, alpha: float = 0.8) -> list[Solution]:
-    """Children by one of :data:`METHODS` but ``uniform``; of the programme several, best first."""
+    """Children by ``programme`` (several, best first), ``greedy``, ``most_parameters`` or ``no_op_only``."""
     if method == "greedy":
         return [programme.greedy(problem)]
     if method == "most_parameters":

@@ -160,16 +160,3 @@ def random_choices(library: Library, count: int, generator: numpy.random.Generat
                 names[-1].append(drawn)
         found.append(tuple((attention, feed_forward) for attention, feed_forward in names))
     return found
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's correlation; values that are equal share the mean of their ranks."""
-    one, other = _ranks(first), _ranks(second)
-    return float(numpy.corrcoef(one, other)[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2
-        for value in values
-    ]

@@ -22,6 +22,7 @@ from puna.core.seeds import derive, numpy_generator
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus
 from puna.edit.calibration import calibration_batches
+from puna.edit.predictors import rank_correlation
 from puna.edit.stats import collect
 from puna.edit.sub_blocks import choosing, costs
 from puna.edit.sub_blocks.costs import Workload
@@ -31,7 +32,6 @@ from puna.edit.sub_blocks.divergence import (
     mean_kl,
     predicted,
     random_choices,
-    rank_correlation,
     replace_one,
 )
 from puna.edit.sub_blocks.library import META, ORDER, Choice, Library, assemble, layer_file, open_parent
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         ParentDivergence,
         ReplaceOne,
         SubBlocks,
+        Text,
     )
     from puna.model.llama import Llama
 
@@ -213,10 +214,15 @@ def _losses_table(losses: _Losses) -> dict[str, Any]:
     }
 
 
-def _validation(
-    parent: Llama, corpus: Path, rows: int, length: int, batch_rows: int, seed: int
-) -> list[Batch]:
-    return calibration_batches(parent, corpus, rows=rows, length=length, batch_rows=batch_rows, seed=seed)
+def _texts(parent: Llama, corpus: Path, parameters: Text, seed: int) -> list[Batch]:
+    return calibration_batches(
+        parent,
+        corpus,
+        rows=parameters.rows,
+        length=parameters.length,
+        batch_rows=parameters.batch_rows,
+        seed=seed,
+    )
 
 
 def run_replace_one(context: Context, parameters: ReplaceOne) -> Outcome:
@@ -225,7 +231,7 @@ def run_replace_one(context: Context, parameters: ReplaceOne) -> Outcome:
     library = Library.open(context.inputs["library"], known)
     seed = derive(context.seed, context.name)
     corpus = Path(context.inputs["corpus"])
-    batches = _validation(parent, corpus, parameters.rows, parameters.length, parameters.batch_rows, seed)
+    batches = _texts(parent, corpus, parameters, seed)
     folder = context.out / "scoring"
 
     def read(layer: int) -> Scores | None:
@@ -414,7 +420,7 @@ def run_parent_divergence(context: Context, parameters: ParentDivergence) -> Out
     parent, _ = open_parent(context.inputs["model"], context.dtype, context.device)
     seed = derive(context.seed, context.name)
     corpus = Path(context.inputs["corpus"])
-    batches = _validation(parent, corpus, parameters.rows, parameters.length, parameters.batch_rows, seed)
+    batches = _texts(parent, corpus, parameters, seed)
     states = final_states(parent, batches)
     metrics = {}
     for name, source in context.inputs["models"].items():

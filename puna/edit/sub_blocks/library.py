@@ -8,7 +8,7 @@ and the layer's channels in the order of their contribution.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from puna.core.errors import PunaError
 from puna.core.files import fingerprint, read_json
 from puna.edit.sub_blocks.variants import HALVES, NONE, PARENT, Half, changed, initial, of_half
-from puna.model.adapters import merge_lora
 from puna.model.llama import Block, Llama
 from puna.model.spec import LlamaSpec
 from puna.text import pretrained
@@ -39,9 +38,7 @@ def layer_file(layer: int) -> str:
 
 def open_parent(source: str | Path, dtype: str, device: str) -> tuple[Llama, str]:
     """The parent without gradients, an adapter merged, and the hash of its weights in float32."""
-    parent = pretrained.load(source, device=device).eval().requires_grad_(False)
-    if parent.adapter is not None:
-        merge_lora(parent)
+    parent = pretrained.load_plain(source, device=device).eval().requires_grad_(False)
     content = hashlib.sha256()
     for name, tensor in sorted(parent.state_dict().items()):
         content.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -90,14 +87,6 @@ class Library:
     def variants(self, layer: int, half: Half) -> list[str]:
         """Names of the variants of a half, the parent's first."""
         return self.layers[layer][half]
-
-    def places(self) -> Iterable[tuple[int, Half, str]]:
-        """Every variant there is but the parent's own: layer, half, name."""
-        for layer in range(len(self.layers)):
-            for half in HALVES:
-                for variant in self.variants(layer, half):
-                    if variant != PARENT:
-                        yield layer, half, variant
 
     def order(self, layer: int) -> list[int]:
         """The layer's channels, those that contribute most first."""

@@ -10,8 +10,8 @@ import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.sizes import forward_operations
+from puna.train.plan import BYTES
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ROUND_SECONDS = 0.02  # of timing one shape once, both of its steps
 
 
@@ -123,7 +123,7 @@ def _plan_replace_one(parameters: ReplaceOne, shapes: Any) -> Cost:
         return Cost(tokens=tokens)
     passes = 5.0 * len(spec.blocks) + parameters.random_children
     flops = tokens * passes * forward_operations(spec, parameters.length)
-    memory = spec.parameter_count() * 4.0 + 2 * tokens * spec.hidden_size * _BYTES[shapes.dtype]
+    memory = spec.parameter_count() * 4.0 + 2 * tokens * spec.hidden_size * BYTES[shapes.dtype]
     return Cost(tokens=tokens, flops=flops, memory=memory, seconds=shapes.device.seconds(flops, shapes.dtype))
 
 
@@ -267,7 +267,7 @@ def _plan_assemble(parameters: AssembleChild, shapes: Any) -> Cost:
     """The parent is read, and at most as much written."""
     spec = shapes.spec
     weights = float(spec.parameter_count()) if spec else 0.0
-    written = weights * _BYTES[parameters.save_dtype]
+    written = weights * BYTES[parameters.save_dtype]
     return Cost(memory=8 * weights, seconds=shapes.device.read_seconds(4 * weights + written), spec=spec)
 
 
@@ -297,7 +297,7 @@ def _plan_divergence(parameters: ParentDivergence, shapes: Any) -> Cost:
     tokens = float(parameters.rows * parameters.length)
     specs = list(shapes.models.values())
     flops = tokens * sum(forward_operations(spec, parameters.length) for spec in specs)
-    memory = 2.0 * max((spec.parameter_count() for spec in specs), default=0) * _BYTES[shapes.dtype]
+    memory = 2.0 * max((spec.parameter_count() for spec in specs), default=0) * BYTES[shapes.dtype]
     return Cost(tokens=tokens, flops=flops, memory=memory, seconds=shapes.device.seconds(flops, shapes.dtype))
 
 
@@ -337,7 +337,7 @@ def _plan_speed(parameters: ModelSpeed, shapes: Any) -> Cost:
     weights = [float(spec.parameter_count()) for spec in shapes.models.values()]
     operations = 2 * sum(weights) * (parameters.prompt + parameters.batch) * parameters.repeats
     return Cost(
-        memory=sum(weights) * 2 * _BYTES[shapes.dtype],
+        memory=sum(weights) * 2 * BYTES[shapes.dtype],
         seconds=shapes.device.seconds(operations, shapes.dtype),
     )
 
