@@ -25,10 +25,19 @@ from puna.model.spec import BlockSpec, LlamaSpec
 from puna.model.units import Kept
 from puna.text import pretrained
 from tests.invariants import kit
-from tests.train.little_trainings import LORA, SMALL
 
 BLOCK = BlockSpec(heads=4, kv_heads=2, head_dim=8, width=48)
 SPEC = LlamaSpec(vocab_size=320, hidden_size=32, blocks=(BLOCK,) * 3, tied=True, max_positions=64)
+TRAINING: dict[str, Any] = {
+    "max_steps": 4,
+    "batch_tokens": 64,
+    "micro_batch_tokens": 64,
+    "max_length": 32,
+    "learning_rate": 1e-2,
+    "dtype": "float32",
+    "save_dtype": "float32",
+}
+LORA = {"r": 2, "alpha": 8.0}
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -69,7 +78,7 @@ def pruned(places: dict[str, Path], out: Path, **changed: Any) -> Path:
 
 def trained(places: dict[str, Path], model: Path, out: Path, **changed: Any) -> Outcome:
     inputs = {"model": str(model), "corpus": {"main": places["text"]}}
-    return run("train", out, inputs, **{**SMALL, "lora": LORA, **changed})
+    return run("train", out, inputs, **{**TRAINING, "lora": LORA, **changed})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -186,7 +195,7 @@ def test_it_goes_into_the_original_weights_and_not_into_aligned_ones(
 ) -> None:
     copy_ = pruned(places, tmp_path / "pruned")
     inputs = {"model": str(copy_), "corpus": {"main": places["text"]}}
-    aligned = run("train", tmp_path / "aligned", inputs, **SMALL, frozen=["lm_head"]).outputs["model"]
+    aligned = run("train", tmp_path / "aligned", inputs, **TRAINING, frozen=["lm_head"]).outputs["model"]
     before, after = weights(copy_), weights(aligned)
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert not torch.equal(
@@ -353,7 +362,7 @@ def test_a_masked_lora_changes_nothing_at_zeros_through_training_and_recovery(
     assert made.metrics["zero_share"] == pytest.approx(0.55, abs=0.01)
     sparse = made.outputs["model"]
     inputs = {"model": str(sparse), "corpus": {"main": places["text"]}}
-    aligned = run("train", tmp_path / "aligned", inputs, **SMALL, keep_zeros=True).outputs["model"]
+    aligned = run("train", tmp_path / "aligned", inputs, **TRAINING, keep_zeros=True).outputs["model"]
     before, after = nonzero_places(pretrained.load(sparse)), nonzero_places(pretrained.load(aligned))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not torch.equal(
