@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FILE = "claims.json"
+# Student's t at 97.5%, for 1, 2, 3 ... degrees of freedom; beyond these the series in 1 / degrees is as exact.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Metrics = Mapping[str, Mapping[str, float]]
 
 
@@ -152,9 +155,31 @@ def verdict(claim: Mapping[str, Any]) -> str:
 
 
 def figure_text(claim: Mapping[str, Any]) -> str:
-    """The figure of a judged claim, with those of the single seeds where there are several."""
+    """The figure of a judged claim; where there are several seeds with its interval and those of each."""
     mean = "-" if claim["figure"] is None else f"{claim['figure']:.4g}"
-    if len(claim["figures"]) < 2:
+    figures = [*claim["figures"].values()]
+    if len(figures) < 2:
         return mean
-    each = ", ".join("-" if figure is None else f"{figure:.4g}" for figure in claim["figures"].values())
-    return f"{mean}\n({each})"
+    half = half_width(figures)
+    ends = "" if not half else f" +- {half:.2g}"
+    each = ", ".join("-" if figure is None else f"{figure:.4g}" for figure in figures)
+    return f"{mean}{ends}\n({each})"
+
+
+def half_width(figures: Sequence[float | None]) -> float | None:
+    """Half of the 95% interval of the mean over seeds, by Student's t; None where a figure is missing."""
+    known = [figure for figure in figures if figure is not None and math.isfinite(figure)]
+    if len(known) < len(figures) or len(known) < 2:
+        return None
+    return _student(len(known) - 1) * statistics.stdev(known) / math.sqrt(len(known))
+
+
+def _student(degrees: int) -> float:
+    """How many standard errors 95% of means lie within."""
+    if degrees <= len(_STUDENT):
+        return _STUDENT[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3

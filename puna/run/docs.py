@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -95,8 +95,14 @@ def _claim_rows(recipe: Recipe, measured: Mapping[str, Any] | None) -> str:
         )
     if not recipe.header.claims:
         return "None."
-    seeds = f"\n\nMeasured with seeds {', '.join(map(str, measured['seeds']))}." if measured else ""
-    return "\n".join(rows) + seeds
+    return "\n".join(rows) + (_seeds(measured["seeds"]) if measured else "")
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    said = f"\n\nMeasured with seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}."
+    if len(seeds) > 1:
+        said += " Verdicts are by the mean; behind +- is half of its 95% interval over seeds (Student's t)."
+    return said
 
 
 def stages_page() -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,22 @@ def test_what_is_no_number_passes_no_bar_but_is_reported() -> None:
     for bars in ({"at_most": 1}, {"at_least": 1}, {"equals": 1}):
         assert not claims.passes(claim(**bars), math.nan)
     assert claims.passes(claim(report=True), math.nan)
+
+
+@pytest.mark.parametrize("count", range(2, 25))
+def test_intervals_over_seeds_are_students(count: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    figures = [math.sin(7.0 * number) for number in range(count)]
+    low, high = stats.t.interval(0.95, count - 1, statistics.fmean(figures), stats.sem(figures))
+    assert claims.half_width(figures) == pytest.approx((high - low) / 2, rel=2e-4)
+
+
+def test_an_interval_needs_two_figures_and_all_of_them() -> None:
+    assert claims.half_width([1.0]) is None
+    assert claims.half_width([1.0, 2.0, None]) is None
+    shown = claims.figure_text({"figure": 2.0, "figures": {"0": 1.0, "1": 2.0, "2": 3.0}})
+    assert shown == "2 +- 2.5\n(1, 2, 3)"
+    assert claims.figure_text({"figure": 2.0, "figures": {"0": 2.0, "1": 2.0}}) == "2\n(2, 2)"
 
 
 def test_a_run_judges_its_claims_on_its_own_figures(recipe: Recipe) -> None:
