@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FILE = "claims.json"
-# Student's t at 97.5%, for 1, 2, 3 ... degrees of freedom; beyond these the series in 1 / degrees is as exact.
+# Student's t at 97.5%, for 1, 2, 3 ... degrees of freedom; beyond them a series in 1 / degrees is as exact.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Metrics = Mapping[str, Mapping[str, float]]
 
