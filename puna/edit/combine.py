@@ -17,10 +17,13 @@ _SINGULAR = 1e-6
 
 def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """sum_k w_k delta_k; a weight of 0 leaves its delta out."""
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        if weight:
-            total.add_(delta, alpha=weight)
+    pairs = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
+    if not pairs:
+        return torch.zeros_like(deltas[0])
+    (delta, weight), *others = pairs
+    total = delta * weight  # not added to zeros, which would be one more pass over memory
+    for delta, weight in others:
+        total.add_(delta, alpha=weight)
     return total
 
 
