@@ -12,9 +12,9 @@ from puna.model.spec import LlamaSpec
 class KeyValueCache:
     """Room for ``capacity`` tokens of ``batch`` rows; keys are stored rotated.
 
-    Layers without attention take no room. Documents and positions are stored with the keys, so
-    rows may be padded on either side and later tokens still find their own document and their own
-    position. The cache is for inference: no gradient flows through it.
+    Layers without attention take no room, expanded ones twice as much. Documents and positions are stored
+    with the keys, so rows may be padded on either side and later tokens still find their own document and
+    their own position. The cache is for inference: no gradient flows through it.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class KeyValueCache:
         self._stores: list[
             tuple[Tensor, Tensor] | None
         ] = []  # keys and values [batch, kv_heads, capacity, head_dim]
-        for block in spec.blocks:
+        for block in (slot.block for slot in spec.slots):
             shape = (batch, block.kv_heads, capacity, block.head_dim)
             pair = (
                 torch.zeros(shape, dtype=dtype, device=device),

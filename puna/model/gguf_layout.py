@@ -224,6 +224,8 @@ def metadata_from_spec(
 
 def _not_llama_cpp(spec: LlamaSpec) -> str | None:
     block, rule = spec.blocks[0], spec.blocks[0].rope
+    if any(other.merger for other in spec.blocks):
+        return "layers with a twin, which the stage merge_twins puts back into one"
     if not block.plain or any(other != block for other in spec.blocks):
         return "layers that differ, or that are no ordinary Llama layers"
     if block.window is not None:

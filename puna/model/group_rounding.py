@@ -75,6 +75,8 @@ def rounded_copy(model: Llama, quantize: Literal["int8", "int4"]) -> Llama:
     for name, parameter in twin.named_parameters():
         if parameter is head:
             parameter.copy_(on_grid(parameter, LEVELS["int8"]))
+        elif ".merger." in name:  # a gate's few weights
+            continue
         elif parameter.dim() == 2 and ".layers." in name and not _keeps(model, name, quantize):
             parameter.copy_(on_grid(parameter, LEVELS[quantize]))
     return twin

@@ -154,6 +154,7 @@ def add_light(model: Llama, settings: LightSettings, *, seed: int) -> LightState
         raise PunaError(
             "such an adapter goes on layers of a Llama", where=model.source, found="a linear half"
         )
+    model.spec.refuse_twins("a LLaMA-Adapter")
     model.requires_grad_(False)
     for layer in layers:
         put_prompt(model, layer, settings.prompt_length, torch_generator(seed, "prompt", layer))

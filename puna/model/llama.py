@@ -272,6 +272,12 @@ class Block(nn.Module):
         """[batch, time, hidden] to the same."""
         return self.feed(self.attend(hidden, rotations, layout, cache))
 
+    def tell(self, block: BlockSpec) -> None:
+        """Change what the layer is told, such as its mask; not a shape."""
+        self.block = block
+        if block.attention == "full":
+            self.self_attn.block = block
+
     def attend(
         self, hidden: Tensor, rotations: _Rotations, layout: Attending, cache: Storing | None
     ) -> Tensor:
@@ -287,6 +293,15 @@ class Block(nn.Module):
         return hidden
 
 
+def _layer(spec: LlamaSpec, layer: int) -> Block:
+    """The module of one layer."""
+    if spec.blocks[layer].merger is None:
+        return Block(spec, layer)
+    from puna.model.twins import TwinBlock  # which is made of Blocks
+
+    return TwinBlock(spec, layer)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and final norm, under the names transformers gives them."""
 
@@ -295,7 +310,7 @@ class Decoder(nn.Module):
         # Not drawn here: torch draws normals on the meta device through its compiler, a second of imports.
         undrawn = torch.empty(spec.vocab_size, spec.hidden_size)
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=undrawn)
-        self.layers = nn.ModuleList(Block(spec, layer) for layer in range(len(spec.blocks)))
+        self.layers = nn.ModuleList(_layer(spec, layer) for layer in range(len(spec.blocks)))
         self.norm = Norm(spec.hidden_size, spec.norm_eps)
 
 
@@ -348,9 +363,7 @@ class Llama(nn.Module):
     def set_blocks(self, blocks: tuple[BlockSpec, ...]) -> None:
         """Change what the layers are told, such as their masks; not a shape."""
         for layer, block in zip(self.model.layers, blocks, strict=True):
-            cast(Block, layer).block = block
-            if block.attention == "full":
-                cast(Block, layer).self_attn.block = block
+            cast(Block, layer).tell(block)
         self.spec = self.spec.replace(blocks=blocks)
 
     @property

@@ -65,12 +65,13 @@ class PlainStepper:
         by_layer = layer_policies(self.spec.blocks) if policies is None else list(policies)
         check_policies(self.spec.blocks, by_layer)
         self._groups = list(dict.fromkeys(by_layer)) or [CachePolicy()]
-        self._group_of = [self._groups.index(policy) for policy in by_layer]
+        slots = self.spec.slots  # a twin keeps what its layer keeps
+        self._group_of = [self._groups.index(by_layer[slot.layer]) for slot in slots]
         self._rules = {
             (block.rope, block.head_dim) for block in self.spec.blocks if block.attention == "full"
         }
         blocks = blocks_of(max(1, cache_tokens))
-        self._stores = [_storage(block, blocks, model) for block in self.spec.blocks]
+        self._stores = [_storage(slot.block, blocks, model) for slot in slots]
         sizes = [0] * len(self._groups)
         for layer, store in enumerate(self._stores):
             if store is not None:

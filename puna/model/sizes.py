@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]:
-    """The matrices of a layer by name, as (inputs, outputs)."""
+    """The matrices of a layer by name, as (inputs, outputs); of an expanded layer those of one half."""
     hidden, found = spec.hidden_size, dict[str, tuple[int, int]]()
     if block.attention == "full":
         queries, keys = block.heads * block.head_dim, block.kv_heads * block.head_dim
@@ -47,7 +47,7 @@ def attention_product(block: BlockSpec, length: int) -> float:
 
 def cache_bytes(spec: LlamaSpec, number: int = 2) -> int:
     """Bytes of the keys and values of one token, with ``number`` bytes for each number."""
-    return sum(2 * block.kv_heads * block.head_dim * number for block in spec.blocks)
+    return sum(2 * slot.block.kv_heads * slot.block.head_dim * number for slot in spec.slots)
 
 
 def _product(block: BlockSpec, seen: float) -> float:
@@ -56,7 +56,7 @@ def _product(block: BlockSpec, seen: float) -> float:
 
 def _operations(spec: LlamaSpec, seen: Callable[[BlockSpec], float]) -> float:
     total = 2.0 * spec.vocab_size * spec.hidden_size
-    for block in spec.blocks:
+    for block in (slot.block for slot in spec.slots):
         total += 2 * sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
         total += 2 * _product(block, seen(block))
-    return total
+    return total + 2 * sum(block.merger_parameters(spec.hidden_size) for block in spec.blocks)

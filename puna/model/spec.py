@@ -17,6 +17,7 @@ RopeKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionKind = Literal["full", "linear", "none"]
 FeedForwardKind = Literal["swiglu", "linear", "none"]
 AttentionBias = Literal["none", "qkv", "all"]
+MergerKind = Literal["lerp", "dlerp", "dlerpin", "slerp", "proj", "prog", "moe"]
 
 # What each rope rule needs besides theta, and what it may have.
 _ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -143,7 +144,9 @@ class BlockSpec:
 
     ``window`` is how many keys a query sees, itself included (None: all). ``logit_scale``
     multiplies query-key products (None: 1/sqrt(head_dim)). The settings of a half that is "none" or
-    "linear" are cleared, so that equal layers compare equal.
+    "linear" are cleared, so that equal layers compare equal. A layer with a ``merger`` is expanded: a twin
+    of the same shape reads the same hidden states and stores keys of its own, and the merger puts the two
+    outputs together (:mod:`puna.model.twins`).
     """
 
     attention: AttentionKind = "full"
@@ -156,12 +159,15 @@ class BlockSpec:
     logit_scale: float | None = None
     feed_forward: FeedForwardKind = "swiglu"
     width: int = 0
+    merger: MergerKind | None = None
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(AttentionKind):
             raise unknown_name("attention kind", str(self.attention), get_args(AttentionKind))
         if self.feed_forward not in get_args(FeedForwardKind):
             raise unknown_name("feed-forward kind", str(self.feed_forward), get_args(FeedForwardKind))
+        if self.merger is not None and self.merger not in get_args(MergerKind):
+            raise unknown_name("merger", str(self.merger), get_args(MergerKind))
         if self.feed_forward != "swiglu":
             object.__setattr__(self, "width", 0)
         else:
@@ -221,7 +227,8 @@ class BlockSpec:
     def plain(self) -> bool:
         """Whether this is an ordinary Llama layer: both halves, causal, the usual scale; a window may be."""
         ordinary_scale = self.logit_scale is None or math.isclose(self.logit_scale, self.head_dim**-0.5)
-        return self.attention == "full" and self.feed_forward == "swiglu" and self.causal and ordinary_scale
+        halves = self.attention == "full" and self.feed_forward == "swiglu"
+        return halves and self.causal and ordinary_scale and self.merger is None
 
     def parameter_count(self, hidden_size: int, attention_bias: AttentionBias, mlp_bias: bool) -> int:
         """Number of weights of this layer in a decoder of width ``hidden_size``."""
@@ -238,7 +245,27 @@ class BlockSpec:
             total += 2 * self.width + hidden_size if mlp_bias else 0
         elif self.feed_forward == "linear":
             total += hidden_size * (hidden_size + 1 + mlp_bias)
-        return total
+        return total if self.merger is None else 2 * total + self.merger_parameters(hidden_size)
+
+    def merger_parameters(self, hidden_size: int) -> int:
+        """Number of weights of the merger alone: its constant, and what a gate or a map has besides."""
+        if self.merger is None:
+            return 0
+        gates = {"dlerp": 2 * hidden_size, "dlerpin": hidden_size, "moe": hidden_size}
+        maps = {"proj": hidden_size**2, "prog": hidden_size**2}
+        return 1 + (gates | maps).get(self.merger, 0)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A set of stored keys and the half of a layer that makes them: an expanded layer has two.
+
+    ``name`` is where its weights are in the decoder, "layers.3" or "layers.3.twin".
+    """
+
+    layer: int
+    name: str
+    block: BlockSpec
 
 
 @dataclass(frozen=True)
@@ -367,6 +394,24 @@ class LlamaSpec:
         return dataclasses.replace(self, **in_spec)
 
     @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What stores keys, in the order of a cache: all layers, then the twins of expanded ones."""
+        layers = list(enumerate(self.blocks))
+        own = (Slot(layer, f"layers.{layer}", block) for layer, block in layers)
+        twins = (Slot(layer, f"layers.{layer}.twin", block) for layer, block in layers if block.merger)
+        return (*own, *twins)
+
+    def refuse_twins(self, what: str) -> None:
+        """Raise :class:`PunaError` if there are expanded layers, of which ``what`` knows nothing."""
+        expanded = [str(layer) for layer, block in enumerate(self.blocks) if block.merger]
+        if expanded:
+            raise PunaError(
+                f"{what} knows nothing of layers with a twin",
+                found=f"twins in layers {', '.join(expanded)}",
+                fix="put the twins back into their layers first: the stage merge_twins",
+            )
+
+    @property
     def layers_both_ways(self) -> tuple[int, ...]:
         """The layers whose tokens see later ones, counted from 0."""
         return tuple(layer for layer, block in enumerate(self.blocks) if not block.causal)
@@ -404,7 +449,8 @@ class LlamaSpec:
             table.add_row(
                 str(first) if first == last else f"{first}-{last}",
                 *_attention_cells(block),
-                f"{block.feed_forward} {block.width}" if block.width else block.feed_forward,
+                (f"{block.feed_forward} {block.width}" if block.width else block.feed_forward)
+                + (f", twin by {block.merger}" if block.merger else ""),
                 f"{count * (last - first + 1) / 1e6:,.2f}M",
             )
         return table

@@ -73,6 +73,7 @@ def layers_of(spec: LlamaSpec, kind: Kind) -> Sequence[int]:
 def members(spec: LlamaSpec, kind: Kind, layer: int) -> tuple[Member, ...]:
     """The tensors, by transformers' names, that hold the units of a kind in a layer; not for blocks."""
     _check_kind(kind)
+    spec.refuse_twins("the division of a decoder into units")
     if kind == "hidden":
         return tuple(_stream(spec))
     block, at = spec.blocks[layer], f"{_LAYER}{layer}."
@@ -182,6 +183,7 @@ class Kept:
     @classmethod
     def everything(cls, spec: LlamaSpec) -> Kept:
         """All units of a decoder."""
+        spec.refuse_twins("the division of a decoder into units")
         return cls(
             tuple(tuple(range(block.kv_heads)) for block in spec.blocks),
             tuple(tuple(range(block.width)) for block in spec.blocks),
@@ -233,6 +235,7 @@ class Kept:
 
     def check(self, spec: LlamaSpec) -> None:
         """Refuse what is not part of a decoder of ``spec``, or leaves none."""
+        spec.refuse_twins("the division of a decoder into units")
         if len(self.head_groups) != len(spec.blocks) or len(self.channels) != len(spec.blocks):
             raise PunaError(
                 "the units were chosen for another decoder",

@@ -17,7 +17,7 @@ from puna.model.sizes import forward_operations as forward_operations
 from puna.model.sizes import projections as projections
 
 if TYPE_CHECKING:
-    from puna.model.spec import BlockSpec, LlamaSpec
+    from puna.model.spec import LlamaSpec, Slot
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DROPOUT_TRAFFIC = {"cpu": 80, "cuda": 10}
@@ -34,7 +34,8 @@ class Method:
 
     ``dora`` adds a magnitude for each row of an adapted matrix; with ``base`` "nf4" the projections that
     are not trained in full are held in NF4. Without a LoRA ``frozen`` modules are not trained. ``light`` is
-    a kind of LLaMA-Adapter with a ``prompt`` of so many vectors in so many layers.
+    a kind of LLaMA-Adapter with a ``prompt`` of so many vectors in so many layers. With ``only`` nothing is
+    trained but modules in whose name one of these stands.
     """
 
     r: int = 0
@@ -46,6 +47,7 @@ class Method:
     frozen: tuple[str, ...] = ()
     light: str = ""
     prompt: tuple[int, int | None] = (0, None)
+    only: tuple[str, ...] = ()
 
     def trains(self, module: str, spec: LlamaSpec) -> bool:
         """Whether the own weights of a module, told by its whole name, are trained.
@@ -55,6 +57,8 @@ class Method:
         """
         if self.light:
             return self.light == "llama_adapter_v2" and module.endswith("norm")
+        if self.only:
+            return any(part in f"{module}." for part in self.only)
         names = self.full if self.r else self.frozen
         parts = module.split(".")
         around = [f".{'.'.join(parts[:count])}" for count in range(1, len(parts) + 1)]
@@ -71,31 +75,31 @@ BIASED_WITH_QKV = ("q_proj", "k_proj", "v_proj", "linear_attn")
 """What has a bias where ``attention_bias`` is "qkv": all that reads the attention's norm."""
 
 
-def module_of(layer: int, projection: str) -> str:
+def module_of(slot: Slot, projection: str) -> str:
     """The whole name of a projection."""
     group = "mlp" if projection in ("gate_proj", "up_proj", "down_proj", "linear_mlp") else "self_attn"
-    return f"model.layers.{layer}.{group}.{projection}"
+    return f"model.{slot.name}.{group}.{projection}"
 
 
-def adapts(name: str, layer: int, method: Method) -> bool:
+def adapts(name: str, slot: Slot, method: Method) -> bool:
     """Whether a projection has a LoRA; targets may name a projection of one layer only."""
-    whole = f".{module_of(layer, name)}"
+    whole = f".{module_of(slot, name)}"
     return bool(method.r) and any(whole.endswith(f".{target}") for target in method.target)
 
 
 def _adapted_sizes(spec: LlamaSpec, method: Method) -> Iterator[tuple[int, int]]:
     """Inputs and outputs of each adapted projection."""
-    for layer, block in enumerate(spec.blocks):
-        for name, sizes in projections(spec, block).items():
-            if adapts(name, layer, method):
+    for slot in spec.slots:
+        for name, sizes in projections(spec, slot.block).items():
+            if adapts(name, slot, method):
                 yield sizes
 
 
 def _held_in_nf4(spec: LlamaSpec, method: Method) -> Iterator[tuple[int, int]]:
     """Inputs and outputs of each projection that is held in NF4: all that are not trained in full."""
-    for layer, block in enumerate(spec.blocks):
-        for name, sizes in projections(spec, block).items():
-            if method.base == "nf4" and not method.trains(module_of(layer, name), spec):
+    for slot in spec.slots:
+        for name, sizes in projections(spec, slot.block).items():
+            if method.base == "nf4" and not method.trains(module_of(slot, name), spec):
                 yield sizes
 
 
@@ -103,16 +107,19 @@ def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
     """Name and number of weights, biases included, of every module that has some; a tied head has none."""
     matrix = spec.vocab_size * spec.hidden_size
     yield _EMBEDDING, matrix
-    for layer, block in enumerate(spec.blocks):
-        if block.attention != "none":
-            yield f"model.layers.{layer}.input_layernorm", spec.hidden_size
-        if block.feed_forward != "none":
-            yield f"model.layers.{layer}.post_attention_layernorm", spec.hidden_size
-        for name, (inputs, outputs) in projections(spec, block).items():
-            module = module_of(layer, name)
+    for slot in spec.slots:
+        if slot.block.attention != "none":
+            yield f"model.{slot.name}.input_layernorm", spec.hidden_size
+        if slot.block.feed_forward != "none":
+            yield f"model.{slot.name}.post_attention_layernorm", spec.hidden_size
+        for name, (inputs, outputs) in projections(spec, slot.block).items():
+            module = module_of(slot, name)
             biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
             biased = biased or (spec.attention_bias == "qkv" and name in BIASED_WITH_QKV)
             yield module, inputs * outputs + (outputs if biased else 0)
+    for layer, block in enumerate(spec.blocks):
+        if block.merger:
+            yield f"model.layers.{layer}.merger", block.merger_parameters(spec.hidden_size)
     yield "model.norm", spec.hidden_size
     if not spec.tied:
         yield "lm_head", matrix
@@ -156,12 +163,12 @@ def training_operations(spec: LlamaSpec, method: Method, length: int) -> float:
     """
     head = spec.vocab_size * spec.hidden_size
     total = forward_operations(spec, length) + (4 if method.trains_head(spec) else 2) * head
-    for layer, block in enumerate(spec.blocks):
-        for name, (inputs, outputs) in projections(spec, block).items():
-            total += (4 if method.trains(module_of(layer, name), spec) else 2) * inputs * outputs
-            again = method.dora and method.dropout and adapts(name, layer, method)
+    for slot in spec.slots:
+        for name, (inputs, outputs) in projections(spec, slot.block).items():
+            total += (4 if method.trains(module_of(slot, name), spec) else 2) * inputs * outputs
+            again = method.dora and method.dropout and adapts(name, slot, method)
             total += 4 * inputs * outputs if again else 0
-        total += 4 * attention_product(block, length)
+        total += 4 * attention_product(slot.block, length)
     return total + 6 * lora_parameters(spec, dataclasses.replace(method, dora=False))
 
 
@@ -206,15 +213,16 @@ def activation_bytes(
     size = BYTES[dtype]
     tiled = dtype == "bfloat16" and device == "cpu"
     total = float(3 * spec.hidden_size * size + 4)  # final norm, its output, the loss's gradient
-    for layer, block in enumerate(spec.blocks):
-        whole = layer >= recomputed
-        total += _layer_bytes(spec, method, layer, block, size, tiled) if whole else spec.hidden_size * size
-    return total
+    for slot in spec.slots:
+        whole = slot.layer >= recomputed
+        total += _layer_bytes(spec, method, slot, size, tiled) if whole else spec.hidden_size * size
+    # A merger keeps the outputs of both halves.
+    merged = sum(layer >= recomputed for layer, block in enumerate(spec.blocks) if block.merger)
+    return total + 2 * merged * spec.hidden_size * size
 
 
-def _layer_bytes(
-    spec: LlamaSpec, method: Method, layer: int, block: BlockSpec, size: int, tiled: bool
-) -> float:
+def _layer_bytes(spec: LlamaSpec, method: Method, slot: Slot, size: int, tiled: bool) -> float:
+    block = slot.block
     norms = (block.attention != "none") + (block.feed_forward != "none")
     total = float(norms * (spec.hidden_size * size + 4))
     if block.attention != "none":
@@ -224,7 +232,7 @@ def _layer_bytes(
         total += 2 * block.width * size
     shared: dict[str, int] = {}  # inputs that are kept once, however many projections want them
     for name, (inputs, outputs) in projections(spec, block).items():
-        adapted = adapts(name, layer, method)
+        adapted = adapts(name, slot, method)
         if adapted:
             total += method.r * size + (2 * outputs * size if method.dora else 0)
         if adapted and method.dropout:
@@ -233,7 +241,7 @@ def _layer_bytes(
             total += 4 * outputs  # the product, in float32, which the scale's gradient takes
         elif name == "down_proj" and not (adapted and (method.dora or method.base == "nf4")):
             pass  # its input is made again
-        elif adapted or method.trains(module_of(layer, name), spec):
+        elif adapted or method.trains(module_of(slot, name), spec):
             shared[_source_of(name)] = inputs
     return total + sum(width * size for width in shared.values())
 
@@ -304,7 +312,7 @@ def memory(
 def recomputed_operations(spec: LlamaSpec, layers: int, length: int) -> float:
     """Operations for one token that recomputing the first ``layers`` adds: their forward pass."""
     total = 0.0
-    for block in spec.blocks[:layers]:
+    for block in (slot.block for slot in spec.slots if slot.layer < layers):
         total += 2 * sum(inputs * outputs for inputs, outputs in projections(spec, block).values())
         total += 2 * attention_product(block, length)
     return total

@@ -24,7 +24,7 @@ from puna.train.plan import (
 )
 
 if TYPE_CHECKING:
-    from puna.model.spec import BlockSpec, LlamaSpec
+    from puna.model.spec import LlamaSpec, Slot
 
 _FLOAT32 = 4
 ROOT = -1
@@ -104,22 +104,27 @@ def _weights(spec: LlamaSpec, method: Method) -> Iterator[_Weight]:
     yield _Weight(ROOT, hidden, method.trains("model.norm", spec))
     if not spec.tied:
         yield _Weight(ROOT, embedding, method.trains("lm_head", spec))
-    for layer, block in enumerate(spec.blocks):
+    for slot in spec.slots:
+        block = slot.block
         halves = {"input_layernorm": block.attention, "post_attention_layernorm": block.feed_forward}
         for name, half in halves.items():
             if half != "none":
-                yield _Weight(layer, hidden, method.trains(f"model.layers.{layer}.{name}", spec))
-        yield from _of_projections(spec, method, layer, block)
+                yield _Weight(slot.layer, hidden, method.trains(f"model.{slot.name}.{name}", spec))
+        yield from _of_projections(spec, method, slot)
+        if slot.name.endswith(".twin"):
+            merger = (slot.block.merger_parameters(spec.hidden_size),)
+            yield _Weight(slot.layer, merger, method.trains(f"model.layers.{slot.layer}.merger", spec))
 
 
-def _of_projections(spec: LlamaSpec, method: Method, layer: int, block: BlockSpec) -> Iterator[_Weight]:
-    for name, (inputs, outputs) in projections(spec, block).items():
-        module = module_of(layer, name)
+def _of_projections(spec: LlamaSpec, method: Method, slot: Slot) -> Iterator[_Weight]:
+    layer = slot.layer
+    for name, (inputs, outputs) in projections(spec, slot.block).items():
+        module = module_of(slot, name)
         trained = method.trains(module, spec)
         yield _Weight(layer, (outputs, inputs), trained)
         biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
         if biased or (spec.attention_bias == "qkv" and name in BIASED_WITH_QKV):
             yield _Weight(layer, (outputs,), trained)
-        if adapts(name, layer, method):
+        if adapts(name, slot, method):
             yield _Weight(layer, (method.r, inputs), True)
             yield _Weight(layer, (outputs, method.r), True)

@@ -10,13 +10,15 @@ to :data:`DECODERS` (a decoder that all checks run on), in its own test module o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from puna.core.seeds import torch_generator
+from puna.edit import expand
 from puna.model.adapters import BASES, LoraSettings, add_lora, quantize_for
 from puna.model.cache import KeyValueCache
 from puna.model.light_adapter import KINDS, Kind, LightSettings, add_light
@@ -24,7 +26,7 @@ from puna.model.llama import Llama
 from puna.model.masked_lora import nonzero_places
 from puna.model.nf4 import dequantize_base, quantize_base
 from puna.model.search_space import SearchSpace
-from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
+from puna.model.spec import BlockSpec, LlamaSpec, MergerKind, RopeRule
 from puna.model.subnetwork import part_of
 from puna.model.unmasking import unmask
 
@@ -353,3 +355,29 @@ def _prompted() -> Llama:
 
 
 add_decoder("prompted", _prompted)
+
+
+def _with_twins(*mergers: MergerKind) -> Llama:
+    """A decoder of layers without and with a twin, in turn; no twin is like its layer."""
+    blocks = [block for kind in mergers for block in (BLOCK, dataclasses.replace(BLOCK, merger=kind))]
+    return decoder(spec_of(*blocks))
+
+
+add_decoder("twins", lambda: _with_twins("lerp", "dlerp", "prog"))
+add_decoder("more-twins", lambda: _with_twins("slerp", "moe", "dlerpin"))
+
+
+def _expanded(merger: MergerKind, kind: expand.Kind = "concat") -> Callable[[], tuple[Forward, Forward]]:
+    def make() -> tuple[Forward, Forward]:
+        model = decoder(spec_of(BLOCK, BLOCK, BLOCK, BLOCK))
+        planned = expand.plan(model.spec, (1, 3), merger, kind)
+        # The map of prog stands in the mix: at identity it is neutral.
+        return model, expand.expand(model, planned, seed=0, noise=0.0 if merger == "prog" else 0.01)
+
+    return make
+
+
+for _merger in get_args(MergerKind):
+    neutral(f"new twins, merged by {_merger}")(_expanded(_merger))
+neutral("new layers, stacked")(_expanded("lerp", "stack"))
+neutral("new layers, stacked, and new twins")(_expanded("dlerp", "hybrid"))

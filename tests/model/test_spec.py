@@ -7,7 +7,7 @@ import io
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from puna.core.errors import PunaError
 from puna.model.llama import Llama
-from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
+from puna.model.spec import BlockSpec, LlamaSpec, MergerKind, RopeRule
 
 BLOCK = BlockSpec(heads=4, kv_heads=2, head_dim=8, width=16)
 SPEC = LlamaSpec(vocab_size=50, hidden_size=32, blocks=(BLOCK, BLOCK))
@@ -61,6 +61,7 @@ def block_specs(draw: st.DrawFn, positions: int) -> BlockSpec:
         logit_scale=draw(st.none() | positive),
         feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "swiglu", "linear", "none"])),
         width=draw(st.integers(1, 40)),
+        merger=draw(st.sampled_from([None, None, None, *get_args(MergerKind)])),
     )
 
 
@@ -235,6 +236,7 @@ def test_wrong_layer_types_are_refused(changes: dict[str, Any], tiny_config: dic
         {"logit_scale": -1.0},
         {"width": True},
         {"rope": "linear"},
+        {"merger": "mean"},
     ],
     ids=str,
 )

@@ -50,6 +50,9 @@ def check_model(model: Llama, quantize: Quantize | None) -> None:
             raise _unfit("they take plain linear layers", f"{type(module).__name__} at {name}")
         if isinstance(module, AttentionPrompt):
             raise _unfit("they do not look at attention prompts", f"one at {name}")
+    expanded = [layer for layer, block in enumerate(model.spec.blocks) if block.merger]
+    if expanded:
+        raise _unfit("they have no layers with a twin", f"a merger in layer {expanded[0]}")
     widest = max(block.head_dim for block in model.spec.blocks)
     if widest > MOST_HEAD_DIM:
         raise _unfit(f"they take heads of at most {MOST_HEAD_DIM} numbers", f"head_dim {widest}")
