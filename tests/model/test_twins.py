@@ -170,7 +170,7 @@ def test_a_stepper_reads_twins_in_parts_of_any_size(name: str, size: int) -> Non
     sequence, found = stepper.sequence(), list[Tensor]()
     for part in ids[0].split(size):
         found += stepper.step([Read(sequence, part.tolist(), len(part))])
-    assert float((torch.cat(found) - expected).abs().max()) < 1e-12
+    assert float((torch.cat(found) - expected).abs().max()) < 1e-5  # the softmax is in float32
 
 
 def test_an_expanded_model_is_saved_loaded_and_served(
@@ -237,8 +237,8 @@ def test_the_native_kernels_leave_twins_to_the_plain_stepper() -> None:
 
 def test_a_lora_on_an_expanded_model_starts_at_the_same_bits() -> None:
     plain, adapted = kit.DECODERS["twins"](), kit.DECODERS["twins"]()
-    report = add_lora(adapted, LoraSettings(r=2, target=("twin.self_attn.q_proj",)), seed=0)
-    assert len(report.names) == 6
+    report = add_lora(adapted, LoraSettings(r=2, target=("1.twin.self_attn.q_proj",)), seed=0)
+    assert len(report.names) == 2
     kit.assert_same_bits(plain, adapted, kit.random_ids(1, 9))
 
 
