@@ -40,8 +40,9 @@ from puna.train.objectives import linear_cross_entropy
 if TYPE_CHECKING:
     from puna.model.llama import Block, Llama
 
-SITES = ("q_proj", "o_proj", "gate_proj", "down_proj", "linear_attn", "linear_mlp")
-"""Projections whose input is looked at: k_proj and v_proj share that of q_proj, up_proj that of gate_proj."""
+SITES = ("q_proj", "o_proj", "expand_proj", "gate_proj", "down_proj", "linear_attn", "linear_mlp")
+"""Projections whose input is looked at: k_proj, v_proj and squeeze_proj share that of q_proj, up_proj that of
+gate_proj."""
 COLLECTORS = (
     *("mean_abs", "max_abs", "gram", "cosine", "euclidean", "manhattan"),
     *("contribution", "taylor", "taylor_hidden"),
@@ -56,7 +57,7 @@ _TAYLOR_KINDS: dict[str, tuple[Kind, ...]] = {
 def site_of(projection: str) -> str:
     """The site whose statistics are those of a projection's input, by their whole names."""
     stem, _, name = projection.rpartition(".")
-    shared = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    shared = dict.fromkeys(("k_proj", "v_proj", "squeeze_proj"), "q_proj") | {"up_proj": "gate_proj"}
     return f"{stem}.{shared.get(name, name)}"
 
 
@@ -228,7 +229,7 @@ class _Pass:
             if "contribution" in self.wanted and site.endswith("down_proj"):
                 norms = module.weight.detach().float().norm(dim=0)
                 self._add("contribution", f"channel.{layer}", rows.abs().sum(0) * norms)
-            if "contribution" in self.wanted and site.endswith("o_proj"):
+            if "contribution" in self.wanted and site.endswith(".o_proj"):
                 self._add("contribution", f"head_group.{layer}", self._added(layer, module, rows))
 
         return saw

@@ -19,6 +19,7 @@ from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
 from puna.model.attention import lay_out
 from puna.model.cache import KeyValueCache
+from puna.model.nonlinearity import SeriesActivation, shortcut
 from puna.model.rope import Rotation, depends_on_length, rotate, rotation
 from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
 from puna.model.uniform_grid import UniformGrid
@@ -127,6 +128,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(spec.hidden_size, keys, bias=biased)
         self.v_proj = nn.Linear(spec.hidden_size, keys, bias=biased)
         self.o_proj = nn.Linear(queries, spec.hidden_size, bias=spec.attention_bias == "all")
+        if self.block.shortcut:
+            self.squeeze_proj = nn.Linear(spec.hidden_size, self.block.shortcut, bias=False)
+            self.expand_proj = nn.Linear(self.block.shortcut, spec.hidden_size, bias=False)
         self.prompt: nn.Module | None = None  # what an adapter may let attention look at besides
 
     def forward(
@@ -149,7 +153,10 @@ class Attention(nn.Module):
                 mixed = layout.attend(queries, keys, values, block)
         if self.prompt is not None:
             mixed = self.prompt(self, queries, mixed)
-        return cast(Tensor, self.o_proj(mixed.flatten(2)))
+        attended = cast(Tensor, self.o_proj(mixed.flatten(2)))
+        if block.shortcut:
+            attended = attended + shortcut(hidden, self.squeeze_proj, self.expand_proj)
+        return attended
 
 
 class _GatedUnit(torch.autograd.Function):
@@ -194,18 +201,21 @@ class _GatedProjection(torch.autograd.Function):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), or a series of so many terms in place of the silu."""
 
-    def __init__(self, hidden_size: int, width: int, bias: bool) -> None:
+    def __init__(self, hidden_size: int, width: int, bias: bool, series: int = 0) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, width, bias=bias)
         self.up_proj = nn.Linear(hidden_size, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden_size, bias=bias)
+        self.act_fn = SeriesActivation(width, series) if series else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, time, hidden] to the same."""
         gate, up = self.gate_proj(hidden), self.up_proj(hidden)
         down: Any = self.down_proj  # or what an adapter put in its place
+        if self.act_fn is not None:
+            return cast(Tensor, down(self.act_fn(gate, up)))
         projected: Tensor | None = None
         if not (down._forward_hooks or down._forward_pre_hooks):  # a hook wants to see what enters
             if isinstance(down, nn.Linear):
@@ -261,7 +271,7 @@ class Block(nn.Module):
             self.post_attention_layernorm = Norm(spec.hidden_size, spec.norm_eps)
             gated = self.block.feed_forward == "swiglu"
             self.mlp = (
-                FeedForward(spec.hidden_size, self.block.width, spec.mlp_bias)
+                FeedForward(spec.hidden_size, self.block.width, spec.mlp_bias, self.block.series)
                 if gated
                 else LinearFeedForward(spec.hidden_size, spec.mlp_bias)
             )
@@ -319,9 +329,9 @@ class Llama(nn.Module):
 
     Parameters are named as in transformers' LlamaForCausalLM; with tied embeddings there is no
     ``lm_head``. On ``device="meta"`` the weights are left without storage, for a checkpoint reader
-    to assign; otherwise matrices are drawn from N(0, 0.02) by ``generator`` (seed 0 if None),
-    norms are ones and biases zeros. ``tokenizer``, ``template`` and ``source`` are set by whoever
-    loads a checkpoint.
+    to assign; otherwise matrices, and scales of the later terms of a series, are drawn from N(0, 0.02) by
+    ``generator`` (seed 0 if None), norms and other scales are ones and biases zeros. ``tokenizer``,
+    ``template`` and ``source`` are set by whoever loads a checkpoint.
     """
 
     def __init__(
@@ -359,6 +369,9 @@ class Llama(nn.Module):
                 parameter.copy_(drawn.normal_(0, INITIAL_DEVIATION, generator=generator))
             else:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        for module in self.modules():
+            if isinstance(module, SeriesActivation):
+                module.initialise(generator, INITIAL_DEVIATION)
 
     def set_blocks(self, blocks: tuple[BlockSpec, ...]) -> None:
         """Change what the layers are told, such as their masks; not a shape."""

@@ -1,8 +1,9 @@
 """The matrices of a block that read the same input, and what a scale of that input folds into.
 
-Four sites: queries, keys and values behind the first norm; the output projection behind the values; gate and
-up behind the second norm; down behind up. A linear half has one, behind its norm. A scale of values can be
-moved only where every query head has a key-value head of its own.
+Four sites: queries, keys and values (and a shortcut's first matrix) behind the first norm; the output
+projection behind the values; gate and up behind the second norm; down behind up. A shortcut's second matrix
+is a fifth, whose scale cannot be moved through the GELU. A linear half has one, behind its norm. A scale of
+values can be moved only where every query head has a key-value head of its own.
 """
 
 from __future__ import annotations
@@ -42,12 +43,16 @@ def sites(model: Llama, layer: int) -> Iterator[Site]:
     prefix = f"model.layers.{layer}"
     if block.block.attention == "full":
         attention: Any = block.self_attn
-        names = tuple(f"{prefix}.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj"))
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+        readers = ("q_proj", "k_proj", "v_proj", *(["squeeze_proj"] if block.block.shortcut else []))
+        names = tuple(f"{prefix}.self_attn.{name}.weight" for name in readers)
+        linears = tuple(getattr(attention, name) for name in readers)
         yield Site(names, linears, "norm", block.input_layernorm)
         own = block.block.heads == block.block.kv_heads
         out = (f"{prefix}.self_attn.o_proj.weight",)
         yield Site(out, (attention.o_proj,), "rows" if own else None, attention.v_proj)
+        if block.block.shortcut:
+            expand = (f"{prefix}.self_attn.expand_proj.weight",)
+            yield Site(expand, (attention.expand_proj,), None, attention.squeeze_proj)
     elif block.block.attention == "linear":
         alone = (f"{prefix}.self_attn.linear_attn.weight",)
         yield Site(alone, (block.self_attn.linear_attn,), "norm", block.input_layernorm)

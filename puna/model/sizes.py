@@ -16,6 +16,8 @@ def projections(spec: LlamaSpec, block: BlockSpec) -> dict[str, tuple[int, int]]
         queries, keys = block.heads * block.head_dim, block.kv_heads * block.head_dim
         found |= {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
         found |= {"o_proj": (queries, hidden)}
+        if block.shortcut:
+            found |= {"squeeze_proj": (hidden, block.shortcut), "expand_proj": (block.shortcut, hidden)}
     elif block.attention == "linear":
         found |= {"linear_attn": (hidden, hidden)}
     if block.feed_forward == "swiglu":

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from puna.model.llama import Block
 
 
+_WRITERS = ("o_proj", "expand_proj", "linear_attn")  # of attention halves
+
+
 @dataclass(frozen=True)
 class _Cut:
     """Of one tensor: its name when sliced, the entries kept by dimension, the factor of a norm."""
@@ -219,10 +222,10 @@ def soft_mask(model: Llama, masks: Masks) -> Iterator[None]:
                 span = spec.heads // spec.kv_heads * spec.head_dim
                 factors = masks.head_groups.get(layer)
                 spread = None if factors is None else factors.repeat_interleave(span)
-                handles += _hooked(block.self_attn.o_proj, spread, masks.hidden)
-            elif spec.attention == "linear":
-                handles += _hooked(block.self_attn.linear_attn, None, masks.hidden)
+                handles += _hooked(block.self_attn.o_proj, spread, None)
             if spec.attention != "none":
+                for module in _writers(block.self_attn):
+                    handles += _hooked(module, None, masks.hidden)
                 handles += _hooked(block.self_attn, None, whole)
             if spec.feed_forward == "swiglu":
                 channels = masks.channels.get(layer)
@@ -266,7 +269,7 @@ def folded(tensors: Mapping[str, Tensor], spec: LlamaSpec, masks: Masks) -> dict
                 multiply(f"{at}mlp.{name}", 0, channels)
         else:
             multiply(f"{at}mlp.down_proj.weight", 1, channels)
-        for name in ("self_attn.o_proj", "self_attn.linear_attn", "mlp.down_proj", "mlp.linear_mlp"):
+        for name in (*(f"self_attn.{name}" for name in _WRITERS), "mlp.down_proj", "mlp.linear_mlp"):
             for part in ("weight", "bias"):
                 multiply(f"{at}{name}.{part}", 0, masks.hidden)
                 multiply(f"{at}{name}.{part}", 0, None if masks.blocks is None else masks.blocks[layer])
@@ -284,6 +287,11 @@ def _multiplied(tensor: Tensor, factors: list[tuple[int, Tensor]]) -> Tensor:
         shape = [-1 if place == dimension else 1 for place in range(tensor.dim())]
         tensor = tensor * (factor.view(shape) if factor.dim() else factor).to(tensor)
     return tensor
+
+
+def _writers(attention: torch.nn.Module) -> list[torch.nn.Module]:
+    """What writes the stream in an attention half."""
+    return [module for name, module in attention.named_children() if name in _WRITERS]
 
 
 def _hooked(module: torch.nn.Module, entering: Tensor | None, leaving: Tensor | None) -> list[Any]:

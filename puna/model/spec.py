@@ -143,10 +143,12 @@ class BlockSpec:
     other there, and nothing of theirs is stored.
 
     ``window`` is how many keys a query sees, itself included (None: all). ``logit_scale``
-    multiplies query-key products (None: 1/sqrt(head_dim)). The settings of a half that is "none" or
-    "linear" are cleared, so that equal layers compare equal. A layer with a ``merger`` is expanded: a twin
-    of the same shape reads the same hidden states and stores keys of its own, and the merger puts the two
-    outputs together (:mod:`puna.model.twins`).
+    multiplies query-key products (None: 1/sqrt(head_dim)). ``series`` terms of SiLU with scales and
+    shifts of their own stand where SwiGLU has one plain SiLU (0), and around attention goes a shortcut
+    through a bottleneck of width ``shortcut`` (0: none); see :mod:`puna.model.nonlinearity`. The settings
+    of a half that is "none" or "linear" are cleared, so that equal layers compare equal. A layer with a
+    ``merger`` is expanded: a twin of the same shape reads the same hidden states and stores keys of its own,
+    and the merger puts the two outputs together (:mod:`puna.model.twins`).
     """
 
     attention: AttentionKind = "full"
@@ -160,6 +162,8 @@ class BlockSpec:
     feed_forward: FeedForwardKind = "swiglu"
     width: int = 0
     merger: MergerKind | None = None
+    series: int = 0
+    shortcut: int = 0
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(AttentionKind):
@@ -168,12 +172,18 @@ class BlockSpec:
             raise unknown_name("feed-forward kind", str(self.feed_forward), get_args(FeedForwardKind))
         if self.merger is not None and self.merger not in get_args(MergerKind):
             raise unknown_name("merger", str(self.merger), get_args(MergerKind))
+        for name in ("series", "shortcut"):
+            value = getattr(self, name)
+            good = value == 0 or _is_count(value)
+            _require(good, f"{name} must be a whole number of at least 0", "block", value)
         if self.feed_forward != "swiglu":
             object.__setattr__(self, "width", 0)
+            object.__setattr__(self, "series", 0)
         else:
             _require(_is_count(self.width), "width must be a positive whole number", "block", self.width)
         if self.attention != "full":
-            cleared = {"heads": 0, "kv_heads": 0, "head_dim": 0, "window": None, "causal": True}
+            cleared: dict[str, Any] = {"heads": 0, "kv_heads": 0, "head_dim": 0, "shortcut": 0}
+            cleared |= {"window": None, "causal": True}
             for name, value in {**cleared, "rope": RopeRule(), "logit_scale": None}.items():
                 object.__setattr__(self, name, value)
         else:
@@ -228,7 +238,8 @@ class BlockSpec:
         """Whether this is an ordinary Llama layer: both halves, causal, the usual scale; a window may be."""
         ordinary_scale = self.logit_scale is None or math.isclose(self.logit_scale, self.head_dim**-0.5)
         halves = self.attention == "full" and self.feed_forward == "swiglu"
-        return halves and self.causal and ordinary_scale and self.merger is None
+        rich = self.series or self.shortcut or self.merger is not None
+        return halves and self.causal and ordinary_scale and not rich
 
     def parameter_count(self, hidden_size: int, attention_bias: AttentionBias, mlp_bias: bool) -> int:
         """Number of weights of this layer in a decoder of width ``hidden_size``."""
@@ -238,10 +249,11 @@ class BlockSpec:
             total += hidden_size + 2 * hidden_size * queries + 2 * hidden_size * keys
             total += 0 if attention_bias == "none" else queries + 2 * keys
             total += hidden_size if attention_bias == "all" else 0
+            total += 2 * hidden_size * self.shortcut
         elif self.attention == "linear":
             total += hidden_size * (hidden_size + 1 + (attention_bias != "none"))
         if self.feed_forward == "swiglu":
-            total += hidden_size + 3 * hidden_size * self.width
+            total += hidden_size + (3 * hidden_size + 2 * self.series) * self.width
             total += 2 * self.width + hidden_size if mlp_bias else 0
         elif self.feed_forward == "linear":
             total += hidden_size * (hidden_size + 1 + mlp_bias)
@@ -449,8 +461,7 @@ class LlamaSpec:
             table.add_row(
                 str(first) if first == last else f"{first}-{last}",
                 *_attention_cells(block),
-                (f"{block.feed_forward} {block.width}" if block.width else block.feed_forward)
-                + (f", twin by {block.merger}" if block.merger else ""),
+                _feed_forward_cell(block),
                 f"{count * (last - first + 1) / 1e6:,.2f}M",
             )
         return table
@@ -465,5 +476,17 @@ def _attention_cells(block: BlockSpec) -> tuple[str, str, str, str, str]:
         words.append(f"window {block.window}")
     if block.logit_scale is not None:
         words.append(f"scale {block.logit_scale:.4g}")
+    if block.shortcut:
+        words.append(f"shortcut {block.shortcut}")
     sizes = (str(block.heads), str(block.kv_heads), str(block.head_dim))
     return ", ".join(words), *sizes, block.rope.describe()
+
+
+def _feed_forward_cell(block: BlockSpec) -> str:
+    """What the feed-forward is, its width, terms of its activation if it is a series; the layer's twin."""
+    words = [f"{block.feed_forward} {block.width}" if block.width else block.feed_forward]
+    if block.series:
+        words.append(f"series of {block.series}")
+    if block.merger:
+        words.append(f"twin by {block.merger}")
+    return ", ".join(words)

@@ -32,6 +32,7 @@ WHOLE = -1
 """The layer of a hidden dimension, which goes through all of them."""
 
 _LAYER = "model.layers."
+_SERIES = "mlp.act_fn."
 _HALVES: dict[Kind, tuple[str, str]] = {
     "head_group": ("self_attn.", "input_layernorm."),
     "channel": ("mlp.", "post_attention_layernorm."),
@@ -91,6 +92,8 @@ def members(spec: LlamaSpec, kind: Kind, layer: int) -> tuple[Member, ...]:
             if spec.mlp_bias:
                 found.append(Member(f"{at}mlp.{name}.bias", 0, 1))
         found.append(Member(f"{at}mlp.down_proj.weight", 1, 1))
+        if block.series:
+            found += [Member(f"{at}{_SERIES}{name}", 0, block.series) for name in ("weight", "bias")]
     return tuple(found)
 
 
@@ -104,6 +107,9 @@ def _stream(spec: LlamaSpec) -> Iterator[Member]:
             for name in ("q_proj", "k_proj", "v_proj"):
                 yield Member(f"{at}self_attn.{name}.weight", 1, 1)
             yield Member(f"{at}self_attn.o_proj.weight", 0, 1)
+            if block.shortcut:
+                yield Member(f"{at}self_attn.squeeze_proj.weight", 1, 1)
+                yield Member(f"{at}self_attn.expand_proj.weight", 0, 1)
             if spec.attention_bias == "all":
                 yield Member(f"{at}self_attn.o_proj.bias", 0, 1)
         elif block.attention == "linear":
@@ -245,13 +251,14 @@ class Kept:
         _check_numbers("blocks", self.blocks, len(spec.blocks), empty=False)
         _check_numbers("hidden", self.hidden, spec.hidden_size, empty=False)
         for layer, block in enumerate(spec.blocks):
-            biased = {"head_groups": spec.attention_bias == "all", "channels": spec.mlp_bias}
+            stays = spec.attention_bias == "all" or block.shortcut > 0
+            adds = {"head_groups": stays, "channels": spec.mlp_bias}
             for name, total in (("head_groups", block.kv_heads), ("channels", block.width)):
                 numbers = getattr(self, name)[layer]
                 _check_numbers(f"{name} of layer {layer}", numbers, total, empty=True)
-                if total and not numbers and biased[name]:
+                if total and not numbers and adds[name]:
                     raise PunaError(
-                        "a half whose output has a bias still adds it when all its units are gone",
+                        "a half with a bias on its output, or a shortcut, adds without its units too",
                         where=f"layer {layer}",
                         found=f"no {name} kept",
                         expected="at least one",
@@ -348,7 +355,8 @@ def unit_parameters(spec: LlamaSpec, kind: Kind, layer: int) -> int:
             # Of a square matrix the unit's row and its column have one entry in common.
             total -= member.dimension == 1 and _is_square(member)
         else:
-            total += member.span * (1 if member.name.endswith(".bias") else spec.hidden_size)
+            vector = member.name.endswith(".bias") or _SERIES in member.name
+            total += member.span * (1 if vector else spec.hidden_size)
     return total
 
 

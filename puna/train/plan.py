@@ -75,6 +75,16 @@ BIASED_WITH_QKV = ("q_proj", "k_proj", "v_proj", "linear_attn")
 """What has a bias where ``attention_bias`` is "qkv": all that reads the attention's norm."""
 
 
+def is_biased(spec: LlamaSpec, module: str) -> bool:
+    """Whether a projection, by its whole name, has a bias."""
+    name = module.rpartition(".")[2]
+    if ".mlp." in module:
+        return spec.mlp_bias
+    if name in ("squeeze_proj", "expand_proj"):
+        return False
+    return spec.attention_bias == "all" or (spec.attention_bias == "qkv" and name in BIASED_WITH_QKV)
+
+
 def module_of(slot: Slot, projection: str) -> str:
     """The whole name of a projection."""
     group = "mlp" if projection in ("gate_proj", "up_proj", "down_proj", "linear_mlp") else "self_attn"
@@ -112,11 +122,11 @@ def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
             yield f"model.{slot.name}.input_layernorm", spec.hidden_size
         if slot.block.feed_forward != "none":
             yield f"model.{slot.name}.post_attention_layernorm", spec.hidden_size
+        if slot.block.series:
+            yield f"model.{slot.name}.mlp.act_fn", 2 * slot.block.series * slot.block.width
         for name, (inputs, outputs) in projections(spec, slot.block).items():
             module = module_of(slot, name)
-            biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
-            biased = biased or (spec.attention_bias == "qkv" and name in BIASED_WITH_QKV)
-            yield module, inputs * outputs + (outputs if biased else 0)
+            yield module, inputs * outputs + (outputs if is_biased(spec, module) else 0)
     for layer, block in enumerate(spec.blocks):
         if block.merger:
             yield f"model.layers.{layer}.merger", block.merger_parameters(spec.hidden_size)
@@ -204,7 +214,8 @@ def activation_bytes(
     Counted from the decoder: a norm keeps its input and one float32 figure. Attention in tiles
     (of bfloat16 on a CPU) keeps rotated queries, keys and values; any other keeps keys and values
     repeated for their group, its output and a float32 sum for each head. SwiGLU keeps gate and up, and
-    makes their product for the down projection again where that is plain or carries a plain LoRA. A
+    makes their product for the down projection again where that is plain or carries a plain LoRA; that of a
+    series is kept, and a shortcut keeps what enters its GELU. A
     projection keeps its input if it is trained, an adapted one what enters A (after dropout a tensor of
     its own, and a mask of bytes) and what leaves it; DoRA keeps the outputs of base and adapter, whose
     ratio its magnitudes set. A tensor that several keep counts once. Of the first ``recomputed`` layers
@@ -230,6 +241,8 @@ def _layer_bytes(spec: LlamaSpec, method: Method, slot: Slot, size: int, tiled: 
         total += (queries + 2 * keys) * size if tiled else 4 * queries * size + 4 * block.heads
     if block.feed_forward != "none":
         total += 2 * block.width * size
+    total += block.shortcut * size  # what enters its GELU
+    unlike_plain = method.dora or method.base == "nf4"
     shared: dict[str, int] = {}  # inputs that are kept once, however many projections want them
     for name, (inputs, outputs) in projections(spec, block).items():
         adapted = adapts(name, slot, method)
@@ -239,7 +252,7 @@ def _layer_bytes(spec: LlamaSpec, method: Method, slot: Slot, size: int, tiled: 
             total += inputs * (size + 1)
         elif method.light == "llama_adapter_v2":
             total += 4 * outputs  # the product, in float32, which the scale's gradient takes
-        elif name == "down_proj" and not (adapted and (method.dora or method.base == "nf4")):
+        elif name == "down_proj" and not (block.series or (adapted and unlike_plain)):
             pass  # its input is made again
         elif adapted or method.trains(module_of(slot, name), spec):
             shared[_source_of(name)] = inputs
@@ -248,9 +261,10 @@ def _layer_bytes(spec: LlamaSpec, method: Method, slot: Slot, size: int, tiled: 
 
 def _source_of(name: str) -> str:
     """Which tensor enters a projection."""
-    if name in BIASED_WITH_QKV:
+    if name in BIASED_WITH_QKV or name == "squeeze_proj":
         return "attention norm"
-    return {"o_proj": "joined documents", "down_proj": "product"}.get(name, "feed-forward norm")
+    own = {"o_proj": "joined documents", "down_proj": "product", "expand_proj": "squeezed"}
+    return own.get(name, "feed-forward norm")
 
 
 def weight_bytes(spec: LlamaSpec, method: Method, dtype: str) -> int:

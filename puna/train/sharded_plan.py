@@ -12,10 +12,10 @@ from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from puna.train.plan import (
-    BIASED_WITH_QKV,
     BYTES,
     Method,
     adapts,
+    is_biased,
     lora_parameters,
     memory,
     module_of,
@@ -110,6 +110,9 @@ def _weights(spec: LlamaSpec, method: Method) -> Iterator[_Weight]:
         for name, half in halves.items():
             if half != "none":
                 yield _Weight(slot.layer, hidden, method.trains(f"model.{slot.name}.{name}", spec))
+        if block.series:
+            series = method.trains(f"model.{slot.name}.mlp.act_fn", spec)
+            yield from [_Weight(slot.layer, (block.series * block.width,), series)] * 2  # scales and shifts
         yield from _of_projections(spec, method, slot)
         if slot.name.endswith(".twin"):
             merger = (slot.block.merger_parameters(spec.hidden_size),)
@@ -122,8 +125,7 @@ def _of_projections(spec: LlamaSpec, method: Method, slot: Slot) -> Iterator[_We
         module = module_of(slot, name)
         trained = method.trains(module, spec)
         yield _Weight(layer, (outputs, inputs), trained)
-        biased = spec.mlp_bias if ".mlp." in module else spec.attention_bias == "all"
-        if biased or (spec.attention_bias == "qkv" and name in BIASED_WITH_QKV):
+        if is_biased(spec, module):
             yield _Weight(layer, (outputs,), trained)
         if adapts(name, slot, method):
             yield _Weight(layer, (method.r, inputs), True)

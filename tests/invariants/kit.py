@@ -215,6 +215,7 @@ add_decoder("qkv-biased", lambda: decoder(spec_of().replace(attention_bias="qkv"
 add_decoder("window", lambda: decoder(spec_of().replace(window=6)))
 add_decoder("llama3-rope", lambda: decoder(spec_of().replace(rope=_LLAMA3)))
 add_decoder("every-block-different", lambda: decoder(spec_of(*_MIXED)))
+add_decoder("series and shortcuts", lambda: decoder(spec_of().replace(series=2, shortcut=6)))
 
 
 def _changed(**changes: object) -> Callable[[], tuple[Forward, Forward]]:

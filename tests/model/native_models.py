@@ -28,6 +28,18 @@ SPECS = {
         321, 50, (BLOCK, BLOCK), tied=False, attention_bias="all", mlp_bias=True, norm_eps=1e-5
     ),
     "every layer different": LlamaSpec(77, 51, UNEVEN, tied=False, attention_bias="qkv"),
+    "series and shortcuts": LlamaSpec(
+        77,
+        50,
+        (
+            dataclasses.replace(BLOCK, width=45, series=2, shortcut=5),
+            dataclasses.replace(BLOCK, series=3),
+            dataclasses.replace(BLOCK, kv_heads=1, shortcut=40),
+            BlockSpec(heads=4, kv_heads=4, head_dim=8, feed_forward="none", shortcut=1),
+        ),
+        tied=True,
+        attention_bias="qkv",
+    ),
     "wide heads": LlamaSpec(
         64, 40, (dataclasses.replace(BLOCK, heads=2, kv_heads=1, head_dim=144),), tied=True
     ),

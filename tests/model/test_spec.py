@@ -62,6 +62,8 @@ def block_specs(draw: st.DrawFn, positions: int) -> BlockSpec:
         feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "swiglu", "linear", "none"])),
         width=draw(st.integers(1, 40)),
         merger=draw(st.sampled_from([None, None, None, *get_args(MergerKind)])),
+        series=draw(st.sampled_from([0, 0, 0, 1, 2, 3])),
+        shortcut=draw(st.sampled_from([0, 0, 0, 1, 5])),
     )
 
 

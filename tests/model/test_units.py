@@ -61,6 +61,8 @@ def decoders_and_kept(draw: Any) -> tuple[LlamaSpec, Kept]:
                 window=draw(st.sampled_from([None, None, 3])),
                 feed_forward=draw(st.sampled_from(["swiglu", "swiglu", "linear", "none"])),
                 width=draw(st.integers(1, 12)),
+                series=draw(st.sampled_from([0, 0, 1, 3])),
+                shortcut=draw(st.sampled_from([0, 0, 2])),
             )
         )
     bias, mlp_bias = draw(st.sampled_from(["none", "qkv", "all"])), draw(st.booleans())
@@ -79,7 +81,7 @@ def decoders_and_kept(draw: Any) -> tuple[LlamaSpec, Kept]:
         return tuple(sorted(chosen))
 
     kept = Kept(
-        tuple(part(block.kv_heads, int(bias == "all")) for block in spec.blocks),
+        tuple(part(block.kv_heads, int(bias == "all" or block.shortcut > 0)) for block in spec.blocks),
         tuple(part(block.width, int(mlp_bias)) for block in spec.blocks),
         part(spec.hidden_size, 4),
         part(len(spec.blocks), 1),

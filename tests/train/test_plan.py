@@ -13,11 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from puna.core.seeds import torch_generator
 from puna.model.adapters import LoraSettings, add_lora
+from puna.model.llama import Llama
+from puna.model.spec import BlockSpec, LlamaSpec
 from puna.train import plan
 from puna.train.dropout import quicken
 from puna.train.linear_loss import CHUNK
 from puna.train.objectives import linear_cross_entropy
 from puna.train.optimizer import Optimizer, OptimizerSettings
+from puna.train.sharded_plan import shard_bytes
 
 FULL = plan.Method()
 
@@ -158,6 +161,12 @@ class Saved:
 def test_activations_are_what_autograd_keeps(tiny_llama: Callable[..., Any], name: str, dtype: str) -> None:
     """Every tensor saved for the backward pass, each storage once, weights left out."""
     model = prepared(tiny_llama, METHODS[name], num_hidden_layers=12).to(getattr(torch, dtype))
+    measured = kept_by_autograd(model, METHODS[name])
+    assert measured == pytest.approx(plan.activation_bytes(model.spec, METHODS[name], dtype) * 256, rel=0.05)
+
+
+def kept_by_autograd(model: Any, method: plan.Method) -> int:
+    """Bytes kept for 4 rows of 64 tokens, without the head's gradient, which is counted with the loss."""
     held = [*model.parameters(), *model.buffers()]
     weights = {tensor.untyped_storage().data_ptr() for tensor in held}
     packed: weakref.WeakSet[Saved] = weakref.WeakSet()
@@ -174,14 +183,34 @@ def test_activations_are_what_autograd_keeps(tiny_llama: Callable[..., Any], nam
     storages = [hidden.untyped_storage(), *(saved.tensor.untyped_storage() for saved in packed)]
     kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
     measured = sum(size for place, size in kept.items() if place not in weights)
-    method = METHODS[name]
     if method.trains_head(model.spec):
-        measured -= (
-            4 * model.spec.vocab_size * model.spec.hidden_size
-        )  # the head's gradient, counted with the loss
-    assert loss.targets == tokens.numel()
-    expected = plan.activation_bytes(model.spec, method, dtype) * tokens.numel()
-    assert measured == pytest.approx(expected, rel=0.05)
+        measured -= 4 * model.spec.vocab_size * model.spec.hidden_size
+    assert loss.targets == tokens.numel() == 256
+    return measured
+
+
+@pytest.mark.parametrize("bias", ["none", "qkv", "all"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_series_and_shortcuts_are_planned_too(dtype: str, bias: Any) -> None:
+    """Weights, bytes that autograd keeps, operations that torch counts, and shards."""
+    block = BlockSpec(heads=4, kv_heads=2, head_dim=12, width=96, series=2, shortcut=24)
+    spec = LlamaSpec(320, 48, (block,) * 12, tied=True, attention_bias=bias, mlp_bias=bias == "all")
+    model = Llama(spec, dtype=getattr(torch, dtype))
+    modules: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        modules[module] = modules.get(module, 0) + parameter.numel()
+    assert dict(plan.module_sizes(spec)) == modules
+    measured = kept_by_autograd(model, FULL)
+    assert measured == pytest.approx(plan.activation_bytes(spec, FULL, dtype) * 256, rel=0.05)
+    assert shard_bytes(spec, FULL, "float32", 1).weights == 4 * spec.parameter_count()
+    if dtype == "bfloat16":
+        return  # tiles of attention multiply what the mask hides, too
+    tokens = ids(40, 2)
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        linear_cross_entropy(model.hidden(tokens), model.head_weight, tokens).total.backward()
+    operations = plan.training_operations(spec, FULL, 2)
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(operations, rel=0.03)
 
 
 def test_memory_grows_with_what_it_is_made_of(tiny_llama: Callable[..., Any]) -> None:

@@ -143,7 +143,7 @@ def initial(
             for name, tensor in own.items()
         }
     chosen = torch.tensor(sorted(order[:number]))
-    return {name: _narrower(name, tensor, chosen) for name, tensor in own.items()}
+    return {name: _narrower(name, tensor, block, chosen) for name, tensor in own.items()}
 
 
 def _pooled(tensor: Tensor, heads: int, fewer: int) -> Tensor:
@@ -152,10 +152,12 @@ def _pooled(tensor: Tensor, heads: int, fewer: int) -> Tensor:
     return grouped.mean(1).reshape(-1, *tensor.shape[1:]).to(tensor.dtype)
 
 
-def _narrower(name: str, tensor: Tensor, channels: Tensor) -> Tensor:
+def _narrower(name: str, tensor: Tensor, block: BlockSpec, channels: Tensor) -> Tensor:
     """A feed-forward's tensor with some of its channels."""
     if "down_proj.weight" in name:
         return tensor[:, channels]
+    if "act_fn" in name:
+        return tensor.view(block.width, block.series)[channels].flatten()
     return tensor[channels] if "gate_proj" in name or "up_proj" in name else tensor
 
 

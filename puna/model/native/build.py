@@ -43,7 +43,8 @@ class LayerDescription(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("heads", "kv_heads", "head_dim", "width", "window", "sink", "rope")),
         *((name, c_int32) for name in ("table", "format", "qkv_bias", "out_bias", "feed_forward_bias")),
-        *((name, c_int32) for name in ("linear_attention", "linear_feed_forward", "shared")),
+        *((name, c_int32) for name in ("linear_attention", "linear_feed_forward", "series", "shortcut")),
+        ("shared", c_int32),
         ("scale", c_float),
     )
 
@@ -66,6 +67,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "puna_row": (c_void_p, c_int, c_int, c_int, c_void_p),
     "puna_bias": (c_void_p, c_int, c_int, c_void_p),
     "puna_norm": (c_void_p, c_int, c_int, c_void_p),
+    "puna_series": (c_void_p, c_int, c_void_p),
     "puna_rope": (c_void_p, c_int, c_void_p, c_void_p, c_int),
     "puna_copy_block": (c_void_p, c_int, c_int, c_int),
     "puna_step": (

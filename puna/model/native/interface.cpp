@@ -51,6 +51,7 @@ struct PunaLayer {
   std::int32_t heads, kv_heads, head_dim, width, window, sink, rope, table, format;
   std::int32_t qkv_bias, out_bias, feed_forward_bias;
   std::int32_t linear_attention, linear_feed_forward;  // one matrix [hidden, hidden]: out, or down
+  std::int32_t series, shortcut;  // terms of the activation, width of the way around attention; 0: none
   std::int32_t shared;  // bit 0 qkv, 1 out, 2 gate and up, 3 down: the donor's matrix is this model's too
   float scale;
 };
@@ -83,8 +84,9 @@ class Builder {
       };
       if (given.heads) {
         const int queries = given.heads * given.head_dim, keys = given.kv_heads * given.head_dim;
-        place(layer.qkv, lent(0, &Layer::qkv), format, queries + 2 * keys, hidden, given.qkv_bias);
-        place(layer.out, lent(1, &Layer::out), format, hidden, queries, given.out_bias);
+        const int outputs = queries + 2 * keys + given.shortcut;
+        place(layer.qkv, lent(0, &Layer::qkv), format, outputs, hidden, given.qkv_bias);
+        place(layer.out, lent(1, &Layer::out), format, hidden, layer.out_inputs(), given.out_bias);
         place_numbers(layer.attention_norm, model_.padded_hidden());
       } else if (given.linear_attention) {
         place(layer.out, lent(1, &Layer::out), format, hidden, hidden, given.out_bias);
@@ -92,7 +94,7 @@ class Builder {
       }
       if (given.width) {
         const int width = 2 * rounded_up(given.width, 16);
-        place(layer.gate_up, lent(2, &Layer::gate_up), format, width, hidden, given.feed_forward_bias);
+        place(layer.gate_up, lent(2, &Layer::gate_up), format, width, hidden, given.feed_forward_bias, given.series);
         place(layer.down, lent(3, &Layer::down), format, hidden, given.width, given.feed_forward_bias);
         place_numbers(layer.feed_forward_norm, model_.padded_hidden());
       } else if (given.linear_feed_forward) {
@@ -114,17 +116,20 @@ class Builder {
     used_ += (bytes + 63) / 64 * 64;
     return place;
   }
-  void place(Matrix& matrix, const Matrix* lent, Format format, int outputs, int inputs, bool biased) {
+  void place(Matrix& matrix, const Matrix* lent, Format format, int outputs, int inputs, bool biased, int terms = 0) {
     if (lent) {
       matrix = *lent;
       shared_ += matrix.bytes() + (matrix.bias ? sizeof(float) * matrix.padded_outputs() : 0);
+      shared_ += sizeof(float) * matrix.series_numbers();
       return;
     }
     matrix.format = format;
     matrix.outputs = outputs;
     matrix.inputs = inputs;
     matrix.data = take(matrix.bytes());
+    matrix.terms = terms;
     if (biased) place_numbers(matrix.bias, matrix.padded_outputs());
+    if (terms) place_numbers(matrix.series, matrix.series_numbers());
   }
   void place_numbers(float*& numbers, int count) {
     numbers = reinterpret_cast<float*>(take(sizeof(float) * static_cast<std::size_t>(count)));
@@ -153,6 +158,7 @@ void describe(Model& model, const PunaModel& description, const PunaLayer* layer
     layer.kv_heads = given.kv_heads;
     layer.head_dim = given.head_dim;
     layer.width = given.width;
+    layer.shortcut = given.shortcut;
     layer.linear_attention = given.linear_attention;
     layer.linear_feed_forward = given.linear_feed_forward;
     layer.window = given.window;
@@ -238,6 +244,13 @@ int puna_row(void* model, int layer, int which, int row, float* target) {
 int puna_bias(void* model, int layer, int which, const float* bias) {
   const puna::Matrix& matrix = puna::matrix_of(*static_cast<puna::Model*>(model), layer, which);
   std::memcpy(matrix.bias, bias, sizeof(float) * matrix.outputs);
+  return 0;
+}
+
+// Scales and shifts of a layer's activations, [terms, 2, channels filled up to panels].
+int puna_series(void* model, int layer, const float* numbers) {
+  const puna::Matrix& matrix = static_cast<puna::Model*>(model)->layers[layer].gate_up;
+  std::memcpy(matrix.series, numbers, sizeof(float) * matrix.series_numbers());
   return 0;
 }
 

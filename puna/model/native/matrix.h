@@ -39,11 +39,14 @@ struct Matrix {
   int inputs = 0;
   std::uint8_t* data = nullptr;
   float* bias = nullptr;  // one number an output, filled up with zeros; or null
+  int terms = 0;          // of gates and ups: SiLUs in the series on the gate; 0: one, plain
+  float* series = nullptr;  // [terms, 2, channels]: scales, then shifts, channels filled up to panels of 16 with zeros
 
   int panels() const { return divided_up(outputs, panel_outputs); }
   int groups() const { return divided_up(inputs, group_inputs); }
   int padded_outputs() const { return panels() * panel_outputs; }
   int padded_inputs() const { return groups() * group_inputs; }
+  int series_numbers() const { return terms * padded_outputs(); }
   std::size_t panel_bytes() const { return groups() * group_bytes(format); }
   std::size_t bytes() const { return panels() * panel_bytes(); }
 };
@@ -65,7 +68,7 @@ void prepare(Format format, int groups, const float* row, std::uint8_t* target);
 enum class Finish {
   store,  // target = products + bias
   add,    // target = target + (products + bias)
-  gate,   // target = silu(gate) * up, where a panel holds 16 gates and their 16 ups
+  gate,   // target = silu(gate) * up, or the series in place of the silu; a panel holds 16 gates and their 16 ups
 };
 
 struct Product {

@@ -53,6 +53,7 @@ struct Layer {
   int sink = 0;    // first keys that are seen nevertheless
   int rope = 0;
   int table = 0;  // which block table of a text is this layer's
+  int shortcut = 0;  // width of the way around attention; 0: none
   float scale = 1.0f;
   bool linear_attention = false;     // `out` alone, [hidden, hidden]
   bool linear_feed_forward = false;  // `down` alone, [hidden, hidden]
@@ -63,6 +64,10 @@ struct Layer {
 
   int group() const { return heads / kv_heads; }
   int padded_dim() const { return rounded_up(head_dim, 16); }
+  // The shortcut's first matrix gives the last outputs of `qkv`; its second reads inputs of `out` in groups of their own.
+  int squeezed_at() const { return (heads + 2 * kv_heads) * head_dim; }
+  int expanded_at() const { return rounded_up(heads * head_dim, group_inputs); }
+  int out_inputs() const { return shortcut ? expanded_at() + shortcut : heads * head_dim; }
 };
 
 struct Model {

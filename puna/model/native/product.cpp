@@ -181,6 +181,19 @@ PUNA_INLINE Floats silu(Floats a) {
   return a / (broadcast(1.0f) + exp2(a * broadcast(minus_log2_e)));
 }
 
+// What the ups of a panel are multiplied with: silu(gate), or the sum of silu(scale * gate + shift) over the terms.
+PUNA_INLINE Floats activated(const Matrix& matrix, int panel, Floats gate) {
+  if (matrix.terms == 0) return silu(gate);
+  const int channels = matrix.padded_outputs() / 2;
+  Floats total = broadcast(0.0f);
+  for (int term = 0; term < matrix.terms; term++) {
+    const float* scales = matrix.series + term * 2 * channels + panel * lanes;
+    const Floats one = silu(gate * load(scales) + load(scales + channels));
+    total = term ? total + one : one;
+  }
+  return total;
+}
+
 void finish(const Product& product, int panel, int row, const float* tile) {
   const float* bias = product.matrix->bias ? product.matrix->bias + panel * panel_outputs : nullptr;
   Floats a = load(tile), b = load(tile + lanes);
@@ -190,7 +203,7 @@ void finish(const Product& product, int panel, int row, const float* tile) {
   }
   float* target = product.target + row * product.target_stride;
   if (product.finish == Finish::gate) {
-    store(target + panel * lanes, silu(a) * b);
+    store(target + panel * lanes, activated(*product.matrix, panel, a) * b);
     // Half a group may be left over in the row that a product will read.
     const int panels = product.matrix->panels();
     if (panel + 1 == panels && panels % 2) store(target + (panel + 1) * lanes, broadcast(0.0f));

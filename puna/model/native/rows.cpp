@@ -57,6 +57,10 @@ void normalise(const float* row, const float* weight, int count, int padded, flo
   for (int i = 0; i < padded; i += lanes) store(target + i, load(row + i) * inverse * load(weight + i));
 }
 
+void gelu(const float* row, int count, float* target) {
+  for (int i = 0; i < count; i++) target[i] = row[i] * 0.5f * (1.0f + std::erf(row[i] * 0.70710678f));
+}
+
 float cosine(const float* a, const float* b, int padded) {
   Floats product = broadcast(0.0f), first = product, second = product;
   for (int i = 0; i < padded; i += lanes) {

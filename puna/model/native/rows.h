@@ -9,6 +9,9 @@ namespace puna {
 // target = row / sqrt(mean of squares + epsilon) * weight; `padded` numbers, zero beyond `count`.
 void normalise(const float* row, const float* weight, int count, int padded, float epsilon, float* target);
 
+// target = row * (1 + erf(row / sqrt(2))) / 2, of `count` numbers.
+void gelu(const float* row, int count, float* target);
+
 // Cosine between two rows of `padded` numbers.
 float cosine(const float* a, const float* b, int padded);
 

@@ -140,6 +140,7 @@ class Pass {
   void feed(const Layer& layer, int count, const int* rows, int thread);
   void finish(int thread);
   const float* mixed_row(const AttentionPlan& plan, const Layer& layer, int row, float* own) const;
+  void join_spans(const AttentionPlan& plan, const Layer& layer, int row, float* own) const;
 
   const Model& model_;
   const Plan& plan_;
@@ -268,10 +269,24 @@ void Pass::attend_all(std::size_t number, int thread) {
   team_.wait();
 }
 
-// The heads' results of one row; where its spans were computed apart, they are joined here.
+// What the output projection reads of one row: the heads' results, joined where spans were computed apart, and
+// behind them what goes around attention.
 const float* Pass::mixed_row(const AttentionPlan& plan, const Layer& layer, int row, float* own) const {
   const AttentionPlan::Split& split = plan.splits[plan_.rows[row].read];
-  if (split.first_state < 0) return mixed_ + static_cast<std::size_t>(row) * mixed_stride_;
+  const float* mixed = mixed_ + static_cast<std::size_t>(row) * mixed_stride_;
+  if (split.first_state >= 0)
+    join_spans(plan, layer, row, own);
+  else if (layer.shortcut)
+    std::memcpy(own, mixed, sizeof(float) * layer.out.padded_inputs());
+  else
+    return mixed;
+  const float* projected = projected_ + static_cast<std::size_t>(row) * projected_stride_;
+  gelu(projected + layer.squeezed_at(), layer.shortcut, own + layer.expanded_at());
+  return own;
+}
+
+void Pass::join_spans(const AttentionPlan& plan, const Layer& layer, int row, float* own) const {
+  const AttentionPlan::Split& split = plan.splits[plan_.rows[row].read];
   const int group = layer.group(), padded = layer.padded_dim();
   float* state = own + layer.out.padded_inputs();
   for (int head = 0; head < layer.heads; head++) {
@@ -283,7 +298,6 @@ const float* Pass::mixed_row(const AttentionPlan& plan, const Layer& layer, int 
     }
     write_mixed(layer, state, own, head);
   }
-  return own;
 }
 
 void Pass::feed_forward(int number, int thread) {

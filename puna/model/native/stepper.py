@@ -15,7 +15,18 @@ from puna.core.errors import PunaError
 from puna.model.early_exit import read_through
 from puna.model.feed_forward_skip import FeedForwardSkip
 from puna.model.native.build import LayerDescription, Library, ModelDescription, load
-from puna.model.native.weights import DOWN, HEAD, OUT, Place, Quantize, check_model, fill, formats, sources
+from puna.model.native.weights import (
+    DOWN,
+    HEAD,
+    OUT,
+    Place,
+    Quantize,
+    check_model,
+    fill,
+    formats,
+    out_inputs,
+    sources,
+)
 from puna.model.paged import BLOCK, BlockPool, CachePolicy, PagedSequence, blocks_of
 from puna.model.plain_stepper import check_policies, layer_policies, reserve_all
 from puna.model.rope import depends_on_length, rotation
@@ -152,7 +163,7 @@ class NativeStepper:
         ``which`` is one of the packed matrices of :mod:`puna.model.native.weights`; layer -1 is the head.
         """
         block = self.spec.blocks[layer]
-        inputs = {OUT: block.heads * block.head_dim, DOWN: block.width} if layer >= 0 else {}
+        inputs = {OUT: out_inputs(block), DOWN: block.width} if layer >= 0 else {}
         target = torch.empty(-(-(inputs.get(which) or self.spec.hidden_size) // 32) * 32)
         self._library.call("row", self._handle, layer, which, row, target.data_ptr())
         return target
@@ -188,6 +199,8 @@ class NativeStepper:
                 feed_forward_bias=spec.mlp_bias,
                 linear_attention=block.attention == "linear",
                 linear_feed_forward=block.feed_forward == "linear",
+                series=block.series,
+                shortcut=block.shortcut,
                 shared=sum(1 << which for layer, which in shared if layer == number),
                 scale=block.scale if block.heads else 1.0,
             )

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from puna.core.errors import PunaError
+from puna.model.group_rounding import GROUP
 from puna.model.light_adapter import AttentionPrompt
 from puna.model.llama import Attention, FeedForward
 
 if TYPE_CHECKING:
     from puna.model.llama import Block, LinearAttention, LinearFeedForward, Llama
     from puna.model.native.build import Library
+    from puna.model.nonlinearity import SeriesActivation
+    from puna.model.spec import BlockSpec
 
 Quantize = Literal["int8", "int4"]
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -77,15 +80,19 @@ def sources(model: Llama) -> dict[Place, tuple[nn.Parameter, ...]]:
     for layer, (spec, block) in enumerate(zip(model.spec.blocks, blocks, strict=True)):
         if spec.attention == "full":
             attention = block.self_attn
-            joined = (attention.q_proj, attention.k_proj, attention.v_proj)
-            found[layer, QKV] = tuple(each for projection in joined for each in projection.parameters())
+            joined = [attention.q_proj, attention.k_proj, attention.v_proj]
             found[layer, OUT] = tuple(attention.o_proj.parameters())
+            if spec.shortcut:
+                joined.append(attention.squeeze_proj)
+                found[layer, OUT] += tuple(attention.expand_proj.parameters())
+            found[layer, QKV] = tuple(each for projection in joined for each in projection.parameters())
         elif spec.attention == "linear":
             found[layer, OUT] = tuple(block.self_attn.linear_attn.parameters())
         if spec.feed_forward == "swiglu":
             feed_forward = block.mlp
             gate, up = feed_forward.gate_proj.parameters(), feed_forward.up_proj.parameters()
-            found[layer, GATE_UP] = (*gate, *up)
+            series = feed_forward.act_fn.parameters() if spec.series else ()
+            found[layer, GATE_UP] = (*gate, *up, *series)
             found[layer, DOWN] = tuple(feed_forward.down_proj.parameters())
         elif spec.feed_forward == "linear":
             found[layer, DOWN] = tuple(block.mlp.linear_mlp.parameters())
@@ -118,6 +125,8 @@ def fill(
             for which, rows, bias in _feed_forward(block.mlp, grids):
                 if (layer, which) not in shared:
                     _matrix(library, handle, layer, which, rows, bias, threads)
+            if spec.series and (layer, GATE_UP) not in shared:
+                _series(library, handle, layer, block.mlp.act_fn)
     _norm(library, handle, -1, 0, model.model.norm.weight)
     if (-1, HEAD) not in shared:
         _matrix(library, handle, -1, HEAD, [(model.head_weight, None)], None, threads)
@@ -154,16 +163,38 @@ def _attention(attention: Attention | LinearAttention, grids: _Grids) -> _Parts:
         linear = attention.linear_attn
         yield OUT, [(linear.weight, grids.of("self_attn.linear_attn", linear.weight))], linear.bias
         return
-    names = ("q_proj", "k_proj", "v_proj")
+    block = attention.block
+    names = ["q_proj", "k_proj", "v_proj", *(["squeeze_proj"] if block.shortcut else [])]
     joined = [cast(nn.Linear, getattr(attention, name)) for name in names]
     biases: list[Tensor] = [projection.bias for projection in joined if projection.bias is not None]
     rows = [
         (projection.weight, grids.of(f"self_attn.{name}", projection.weight))
         for name, projection in zip(names, joined, strict=True)
     ]
+    if biases and block.shortcut:
+        biases.append(biases[0].new_zeros(block.shortcut))
     yield QKV, rows, torch.cat(biases) if biases else None
     out = attention.o_proj
-    yield OUT, [(out.weight, grids.of("self_attn.o_proj", out.weight))], out.bias
+    steps = grids.of("self_attn.o_proj", out.weight)
+    weight: Tensor = out.weight
+    if block.shortcut:
+        expand = attention.expand_proj.weight
+        also = grids.of("self_attn.expand_proj", expand)
+        steps = None if steps is None or also is None else _beside(steps, also)
+        weight = torch.cat((nn.functional.pad(weight, (0, -weight.shape[1] % GROUP)), expand), dim=1)
+    yield OUT, [(weight, steps)], out.bias
+
+
+def _beside(one: _Steps, other: _Steps) -> _Steps:
+    """The steps of two matrices whose inputs lie side by side."""
+    scales, minimums = (torch.cat(pair, dim=1) for pair in zip(one, other, strict=True))
+    return scales, minimums
+
+
+def out_inputs(block: BlockSpec) -> int:
+    """Inputs of the packed output projection: a shortcut's follow the heads', in groups of their own."""
+    heads = block.heads * block.head_dim
+    return -(-heads // GROUP) * GROUP + block.shortcut if block.shortcut else heads
 
 
 def _feed_forward(feed_forward: FeedForward | LinearFeedForward, grids: _Grids) -> _Parts:
@@ -213,6 +244,13 @@ def _matrix(
     if bias is not None:
         numbers = bias.float().contiguous()
         library.call("bias", handle, layer, which, numbers.data_ptr())
+
+
+def _series(library: Library, handle: int, layer: int, series: SeriesActivation) -> None:
+    """Scales and shifts [terms, 2, channels], channels filled up to panels of 16."""
+    numbers = torch.stack([torch.stack(pair) for pair in series.by_term()]).float()
+    padded = nn.functional.pad(numbers, (0, -numbers.shape[-1] % _GATES)).contiguous()
+    library.call("series", handle, layer, padded.data_ptr())
 
 
 def _norm(library: Library, handle: int, layer: int, which: int, weight: Tensor) -> None:
