@@ -50,7 +50,7 @@ def build(recipe: CorpusParameters, out: Path, *, seed: int) -> Built:
     seen = Seen()
     sides = ("held_out", "train") if recipe.held_out.asked_for else ("train",)
     for side in sides:
-        work = _Side(recipe, split, seen, built.leak, held_out=side == "held_out")
+        work = _Side(recipe, split, seen, built.leak, held_out=side == "held_out", seed=seed)
         try:
             built.corpora[side] = write_corpus(
                 out / side, recipe.kind, work.rows(), provenance=work.provenance, ledger=work.ledger
@@ -84,13 +84,21 @@ class _Side:
     """One pass over the sources for one side of the split."""
 
     def __init__(
-        self, recipe: CorpusParameters, split: Split, seen: Seen, leak: LeakCheck, *, held_out: bool
+        self,
+        recipe: CorpusParameters,
+        split: Split,
+        seen: Seen,
+        leak: LeakCheck,
+        *,
+        held_out: bool,
+        seed: int,
     ) -> None:
         self.recipe = recipe
         self.split = split
         self.seen = seen
         self.leak = leak
         self.held_out = held_out
+        self.seed = seed
         self.ledger = Ledger()
         self.provenance: list[dict[str, Any]] = []
 
@@ -111,6 +119,7 @@ class _Side:
             limit=settings.limit,
             on_bad_row=settings.on_bad_row,
             language=recipe.language or UNDETERMINED,
+            seed=self.seed,
         )
         items: Iterable[Item] = SOURCES[type(settings)].read(settings, reading)
         if recipe.min_words or recipe.max_characters is not None:
@@ -126,7 +135,8 @@ class _Side:
                 items = self._not_shared(items, self._step(name, "joined, shared with held-out", "documents"))
         rows = 0
         for item in items:
-            row = {"id": f"{name}/{item.key}", **item.row, "source": name}
+            source = name if item.task is None else f"{name}/{item.task}"
+            row = {"id": f"{name}/{item.key}", **item.row, "source": source}
             self._watch(row)
             rows += 1
             yield row

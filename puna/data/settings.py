@@ -10,6 +10,7 @@ import pydantic
 
 from puna.core import assets
 from puna.core.stage import Parameters, PlanOnly
+from puna.data.caps import Cap
 from puna.data.kinds import Kind
 from puna.data.sources import AnySource
 from puna.data.split import HeldOut
@@ -190,3 +191,20 @@ class SampleParameters(Parameters):
         if self.bytes is None and self.rows is None:
             raise ValueError("say how much is drawn: bytes, rows, or both")
         return self
+
+
+class TaskMixtureParameters(Parameters):
+    """How many rows of which source a mixture of tasks holds."""
+
+    caps: dict[str, Cap] = pydantic.Field(min_length=1)
+    """Limits by the name that a corpus is given under, for every corpus; ``rows`` is how many it gives."""
+    max_length: pydantic.PositiveInt | None = None
+    """Leave out conversations of more tokens, the chat template's included; needs the input ``model``."""
+    when_short: Literal["error", "take"] = "error"
+    """Where a source has fewer rows than its cap says: an error, or all that it has."""
+    leak: Literal["drop", "report", "error"] = "drop"
+    """What to do with conversations that share a run of words with held-out ones."""
+    leak_words: pydantic.PositiveInt = 13
+    """Length of that run in words."""
+    expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
+    """How many tokens the mixture will hold, where that is known: what a plan goes by."""

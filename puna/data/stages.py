@@ -1,5 +1,6 @@
 """The stages of this room: ``corpus`` (sources -> corpus), ``curate`` (sources -> pool of documents with
 signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
+``task_mixture`` (corpora of tasks -> so many conversations of each),
 ``next_word_labels`` (words that a rule labels),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
 (documents -> questions whose answer is known), ``table_questions`` (a table -> questions about it),
@@ -27,6 +28,7 @@ from puna.data.settings import (
     PlantedParameters,
     PreferencesParameters,
     SampleParameters,
+    TaskMixtureParameters,
 )
 from puna.data.sources.files import FileSettings
 from puna.data.tables.settings import TableQuestions
@@ -117,6 +119,38 @@ def sample(context: Context, parameters: SampleParameters) -> Outcome:
     drawn = draw_sample(source, parameters, context.out / "corpus", seed=seed)
     context.report.setdefault("tables", []).append(counts_table({"drawn": drawn}))
     return Outcome({"corpus": drawn.path}, metrics({"drawn": drawn}, LeakCheck()))
+
+
+def _task_mixture_cost(parameters: TaskMixtureParameters, shapes: Any) -> Cost:
+    """As many tokens as the recipe expects or the caps let through, and not more than there are."""
+    caps = [cap.tokens for cap in parameters.caps.values()]
+    capped = float(sum(tokens or 0 for tokens in caps)) if None not in caps else shapes.tokens
+    return Cost(
+        tokens=parameters.expected_tokens or min(shapes.tokens, capped),
+        seconds=shapes.tokens / _TOKENS_PER_SECOND,
+        kind="messages",
+    )
+
+
+@stage(
+    "task_mixture",
+    parameters=TaskMixtureParameters,
+    inputs={
+        "corpora": Input("corpus", many=True),
+        "held_out": Input("corpus", many=True, optional=True),
+        "model": Input("model", optional=True),
+    },
+    outputs={"corpus": "corpus"},
+    plan=_task_mixture_cost,
+)
+def task_mixture(context: Context, parameters: TaskMixtureParameters) -> Outcome:
+    """Draw so many conversations of each source, its tasks in turn, none of them cut or lost (S73).
+
+    Time grows linearly with the corpora, which are read twice; memory holds a few numbers per row.
+    """
+    from puna.data.task_mixture import run
+
+    return run(context, parameters)
 
 
 @stage(

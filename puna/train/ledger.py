@@ -88,6 +88,7 @@ def ledger_metrics(lines: list[Line]) -> dict[str, float]:
     for line in lines:
         values = {"share": line.trained / total, "trained": line.trained, "used": line.used}
         values |= {"unused": line.unused, "capped": line.capped, "most": line.most}
+        values |= {"dropped": line.dropped, "truncated": line.truncated}
         found |= {f"ledger.{line.name}.{name}": value for name, value in values.items()}
     return found
 

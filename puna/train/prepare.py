@@ -13,6 +13,7 @@ from puna.core.errors import PunaError
 from puna.core.files import fingerprint
 from puna.core.seeds import derive
 from puna.core.stage import Context
+from puna.data.caps import capped
 from puna.data.corpus import Corpus
 from puna.text.encode import Encoded, encode_rows
 from puna.text.packing import Mode, group_of, usual_mode
@@ -22,7 +23,7 @@ from puna.train.distributed import World
 from puna.train.loop import measuring
 from puna.train.mixture import Limits, MixedRows, check_names
 from puna.train.objectives import OBJECTIVES
-from puna.train.sources import Document, Sources, capped, pack_sources
+from puna.train.sources import Document, Sources, pack_sources
 from puna.train.stages import Train
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from puna.core.stage import Parameters
+from puna.data.caps import Cap
 from puna.model.search_space import SearchSpace
 from puna.model.spec import LlamaSpec
 from puna.train.schedule import Part, Shape
@@ -110,25 +111,6 @@ class Children(Parameters):
     def space(self, spec: LlamaSpec) -> SearchSpace:
         """The children of a decoder of ``spec``; sizes that it does not have are an error."""
         return SearchSpace.of(spec, self.layers, self.widths, self.leaving)
-
-
-class Cap(Parameters):
-    """At most so much of a source, or of each task in it: a task is what the rows' column ``source`` says."""
-
-    tokens: int | None = pydantic.Field(None, ge=1)
-    """Tokens of the source."""
-    rows: int | None = pydantic.Field(None, ge=1)
-    """Rows of the source's corpus."""
-    task_tokens: int | None = pydantic.Field(None, ge=1)
-    """Tokens of each task."""
-    task_rows: int | None = pydantic.Field(None, ge=1)
-    """Rows of each task."""
-
-    @pydantic.model_validator(mode="after")
-    def _caps_something(self) -> Cap:
-        if all(getattr(self, name) is None for name in Cap.model_fields):
-            raise ValueError(f"a cap says at least one of {', '.join(Cap.model_fields)}")
-        return self
 
 
 class Phase(Parameters):

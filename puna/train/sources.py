@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING
 import numpy
 
 from puna.core.errors import PunaError
-from puna.core.seeds import numpy_generator
 from puna.text.encode import Encoded
 from puna.text.packing import Mode, Packed, PackReport, Row, pack
-from puna.train.settings import Cap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,6 +27,9 @@ class Document:
 
     encoded: Encoded
     task: str
+
+    def __len__(self) -> int:
+        return len(self.encoded)
 
 
 @dataclass(frozen=True)
@@ -58,53 +59,6 @@ class Sources:
     def names(self) -> tuple[str, ...]:
         """Names of the sources."""
         return tuple(entry.name for entry in self.entries)
-
-
-def capped(
-    documents: Sequence[Document], cap: Cap | None, *, seed: int, where: str = "mixture.caps"
-) -> list[Document]:
-    """Documents within the limits of ``cap``, drawn by ``seed``, in the order they had.
-
-    A document that would pass a limit is left out and the next is tried. With limits by task, every
-    task has its turn before any has a second one, and a task of which nothing is left is an error.
-    """
-    if cap is None:
-        return list(documents)
-    order = numpy_generator(seed, "train", "cap").permutation(len(documents)).tolist()
-    by_task = cap.task_rows is not None or cap.task_tokens is not None
-    if by_task:
-        turns: Counter[str] = Counter()
-        turn: dict[int, int] = {}
-        for place in order:
-            turn[place] = turns[documents[place].task]
-            turns[documents[place].task] += 1
-        order.sort(key=turn.__getitem__)  # stable
-    rows: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    kept: list[int] = []
-    total = 0
-    for place in order:
-        task, size = documents[place].task, len(documents[place].encoded)
-        limits = (
-            (len(kept) + 1, cap.rows),
-            (total + size, cap.tokens),
-            (rows[task] + 1, cap.task_rows),
-            (tokens[task] + size, cap.task_tokens),
-        )
-        if any(limit is not None and value > limit for value, limit in limits):
-            continue
-        kept.append(place)
-        rows[task] += 1
-        tokens[task] += size
-        total += size
-    empty = [document.task for document in documents if not rows[document.task]] if by_task else []
-    if empty or not kept:
-        raise PunaError(
-            f"no row of task {empty[0]!r} fits the caps" if empty else "no row fits the caps",
-            where=where,
-            fix="raise them",
-        )
-    return [documents[place] for place in sorted(kept)]
 
 
 def pack_sources(

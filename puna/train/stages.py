@@ -1,5 +1,5 @@
 """The stage ``train``: pre-training, fine-tuning, distillation, preferences; in full or with LoRA. And
-``label``, out of a module of its own."""
+``label``, ``adapter_checks`` and ``answer_checks``, out of modules of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pydantic
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.units import sliced_spec
-from puna.train import labelling_stages, light_stages  # noqa: F401  registers their stages
+from puna.train import answer_stages, labelling_stages, light_stages  # noqa: F401  registers their stages
 from puna.train.plan import (
     BYTES,
     DROPOUT_TRAFFIC,

@@ -215,6 +215,7 @@ def test_the_room_registers_its_stages() -> None:
         "sample",
         "setu_checks",
         "table_questions",
+        "task_mixture",
         "web_archive",
     }
 

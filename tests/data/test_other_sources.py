@@ -247,7 +247,7 @@ def test_a_missing_extra_is_told_with_what_to_install(
 def test_every_registered_source_can_be_named_in_a_recipe_and_has_a_format() -> None:
     assert set(models_of(AnySource)) == set(SOURCES)
     formats = [source.format for source in SOURCES.values()]
-    assert len(set(formats)) == len(formats) == 12
+    assert len(set(formats)) == len(formats) == 13
     assert all(source.kinds for source in SOURCES.values())
     assert json.dumps(formats)
 
@@ -316,3 +316,24 @@ def test_a_broken_example_is_told_by_file_and_place(read: Any, write: Any, examp
 def test_a_file_that_is_no_task_is_refused(read: Any, write: Any, text: str) -> None:
     with pytest.raises(PunaError, match="not a"):
         read("messages", format="bigbench", path=str(write("task.json", text)))
+
+
+def test_a_bigbench_example_is_asked_in_one_of_several_wordings(read: Any, write: Any) -> None:
+    examples = [{"input": f"What is {n}?", "target": str(n)} for n in range(30)]
+    path = str(write("task.json", json.dumps({"examples": examples})))
+    ask = ["First: {input}", "{input} Second"]
+    items, _ = read("messages", format="bigbench", path=path, ask=ask)
+    asked = [item.row["messages"][0]["content"] for item in items]
+    assert {text.startswith("First: What") for text in asked} == {True, False}
+    assert all(text.startswith("First") or text.endswith("Second") for text in asked)
+    with pytest.raises(PunaError, match="no place"):
+        read("messages", format="bigbench", path=path, ask=["{input}", "nothing"])
+
+
+def test_topics_choose_files_of_chatterbot(read: Any, tmp_path: Path) -> None:
+    for topic in ("food", "money"):
+        (tmp_path / f"{topic}.yml").write_text(f"conversations:\n- - What about {topic}?\n  - All well.\n")
+    items, _ = read("messages", format="chatterbot", path=str(tmp_path), topics=["money"])
+    assert [item.document for item in items] == ["money.yml"]
+    with pytest.raises(PunaError, match="unknown topic"):
+        read("messages", format="chatterbot", path=str(tmp_path), topics=["monies"])

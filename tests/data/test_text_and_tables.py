@@ -10,6 +10,7 @@ import pytest
 from little_sources import texts
 
 from puna.core.errors import PunaError
+from puna.data.corpus import Corpus
 
 GOOD = [{"text": "een"}, {"text": "twee"}]
 
@@ -164,3 +165,16 @@ def test_the_limit_counts_rows_that_are_looked_at(
 def test_a_text_cannot_be_cut_at_nothing(read: Any, write: Any) -> None:
     with pytest.raises(PunaError, match="at least 1 character"):
         read("documents", path=str(write("a.txt", "een")), split_on="")
+
+
+def test_a_column_may_name_the_task_of_a_row(
+    make: Callable[..., Any], write: Callable[[str, Any], Path]
+) -> None:
+    lines = [{"prompt": f"ask {n}", "completion": "yes", "task_name": f"t{n % 2}"} for n in range(4)]
+    path = str(write("rows.jsonl", lines))
+    source = {"path": path, "name": "many", "task_column": "task_name"}
+    outcome, _ = make(kind="messages", sources=[source])
+    rows = list(Corpus.open(outcome.outputs["train"]).rows())
+    assert [row["source"] for row in rows] == ["many/t0", "many/t1", "many/t0", "many/t1"]
+    with pytest.raises(PunaError, match="no name of a task"):
+        make("other", kind="messages", sources=[{**source, "task_column": "nothing"}])

@@ -15,11 +15,12 @@ from little_trainings import weights, write_model
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
+from puna.data.caps import Cap
 from puna.data.corpus import write_corpus
 from puna.text import pretrained
 from puna.text.encode import encode_document
 from puna.train.metrics import read_metrics
-from puna.train.settings import Cap, Feedback, Mixture, Phase, ScheduleSegment
+from puna.train.settings import Feedback, Mixture, Phase, ScheduleSegment
 from puna.train.stages import Train, plan_train
 
 SMALL = {key: value for key, value in little_trainings.SMALL.items() if key != "max_steps"}

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from little_rows import documents
 
 from puna.core.errors import PunaError
+from puna.data.caps import Cap, capped
 from puna.text.encode import Encoded
 from puna.text.packing import pack
 from puna.train.curriculum import in_order
 from puna.train.ledger import check_trained, ledger, ledger_metrics, ledger_table
-from puna.train.settings import Cap
-from puna.train.sources import Document, capped, pack_sources
+from puna.train.sources import Document, pack_sources
 
 
 def tasks(lengths: list[int], count: int = 3) -> list[Document]:

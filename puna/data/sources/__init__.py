@@ -19,6 +19,7 @@ from puna.data.sources.gettext import GettextSettings
 from puna.data.sources.huggingface import HuggingfaceSettings
 from puna.data.sources.libreoffice_help import LibreofficeHelpSettings
 from puna.data.sources.obo import OboSettings
+from puna.data.sources.python_code import PythonSettings
 
 _BY_SUFFIX = {
     ".txt": "text",
@@ -32,6 +33,7 @@ _BY_SUFFIX = {
     ".mo": "gettext",
     ".whl": "gettext",
     ".obo": "obo",
+    ".py": "python",
 }
 
 
@@ -63,7 +65,8 @@ AnySource = Annotated[
     | ChatterbotSettings
     | BigbenchSettings
     | OboSettings
-    | BrownSettings,
+    | BrownSettings
+    | PythonSettings,
     pydantic.Field(discriminator="format"),
     pydantic.BeforeValidator(with_format),
 ]

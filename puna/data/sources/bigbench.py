@@ -11,7 +11,15 @@ import pydantic
 
 from puna.core.errors import PunaError, nearest
 from puna.data.kinds import BadRowError
-from puna.data.sources.common import Item, PlacedSettings, Reading, asset_or_path, source
+from puna.data.sources.common import (
+    Item,
+    Phrasings,
+    PlacedSettings,
+    Reading,
+    asset_or_path,
+    phrasing,
+    source,
+)
 
 _TASK = "task.json"
 
@@ -22,16 +30,17 @@ class BigbenchSettings(PlacedSettings):
     format: Literal["bigbench"] = "bigbench"
     task: str | None = None
     """Name of the task's folder, where the asset or path holds several."""
-    ask: str = "{input}"
-    """What the user says, with the place {input}."""
+    ask: Phrasings = ("{input}",)
+    """What the user says, with the place {input}; of several phrasings one is drawn for each example."""
     language: str | None = None
     """Language tag of the task."""
 
     @pydantic.field_validator("ask")
     @classmethod
-    def _has_place(cls, value: str) -> str:
-        if "{input}" not in value:
-            raise ValueError("the request has no place {input}")
+    def _has_place(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for phrase in value:
+            if "{input}" not in phrase:
+                raise ValueError(f"the request has no place {{input}}: {phrase!r}")
         return value
 
     def default_name(self) -> str:
@@ -61,7 +70,7 @@ def read_bigbench(settings: BigbenchSettings, reading: Reading) -> Iterator[Item
             reading.bad_row(error, where=f"{path}, {name}")
             continue
         reading.tally.keep()
-        asked = settings.ask.replace("{input}", asked)
+        asked = phrasing(settings.ask, reading, settings.title, name).replace("{input}", asked)
         row: dict[str, Any] = {"text": asked, "label": answered}
         if reading.kind == "messages":
             said = {"role": "user", "content": asked}

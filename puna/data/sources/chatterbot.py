@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from puna.core import archives
-from puna.core.errors import PunaError
+from puna.core.errors import PunaError, unknown_name
 from puna.data.kinds import BadRowError, check_messages
 from puna.data.sources.common import (
     Item,
@@ -28,6 +28,8 @@ class ChatterbotSettings(PlacedSettings):
     format: Literal["chatterbot"] = "chatterbot"
     folder: str | None = None
     """Only files in folders of this name: the corpus names its folders by languages, such as "dutch"."""
+    topics: tuple[str, ...] = ()
+    """Only files of these names, such as "humor"; none: all."""
     language: str | None = None
     """Language tag of the conversations."""
 
@@ -50,7 +52,13 @@ def read_chatterbot(settings: ChatterbotSettings, reading: Reading) -> Iterator[
     reading.facts["files"] = len(files)
     if not files:
         raise PunaError("no YAML file here", where=settings.title, found=f"folder {settings.folder!r}")
+    stems = sorted({PurePosixPath(name).stem for name, _ in files})
+    for topic in settings.topics:
+        if topic not in stems:
+            raise unknown_name("topic", topic, stems, where=settings.title)
     for name, content in files:
+        if settings.topics and PurePosixPath(name).stem not in settings.topics:
+            continue
         if not reading.wants(name):
             continue
         try:

@@ -13,11 +13,25 @@ import pydantic
 from puna.core import assets
 from puna.core.errors import PunaError, nearest
 from puna.core.progress import say
+from puna.core.seeds import derive
 from puna.core.stage import Parameters
 from puna.data.kinds import UNDETERMINED, BadRowError, Kind
 from puna.data.ledger import Tally
 
 _EXAMPLES_SHOWN = 3
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Phrasings = Annotated[tuple[str, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
+"""One template, or several of which one is drawn for each row."""
+
+
+def phrasing(templates: tuple[str, ...], reading: Reading, *row: object) -> str:
+    """The template that a row is written by: a function of the seed and the row's name alone."""
+    return templates[derive(reading.seed, "phrasing", *row) % len(templates)]
 
 
 class SourceSettings(Parameters):
@@ -52,13 +66,15 @@ class Item:
 
     ``document`` names the source document it lies in, the unit of the split; ``index`` its place
     there, or None if the document is one row. A ``fragment`` is a piece of running text, such as
-    one message of a catalogue, that is joined with its neighbours into documents.
+    one message of a catalogue, that is joined with its neighbours into documents. A ``task`` is told in the
+    row's column ``source``, behind the name of the source.
     """
 
     document: str
     row: dict[str, Any]
     index: int | None = None
     fragment: bool = False
+    task: str | None = None
 
     @property
     def key(self) -> str:
@@ -76,6 +92,8 @@ class Reading:
     limit: int | None = None
     on_bad_row: str = "error"
     language: str = UNDETERMINED
+    seed: int = 0
+    """What draws go by where a source has a choice, such as that of a phrasing."""
     seen: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     """What the source found out about itself, for the provenance: version, hash, number of files."""

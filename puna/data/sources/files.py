@@ -58,6 +58,8 @@ class TableSettings(FileSettings):
 
     columns: dict[str, str] = pydantic.Field(default_factory=dict)
     """From a name that a format uses to the table's own name of that column."""
+    task_column: str | None = None
+    """A column that names the task of a row: caps by task go by it."""
     source_language: str = UNDETERMINED
     """Language tag of the source side of sentence pairs."""
     target_language: str = UNDETERMINED
@@ -155,11 +157,21 @@ def convert_rows(
             if columns not in detections:
                 detections[columns] = _detected(raw, settings, reading, document, first=not detections)
             row = detections[columns].convert(raw, languages)
+            task = _task(raw, settings.task_column)
         except BadRowError as error:
             reading.bad_row(error, where=document)
             continue
         reading.tally.keep()
-        yield Item(document, row)
+        yield Item(document, row, task=task)
+
+
+def _task(raw: Mapping[str, Any], column: str | None) -> str | None:
+    """The task that a row names."""
+    if column is None:
+        return None
+    if not isinstance(raw.get(column), str | int) or not str(raw[column]).strip():
+        raise BadRowError("no name of a task", column, repr(raw.get(column)))
+    return str(raw[column]).strip()
 
 
 def _detected(

@@ -27,6 +27,8 @@ class HuggingfaceSettings(SourceSettings):
     """Commit or tag; without it the newest, which may change."""
     columns: dict[str, str] = pydantic.Field(default_factory=dict)
     """From a name that a format uses to the dataset's own name of that column."""
+    task_column: str | None = None
+    """A column that names the task of a row: caps by task go by it."""
     language: str | None = None
     """Language tag of the text, where a row does not tell its own."""
     source_language: str = UNDETERMINED
