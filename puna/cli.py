@@ -77,7 +77,7 @@ def run(
 @app.command()
 def prove(
     recipe: Annotated[str | None, typer.Argument(metavar="NAME|RECIPE.yaml", help="What to prove.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every system.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Every system, each below --out.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs for claims that ask for several.")] = None,
     out: Out = None,
     settings: Settings = None,
@@ -87,20 +87,23 @@ def prove(
     """Run at demo scale and judge the claims; 1 if one fails."""
     from puna.run.look import closing
     from puna.run.prove import prove as judge
-    from puna.run.recipe import system_names
+    from puna.run.prove_all import Proofs
     from puna.run.record import Run
 
     if (recipe is None) != all_:
         raise PunaError("say what to prove", expected="one recipe or system, or --all")
-    if all_ and out is not None:
-        raise PunaError("--out is for one recipe", where="--all")
-    failed = []
-    for name in system_names() if recipe is None else [recipe]:
-        judged, folder = judge(name, out, seeds=seeds, set=_settings(settings), device=device, dtype=dtype)
+    asked: dict[str, Any] = {"seeds": seeds, "set": _settings(settings), "device": device, "dtype": dtype}
+    if recipe is None:
+        proofs = Proofs(out or Path("runs"), **asked)
+        found = proofs.run()
+        _print(found.table(), f"table: {proofs.page}")
+        failed = [f"{row.name}: {', '.join(row.failures)}" for row in found.rows if row.went_wrong]
+    else:
+        judged, folder = judge(recipe, out, **asked)
         _print(*closing(Run.open(folder)))
-        failed += [f"{name}: {claim.name}" for claim in judged if not claim.passed]
+        failed = [f"{recipe}: {claim.name}" for claim in judged if not claim.passed]
     if failed:
-        _print(f"failed: {', '.join(failed)}")
+        _print(f"failed: {'; '.join(failed)}")
         raise typer.Exit(1)
 
 

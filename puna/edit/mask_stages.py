@@ -9,7 +9,8 @@ import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.units import Kept, sliced_spec
-from puna.train.stages import Train, plan_train
+from puna.train.stages import Train
+from puna.train.train_plan import plan_train
 
 
 class LearnMasks(Parameters):

@@ -10,7 +10,8 @@ from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.model.sizes import forward_operations
 from puna.model.units import Kept, Kind, sliced_spec
 from puna.train.plan import BYTES
-from puna.train.stages import Train, plan_train
+from puna.train.stages import Train
+from puna.train.train_plan import plan_train
 
 if TYPE_CHECKING:
     from puna.edit.pruning import PruneSettings

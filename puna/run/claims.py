@@ -114,15 +114,15 @@ def write(judgements: Sequence[Judgement], recipe: Recipe, folder: Path) -> None
     )
 
 
-def are_judged(recipe: Recipe, folder: Path) -> bool:
-    """Whether claims.json holds the recipe's claims as they stand now."""
+def are_judged(current: Sequence[Claim], folder: Path) -> bool:
+    """Whether claims.json holds a recipe's claims as they stand now."""
     file = folder / FILE
     if not file.is_file():
         return False
     said = [
         (claim["name"], claim["says"], claim["value"], claim["bar"]) for claim in read_json(file)["claims"]
     ]
-    return said == [(claim.name, claim.says, claim.value, bar_of(claim)) for claim in recipe.header.claims]
+    return said == [(claim.name, claim.says, claim.value, bar_of(claim)) for claim in current]
 
 
 def table(claims: Sequence[Mapping[str, Any]], title: str) -> Table:

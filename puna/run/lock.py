@@ -11,17 +11,24 @@ from pathlib import Path
 from puna.core.errors import PunaError
 
 
+class BusyError(PunaError):
+    """Another process holds the lock."""
+
+
 @contextlib.contextmanager
-def locked(folder: Path, lock: Path) -> Iterator[None]:
-    """Keep every other run out of ``folder`` for the length of the block, by a lock on the file ``lock``."""
+def locked(folder: Path, lock: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep every other run out of ``folder`` for the length of the block, by a lock on the file ``lock``.
+
+    Raises :class:`BusyError` where another process holds it, unless told to ``wait``.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise PunaError(
+            raise BusyError(
                 "another run works in this folder",
                 where=folder,
                 found=f"process {owner}" if owner else None,

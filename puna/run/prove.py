@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from puna.run import claims, processes
 from puna.run.claims import Judgement
+from puna.run.lock import locked
 from puna.run.recipe import Recipe, load
 from puna.run.record import Metrics, Run
 from puna.run.runner import Runner, default_folder, write_cards_and_report
+
+LOCK = ".proof.lock"
+"""In a run's folder: held for the length of a proof, further seeds included."""
 
 
 def prove(
@@ -25,19 +30,22 @@ def prove(
     """Run ``recipe`` at demo scale, resuming what is there, and judge its claims.
 
     Claims with ``seeds`` are judged on the mean of that many runs; ``seeds`` overrides how many.
-    A further seed runs only the stages that those claims draw on, in ``<folder>-seed<n>``. Returns
+    A further seed runs only the stages that those claims draw on, in ``<folder>-seed<n>``. One process at
+    a time proves in a folder; another gets a :class:`~puna.run.lock.BusyError`. Returns
     the judgements and the run's folder, which holds claims.json and a report that shows them.
     """
     first = load(recipe, None, set, device=device, dtype=dtype)
     folder = default_folder(recipe, first, out)
-    runs: dict[int, Mapping[str, Metrics]] = {first.header.seed: Runner(first, folder).run().metrics}
-    for seed, needed in _further_seeds(first, seeds).items():
-        again = load(recipe, None, set, seed=seed, device=device, dtype=dtype)
-        runs[seed] = Runner(again, folder.with_name(f"{folder.name}-seed{seed}"), only=needed).run().metrics
-    judgements = claims.judge(first, runs, seeds)
-    if processes.is_first():
-        claims.write(judgements, first, folder)
-        write_cards_and_report(Run.open(folder))
+    with locked(folder, folder / LOCK) if processes.is_first() else contextlib.nullcontext():
+        runs: dict[int, Mapping[str, Metrics]] = {first.header.seed: Runner(first, folder).run().metrics}
+        for seed, needed in _further_seeds(first, seeds).items():
+            again = load(recipe, None, set, seed=seed, device=device, dtype=dtype)
+            place = folder.with_name(f"{folder.name}-seed{seed}")
+            runs[seed] = Runner(again, place, only=needed).run().metrics
+        judgements = claims.judge(first, runs, seeds)
+        if processes.is_first():
+            claims.write(judgements, first, folder)
+            write_cards_and_report(Run.open(folder))
     return judgements, folder
 
 

@@ -226,7 +226,7 @@ class Runner:
         from puna.run import claims
 
         if self.recipe.claims and not (
-            all(self.reused.values()) and claims.are_judged(self.recipe, self.folder)
+            all(self.reused.values()) and claims.are_judged(self.recipe.header.claims, self.folder)
         ):
             found = {name: record.metrics for name, record in self.records.items()}
             judged = claims.judge(self.recipe, {self.recipe.header.seed: found})

@@ -66,6 +66,10 @@ class TopTokens:
                 "ids of tokens are whole numbers", found=self.ids.dtype, expected="int32 or int64"
             )
 
+    def at(self, places: Tensor) -> TopTokens:
+        """Those at some positions: ``places`` bool [positions], the teacher's being in one row."""
+        return TopTokens(self.ids[places], self.log_probs[places])
+
     def first(self, k: int | None) -> TopTokens:
         """The ``k`` likeliest of them, or all if ``k`` is None."""
         held = self.ids.shape[-1]
@@ -83,6 +87,10 @@ class LinearTeacher:
 
     hidden: Tensor
     weight: Tensor
+
+    def at(self, places: Tensor) -> LinearTeacher:
+        """The teacher at some positions: ``places`` bool [positions], its positions being in one row."""
+        return LinearTeacher(self.hidden[places], self.weight)
 
 
 Teacher = LinearTeacher | TopTokens | Tensor
@@ -109,6 +117,18 @@ def linear_top_tokens(hidden: Tensor, weight: Tensor, k: int, *, chunk: int = CH
     shape = (*hidden.shape[:-1], k)
     ids = torch.cat([part.ids for part in parts]).to(torch.int32)
     return TopTokens(ids.reshape(shape), torch.cat([part.log_probs for part in parts]).reshape(shape))
+
+
+@torch.no_grad()
+def linear_likeliest(hidden: Tensor, weight: Tensor, *, chunk: int = CHUNK) -> Tensor:
+    """The likeliest token of ``hidden @ weight.T``, a chunk of positions at a time; int64 [...].
+
+    ``hidden`` is [..., width], ``weight`` [vocabulary, width]. No gradient goes through it.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    starts = range(0, max(len(rows), 1), chunk)
+    parts = [(rows[start : start + chunk] @ weight.T).argmax(-1) for start in starts]
+    return torch.cat(parts).reshape(hidden.shape[:-1])
 
 
 def kl(student: Tensor, teacher: Tensor, direction: Direction, *, temperature: float = 1.0) -> Tensor:

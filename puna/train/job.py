@@ -43,20 +43,14 @@ from puna.train.preferences import (
 )
 from puna.train.prepare import encode, mixed_rows, packing_of, sources_of
 from puna.train.schedule import Schedule, compose, preset
+from puna.train.settings import WITH_REFERENCE
 from puna.train.sharding import shard, whole_on_first
 from puna.train.sources import Sources
-from puna.train.stages import (
-    SHARE_OF_MEMORY,
-    WITH_REFERENCE,
-    Train,
-    exits_learnt,
-    layers_to_recompute,
-    memory_of,
-    pair_settings,
-)
+from puna.train.stages import Train, pair_settings
 from puna.train.subnetworks import Alternating
 from puna.train.summary import add_pairs, fill_report, metrics_of, start_table
-from puna.train.teacher import bytes_beside, distillation, teacher_of
+from puna.train.teacher import bytes_beside, distillation, teachers_of
+from puna.train.train_plan import SHARE_OF_MEMORY, exits_learnt, layers_to_recompute, memory_of
 from puna.train.trained import (
     ADAPTERS,
     dtype_of,
@@ -95,10 +89,9 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
     with world(context.device) as here:
         model, measured = open_model(context, parameters, here, seed)
         dtype = dtype_of(context, parameters)
-        teacher = teacher_of(context.inputs.get("teacher"), model, parameters, dtype, here)
+        teachers = teachers_of(context.inputs, model, parameters, dtype, here)
         recipe = _recipe(model, context, parameters, seed)
-        if teacher is not None:
-            recipe["teacher"] = weights_fingerprint(teacher)
+        recipe |= {name: weights_fingerprint(one) for name, one in teachers.items()}
         sources, recipe = sources_of(model, context, parameters, seed=seed, recipe=recipe, here=here)
         packed = sources.rows
         feed = _feed(sources, parameters, seed, here)
@@ -115,9 +108,9 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
             reference = Reference(context.out / "reference.safetensors", recipe, here)
             objective, held_out = _preferences(model, parameters, feed, settings, held_out, reference)
             measured["reference_seconds"] = time.perf_counter() - start
-        if teacher is not None:
-            objective = distillation(teacher, parameters, feed.rows, context.out / "teacher", recipe, here)
-            teacher = None  # a stored one is no longer held
+        if teachers:
+            objective = distillation(teachers, parameters, feed.rows, context.out, recipe, here)
+            teachers.clear()  # a stored one is no longer held
         _fit_into_memory(model, parameters, dtype, here, beside=bytes_beside(objective))
 
         def make_loop(model: Llama, **changes: Any) -> Loop:

@@ -16,6 +16,10 @@ from puna.train.schedule import Part, Shape
 
 Weights = dict[str, Annotated[float, pydantic.Field(ge=0)]]
 Length = Annotated[int, pydantic.Field(ge=1)] | Annotated[float, pydantic.Field(gt=0, le=1)] | Literal["rest"]
+WITH_REFERENCE = ("dpo", "length_normalised_dpo", "ipo")
+"""Objectives that compare with the model as it is before training."""
+WITH_TEACHER = ("distill", "distill_sft")
+"""Objectives that learn from another model."""
 _SHAPES: tuple[Shape, ...] = ("warmup", "constant", "linear", "cosine", "decay", "inverse_sqrt", "step")
 _FALLING: tuple[Shape, ...] = ("linear", "cosine", "decay")
 
@@ -278,6 +282,17 @@ class Lora(Parameters):
     adapter merged in."""
 
 
+class Compatible(Parameters):
+    """Where a distillation learns from an earlier version of the model, the input ``older``, in place of the
+    teacher, so that what that version had right stays right (S58)."""
+
+    where: Literal["student_wrong", "older_right", "everywhere"] = "student_wrong"
+    """student_wrong: at tokens that are not the student's likeliest one, as it is in that step; older_right:
+    at those that the earlier version finds likeliest; everywhere: plain distillation from it."""
+    cross_entropy: float = pydantic.Field(0.0, ge=0)
+    """Weight of the cross-entropy of the text's own tokens beside it, for a version that was far weaker."""
+
+
 class LightAdapter(Parameters):
     """Attention prompts, scales, biases and norms; everything else is frozen (S09)."""
 
@@ -293,6 +308,18 @@ class LightAdapter(Parameters):
         if self.kind == "llama_adapter" and not self.prompt_length:
             raise ValueError("an adapter of prompts alone needs a prompt_length of at least 1")
         return self
+
+
+def check_teacher(train: Any) -> None:
+    """Refuse parameters of the stage ``train`` that do not go with a teacher, or with one that is stored."""
+    if train.store_teacher and train.top_k is None:
+        raise ValueError("store_teacher keeps the teacher's likeliest tokens: say how many with top_k")
+    if train.store_teacher and train.hidden_cosine:
+        raise ValueError("hidden_cosine needs hidden states, which store_teacher does not keep")
+    if train.compatible and train.hidden_cosine:
+        raise ValueError("hidden_cosine does not go with compatible: which version's hidden states?")
+    if train.objective in WITH_TEACHER and train.sharding == "full":
+        raise ValueError(f"objective {train.objective!r} does not go with sharding 'full' yet")
 
 
 def check_what_is_trained(train: Any) -> None:

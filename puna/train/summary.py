@@ -12,8 +12,8 @@ from puna.text.packing import PackReport
 from puna.train.checkpoint import TrainState
 from puna.train.distributed import World
 from puna.train.loop import LoopSettings
+from puna.train.settings import WITH_REFERENCE
 from puna.train.sharding import is_sharded
-from puna.train.stages import WITH_REFERENCE
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama

@@ -23,9 +23,11 @@ from puna.core.files import fingerprint
 from puna.core.progress import Track, say
 from puna.text import pretrained
 from puna.text.packing import IGNORED, Row, collate
+from puna.train.compatibility import Compatible
 from puna.train.distillation import (
     Direction,
     LinearTeacher,
+    PositionLoss,
     TopTokens,
     hidden_cosine,
     linear_kl,
@@ -36,7 +38,8 @@ from puna.train.distributed import World
 from puna.train.loader import MicroBatch
 from puna.train.objectives import Loss, Objective
 from puna.train.preferences import fingerprint_of_rows
-from puna.train.stages import WITH_TEACHER, Train
+from puna.train.settings import WITH_TEACHER
+from puna.train.stages import Train
 from puna.train.teacher_cache import TeacherCache, write_teacher_cache
 
 if TYPE_CHECKING:
@@ -44,11 +47,12 @@ if TYPE_CHECKING:
     from puna.text.packing import Batch
 
 
-def teacher_of(
-    source: str | Path | None, student: Llama, parameters: Train, dtype: str, world: World
-) -> Llama | None:
-    """The model in ``source`` that is learnt from; None where the objective has no teacher."""
+def teachers_of(
+    inputs: Mapping[str, Any], student: Llama, parameters: Train, dtype: str, world: World
+) -> dict[str, Llama]:
+    """The models that are learnt from, ``teacher`` and ``older``; none where the objective has no teacher."""
     wanted = parameters.objective in WITH_TEACHER
+    source, earlier = inputs.get("teacher"), inputs.get("older")
     if (source is not None) != wanted:
         raise PunaError(
             f"objective {parameters.objective!r} {'learns from a teacher' if wanted else 'has no teacher'}",
@@ -56,33 +60,51 @@ def teacher_of(
             found=source or "no such input",
             fix="give the stage an input teacher" if wanted else f"take {' or '.join(WITH_TEACHER)}",
         )
-    if source is None:
-        return None
-    teacher = open_teacher(source, student, dtype=dtype, world=world)
-    ours, theirs = ((len(one.spec.blocks), one.spec.hidden_size) for one in (student, teacher))
-    if parameters.hidden_cosine and ours != theirs:
+    if (earlier is not None) != (parameters.compatible is not None):
         raise PunaError(
-            "hidden states are compared layer by layer",
-            where="hidden_cosine",
-            found=f"a student of {ours[0]} layers of {ours[1]}, a teacher of {theirs[0]} of {theirs[1]}",
-            expected="as many layers of one width; halves that are left out count",
+            "there is no earlier version to learn from"
+            if earlier is None
+            else "nothing is learnt from the earlier version",
+            where="older",
+            found=earlier or "no such input",
+            fix="give the stage an input older"
+            if earlier is None
+            else f"set compatible, with objective {' or '.join(WITH_TEACHER)}",
         )
-    return teacher
+    named = {"teacher": source, "older": earlier}
+    teachers = {
+        name: open_teacher(path, student, dtype=dtype, world=world)
+        for name, path in named.items()
+        if path is not None
+    }
+    if parameters.hidden_cosine:
+        ours, theirs = (
+            (len(one.spec.blocks), one.spec.hidden_size) for one in (student, teachers["teacher"])
+        )
+        if ours != theirs:
+            raise PunaError(
+                "hidden states are compared layer by layer",
+                where="hidden_cosine",
+                found=f"a student of {ours[0]} layers of {ours[1]}, a teacher of {theirs[0]} of {theirs[1]}",
+                expected="as many layers of one width; halves that are left out count",
+            )
+    return teachers
 
 
 def distillation(
-    teacher: Llama,
+    teachers: Mapping[str, Llama],
     parameters: Train,
     rows: Sequence[Row],
     folder: Path,
     recipe: Mapping[str, Any],
     world: World,
-) -> Distill:
-    """The objective that ``parameters`` ask for, with the teacher in it, or what it said of ``rows``.
+) -> Distill | Compatible:
+    """The objective that ``parameters`` ask for, with the teachers in it, or what they said of ``rows``.
 
-    That is kept in ``folder``; ``recipe`` is what the run's weights depend on.
+    That is kept in ``folder``, under their names; ``recipe`` is what the run's weights depend on, the
+    teachers' fingerprints by name among it.
     """
-    size = teacher.spec.vocab_size
+    size = teachers["teacher"].spec.vocab_size
     if parameters.top_k is not None and parameters.top_k > size:
         raise PunaError(
             "more tokens than there are", where="top_k", found=parameters.top_k, expected=f"at most {size:,}"
@@ -90,12 +112,20 @@ def distillation(
     settings = DistillSettings(
         parameters.divergence, parameters.temperature, parameters.top_k, parameters.hidden_cosine
     )
-    if not parameters.store_teacher:
-        return Distill(settings, live=teacher)
-    assert parameters.top_k is not None
-    known = fingerprint([recipe["teacher"], recipe["dtype"], parameters.top_k, fingerprint_of_rows(rows)])
-    stored = store_teacher(teacher, rows, folder, k=parameters.top_k, recipe=known, world=world)
-    return Distill(settings, stored=stored)
+    learnt: dict[str, Distill] = {}
+    for name, teacher in teachers.items():
+        learnt[name] = Distill(settings, live=teacher)
+        if parameters.store_teacher:
+            assert parameters.top_k is not None
+            known = fingerprint([recipe[name], recipe["dtype"], parameters.top_k, fingerprint_of_rows(rows)])
+            stored = store_teacher(
+                teacher, rows, folder / name, k=parameters.top_k, recipe=known, world=world
+            )
+            learnt[name] = Distill(settings, stored=stored)
+    if parameters.compatible is None:
+        return learnt["teacher"]
+    chosen = parameters.compatible
+    return Compatible(learnt["teacher"], learnt["older"], chosen.where, chosen.cross_entropy)
 
 
 def open_teacher(source: str | Path, student: Llama, *, dtype: str, world: World) -> Llama:
@@ -150,41 +180,37 @@ class Distill:
         batch = micro.batch
         labelled = batch.labels != IGNORED
         if not self.settings.hidden_cosine:
-            hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
-            states = None if self.live is None else _states(self.live, batch)
-            return self._divergence(model, micro, hidden[labelled], states)
+            hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)[labelled]
+            found = self.divergence(model, hidden, self.said(micro, hidden.device))
+            return Loss(found.total, found.positions)
         assert self.live is not None
         with _behind_layers(model) as ours, _behind_layers(self.live) as theirs:
-            hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)
-            states = _states(self.live, batch)
-        loss = self._divergence(model, micro, hidden[labelled], states)
-        total, tokens = loss.total, loss.tokens
+            hidden = model.hidden(batch.input_ids, batch.positions, batch.segments)[labelled]
+            said = self.said(micro, hidden.device)
+        found = self.divergence(model, hidden, said)
+        total, tokens = found.total, found.positions
         for one, other in zip(ours, theirs, strict=True):
             apart = hidden_cosine(one, other, labelled)
             total = total + self.settings.hidden_cosine * apart.total
             tokens = tokens + self.settings.hidden_cosine * apart.positions
         return Loss(total, tokens)
 
-    def _divergence(self, model: Llama, micro: MicroBatch, hidden: Tensor, states: Tensor | None) -> Loss:
-        """Of the student's final hidden states [targets, width]; ``states`` are a live teacher's, of the
-        batch."""
-        settings, labelled = self.settings, micro.batch.labels != IGNORED
-        if settings.top_k is None:
-            assert self.live is not None and states is not None
-            teacher = LinearTeacher(states[labelled], self.live.head_weight.detach())
-            found = linear_kl(
-                hidden, model.head_weight, teacher, settings.direction, temperature=settings.temperature
-            )
-            return Loss(found.total, found.positions)
+    def said(self, micro: MicroBatch, device: torch.device) -> LinearTeacher | TopTokens:
+        """What the teacher says at the labelled positions of ``micro``, in reading order."""
         if self.stored is not None:
-            likeliest = self.stored.tokens(micro, hidden.device)
-        else:
-            assert self.live is not None and states is not None
-            likeliest = linear_top_tokens(states[labelled], self.live.head_weight, settings.top_k)
-        found = linear_top_k_kl(
-            hidden, model.head_weight, likeliest, settings.direction, temperature=settings.temperature
-        )
-        return Loss(found.total, found.positions)
+            return self.stored.tokens(micro, device)
+        assert self.live is not None
+        if self.settings.top_k is not None:
+            return _likeliest(self.live, micro.batch, self.settings.top_k)
+        states = _states(self.live, micro.batch)[micro.batch.labels != IGNORED]
+        return LinearTeacher(states, self.live.head_weight.detach())
+
+    def divergence(self, model: Llama, hidden: Tensor, said: LinearTeacher | TopTokens) -> PositionLoss:
+        """Of the student's final hidden states [positions, width] from what the teacher says there."""
+        head, settings = model.head_weight, self.settings
+        if isinstance(said, TopTokens):
+            return linear_top_k_kl(hidden, head, said, settings.direction, temperature=settings.temperature)
+        return linear_kl(hidden, head, said, settings.direction, temperature=settings.temperature)
 
 
 @contextlib.contextmanager
@@ -215,9 +241,10 @@ def _likeliest(teacher: Llama, batch: Batch, k: int) -> TopTokens:
 
 
 def bytes_beside(objective: Objective) -> int:
-    """Bytes of the weights of a live teacher; 0 for any other objective."""
-    live = objective.live if isinstance(objective, Distill) else None
-    return 0 if live is None else sum(tensor.nbytes for tensor in live.parameters())
+    """Bytes of the weights of live teachers; 0 for any other objective."""
+    taught = (objective.newer, objective.older) if isinstance(objective, Compatible) else (objective,)
+    live = [one.live for one in taught if isinstance(one, Distill) and one.live is not None]
+    return sum(tensor.nbytes for model in live for tensor in model.parameters())
 
 
 class StoredTeacher:

@@ -13,6 +13,7 @@ from puna.core.errors import PunaError
 from puna.core.files import fingerprint
 from puna.core.stage import Context
 from puna.model.adapters import (
+    AdapterState,
     LoraSettings,
     add_lora,
     merge_lora,
@@ -44,9 +45,16 @@ def open_model(context: Context, parameters: Train, here: World, seed: int) -> t
     """The model to train, and how far what was done to it moves the logits of the probe before training.
 
     A new adapter moves no bit (``start_difference`` 0.0); a base put into NF4 moves them
-    (``nf4_difference``).
+    (``nf4_difference``). The input ``adapter``, if there is one, takes the new one's place behind that.
     """
     dtype = dtype_of(context, parameters)
+    if context.inputs.get("adapter") is not None and (parameters.lora is None or parameters.keep_zeros):
+        raise PunaError(
+            "an adapter that is gone on with needs lora, without keep_zeros",
+            where="adapter",
+            found=context.inputs["adapter"],
+            fix="give lora the rank, alpha and targets that the adapter has",
+        )
     if dtype not in ("float32", "bfloat16"):
         raise PunaError("training computes in float32 or bfloat16", where="dtype", found=dtype)
     # What is shared out is whole in main memory first: a GPU need not hold it.
@@ -65,6 +73,8 @@ def open_model(context: Context, parameters: Train, here: World, seed: int) -> t
             moved["nf4_difference"] = difference(exact, before)
         add_lora(model, settings, seed=seed, places=places)
         moved["start_difference"] = difference(before, probe(model))
+        if context.inputs.get("adapter") is not None:
+            take_adapter(model, context.inputs["adapter"], dtype, device)
     elif parameters.adapter is not None:
         before = probe(model)
         add_light(model, light_settings(parameters.adapter), seed=seed)
@@ -94,6 +104,48 @@ def base_model(source: str | Path, parameters: Train, dtype: str, device: str) -
             )
         merge_lora(model)
     return model
+
+
+def take_adapter(model: Llama, source: str | Path, dtype: str, device: str) -> None:
+    """Give the adapter in ``model`` the weights of the one in ``source``, of its form and of its base."""
+    given = pretrained.load(source, dtype=dtype, device=device)
+    if not isinstance(given.adapter, AdapterState) or not isinstance(model.adapter, AdapterState):
+        raise PunaError(
+            "not a LoRA to go on with", where=source, expected="the output adapter of a stage train"
+        )
+    ours, theirs = _form(model, model.adapter), _form(given, given.adapter)
+    if ours != theirs:
+        name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+        raise PunaError(
+            "the adapter has another form than lora says",
+            where=source,
+            found=f"{name}: {theirs.get(name, 'nothing')}",
+            expected=ours.get(name, "nothing"),
+            fix="give lora the rank, alpha and targets that the adapter has",
+        )
+    weights = dict(given.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in ours:
+                parameter.copy_(weights[name])
+            elif name in weights and not torch.equal(parameter, weights[name]):
+                raise PunaError(
+                    "the adapter was trained on another model than this one",
+                    where=source,
+                    found=f"another {name}",
+                    fix="give the stage the model that the adapter belongs to",
+                )
+
+
+def _form(model: Llama, adapter: AdapterState) -> dict[str, object]:
+    """Shapes of what an adapter trains, by name, and how it counts."""
+    shapes: dict[str, object] = {
+        name: list(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name or name in adapter.full
+    }
+    config = adapter.config
+    return {**shapes, "alpha": float(config.lora_alpha), "rslora": bool(config.use_rslora)}
 
 
 def lora_settings(lora: Lora, *more: str) -> LoraSettings:

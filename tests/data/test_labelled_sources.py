@@ -87,6 +87,8 @@ def test_a_task_of_bigbench_gives_labelled_texts(tmp_path: Path) -> None:
         ("Nice.", "positive"),
         ("Awful!", "negative"),
     ]
+    alone = make(tmp_path / "alone", kind="documents", sources=sources)
+    assert [row["text"] for row in alone.rows()] == ["Nice.", "Awful!"]
 
 
 OBO = """format-version: 1.2

@@ -212,5 +212,7 @@ def install_endings(put: Any = None) -> None:
 
     for name, function in (("puna.run.report", write_report), ("puna.run.card", write_card)):
         module = ModuleType(name)
+        if name == "puna.run.report":  # other pages are the real ones
+            module.__path__ = [str(Path(registry.__file__).parent.parent / "run" / "report")]
         setattr(module, function.__name__, function)
         (put or sys.modules.__setitem__)(name, module)

@@ -15,8 +15,9 @@ from puna.model.llama import Llama
 from puna.model.search_space import SearchSpace
 from puna.model.spec import BlockSpec, LlamaSpec
 from puna.train.objectives import CrossEntropy
-from puna.train.stages import Train, plan_train
+from puna.train.stages import Train
 from puna.train.subnetworks import Alternating
+from puna.train.train_plan import plan_train
 
 CHILDREN = {"layers": [2, 1], "widths": [1.0, 0.5], "leaving": "last"}
 SPEC = LlamaSpec(120, 32, (BlockSpec(heads=4, kv_heads=2, head_dim=8, width=48),) * 4, tied=True)

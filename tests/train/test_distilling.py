@@ -92,19 +92,22 @@ def places(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> dic
 
 @pytest.fixture
 def train(places: dict[str, Path]) -> Train:
-    """``train(out, model=..., teacher=..., corpus=..., **parameters)`` runs the stage."""
+    """``train(out, model=..., teacher=..., older=..., corpus=..., **parameters)`` runs the stage."""
 
     def run(
         out: Path,
         *,
         model: str = "student",
         teacher: str | None = "teacher",
+        older: str | None = None,
         corpus: str = "documents",
         **parameters: Any,
     ) -> Outcome:
         inputs: dict[str, Any] = {"model": str(places[model]), "corpus": {"main": places[corpus]}}
         if teacher is not None:
             inputs["teacher"] = str(places.get(teacher, teacher))
+        if older is not None:
+            inputs["older"] = str(places[older])
         stage = get_stage("train")
         settings = validate(stage.parameters, {**SMALL, **parameters}, where="test")
         return stage.function(Context("distil", out, inputs), settings)
@@ -299,6 +302,7 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "top_k": ({}, {"top_k": 4}),
     "hidden_cosine": ({"model": "thin"}, {"hidden_cosine": 0.5}),
     "store_teacher": ({"top_k": 4}, {"store_teacher": True}),
+    "compatible": ({}, {"compatible": {}, "older": "thin"}),
 }
 
 

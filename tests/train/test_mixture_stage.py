@@ -21,7 +21,8 @@ from puna.text import pretrained
 from puna.text.encode import encode_document
 from puna.train.metrics import read_metrics
 from puna.train.settings import Feedback, Mixture, Phase, ScheduleSegment
-from puna.train.stages import Train, plan_train
+from puna.train.stages import Train
+from puna.train.train_plan import plan_train
 
 SMALL = {key: value for key, value in little_trainings.SMALL.items() if key != "max_steps"}
 WORDS = ["the", "cat", "sat", "on", "that", "mat", "went", "again"]

@@ -31,7 +31,9 @@ from puna.train.loop import measuring
 from puna.train.metrics import read_metrics
 from puna.train.objectives import OBJECTIVES
 from puna.train.preferences import FIGURES, Answers, Reference, answer_log_probs, trained_passes
-from puna.train.stages import WITH_REFERENCE, Train, plan_train
+from puna.train.settings import WITH_REFERENCE
+from puna.train.stages import Train
+from puna.train.train_plan import plan_train
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"

@@ -24,7 +24,8 @@ from puna.run.shapes import known
 from puna.train import plan
 from puna.train.metrics import read_metrics
 from puna.train.sharded_plan import shard_bytes, sharded_memory
-from puna.train.stages import Train, plan_train
+from puna.train.stages import Train
+from puna.train.train_plan import plan_train
 
 HERE = Path(__file__).parent
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -235,7 +235,7 @@ def test_save_steps_make_checkpoints(
 
 
 def test_the_plan_counts_what_the_stage_trains(places: dict[str, Path], tmp_path: Path) -> None:
-    from puna.train.stages import plan_train
+    from puna.train.train_plan import plan_train
 
     class Shapes:
         spec = pretrained.load(places["model"]).spec

@@ -1,4 +1,5 @@
-"""BIG-bench's tasks in JSON: an input and what is to be answered, as a question and its answer or a label."""
+"""BIG-bench's tasks in JSON: an input and what is to be answered, as a question and its answer, a label, or
+the input alone."""
 
 from __future__ import annotations
 
@@ -52,12 +53,13 @@ class BigbenchSettings(PlacedSettings):
         return [] if self.path is None else [_file(Path(self.path), self.task)]
 
 
-@source(BigbenchSettings, "messages", "labelled_texts")
+@source(BigbenchSettings, "documents", "messages", "labelled_texts")
 def read_bigbench(settings: BigbenchSettings, reading: Reading) -> Iterator[Item]:
     """An example is a source document of its own: a question, and the first of its answers.
 
     Of a choice the answer is the one with the highest score; where several have it, the row is bad. As a
-    labelled text the input is the text, ``ask`` put around it, and the answer its label.
+    labelled text the input is the text, ``ask`` put around it, and the answer its label; as a document it is
+    alone, without the answer.
     """
     path = _file(asset_or_path(settings.asset, settings.path, reading), settings.task)
     for number, example in enumerate(_examples(path)):
@@ -71,7 +73,9 @@ def read_bigbench(settings: BigbenchSettings, reading: Reading) -> Iterator[Item
             continue
         reading.tally.keep()
         asked = phrasing(settings.ask, reading, settings.title, name).replace("{input}", asked)
-        row: dict[str, Any] = {"text": asked, "label": answered}
+        row: dict[str, Any] = {"text": asked}
+        if reading.kind == "labelled_texts":
+            row["label"] = answered
         if reading.kind == "messages":
             said = {"role": "user", "content": asked}
             row = {"messages": [said, {"role": "assistant", "content": answered}]}
