@@ -9,6 +9,7 @@ import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.edit import (  # noqa: F401  registers their stages
+    augment_stages,
     mask_stages,
     merge_stages,
     pruning_stages,
@@ -62,7 +63,7 @@ def shorten(context: Context, parameters: Shorten) -> Outcome:
 
 
 class Initialise(Parameters):
-    """Parameters of the stage ``initialise``: a plain Llama's sizes, named as in transformers' config."""
+    """Parameters of the stage ``initialise``: a Llama's sizes, named as in transformers' config."""
 
     hidden_size: pydantic.PositiveInt = 256
     """Width of the hidden states."""
@@ -78,6 +79,10 @@ class Initialise(Parameters):
     """Tokens that the model is meant for."""
     rope_theta: pydantic.PositiveFloat = 10_000.0
     """Base of the rotary positions."""
+    series: pydantic.NonNegativeInt = 0
+    """Terms of the activation on the feed-forward's gate (S82); 0 is a plain SiLU."""
+    shortcut: pydantic.NonNegativeInt = 0
+    """Width of the way around attention (S82); 0: none."""
     tie_word_embeddings: bool = True
     """Whether the head is the embedding."""
     seed: int | None = None
@@ -101,7 +106,8 @@ class Initialise(Parameters):
             "rope_theta": self.rope_theta,
             "tie_word_embeddings": self.tie_word_embeddings,
         }
-        return LlamaSpec.from_config(config, where="initialise")
+        plain = LlamaSpec.from_config(config, where="initialise")
+        return plain.replace(series=self.series, shortcut=self.shortcut)
 
 
 def _plan_initialise(parameters: Initialise, shapes: Any) -> Cost:

@@ -103,8 +103,15 @@ def _resized(spec: Any, rows: int) -> Any:
 
 
 def plan_tokenizer(parameters: TokenizerParameters, shapes: Any) -> Cost:
-    """Time by the tokens of the corpora; the decoder it names has the new number of rows."""
+    """Time by the tokens of the corpora; the decoder it names has the new number of rows.
+
+    Without a model it names one of nothing but rows, for a stage that makes a decoder to ask.
+    """
     spec = shapes.spec
+    if spec is None and parameters.method == "train":
+        from puna.model.spec import BlockSpec, LlamaSpec
+
+        spec = LlamaSpec(parameters.vocab_size, 1, (BlockSpec(attention="none", feed_forward="none"),))
     if spec is not None:
         more = spec.vocab_size + parameters.new_tokens
         spec = _resized(spec, parameters.vocab_size if parameters.method == "train" else more)

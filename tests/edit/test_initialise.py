@@ -10,6 +10,7 @@ import torch
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, get_stage, validate
+from puna.run.planner import plan
 from puna.text import pretrained
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -52,3 +53,38 @@ def test_weights_are_a_matter_of_the_seed(tiny_tokenizer: Any, tmp_path: Path) -
 def test_heads_that_do_not_share_out_the_width_are_refused(tiny_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(PunaError, match="cannot be shared out"):
         _made(tiny_tokenizer, tmp_path, num_key_value_heads=3)
+
+
+def test_a_new_model_may_have_series_and_a_shortcut(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    model, outcome = _made(tiny_tokenizer, tmp_path, series=2, shortcut=3)
+    assert {(block.series, block.shortcut) for block in model.spec.blocks} == {(2, 3)}
+    plain, without = _made(tiny_tokenizer, tmp_path / "plain")
+    assert outcome.metrics["parameters"] - without.metrics["parameters"] == 2 * (2 * 32 * 3 + 4 * 64)
+    assert plain.spec == model.spec.replace(series=0, shortcut=0)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "layers", "width", "billions"),
+    [(2048, 16, 12, 5632, 1.03), (4096, 32, 29, 11008, 6.72)],
+)
+def test_shapes_of_the_paper_are_planned(
+    hidden: int, heads: int, layers: int, width: int, billions: float
+) -> None:
+    """PanGu-pi-1B and 7B with a vocabulary of about 100,000: added are 2 d^2 / 32 a layer and 4 a channel."""
+    stage = get_stage("initialise")
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": layers}
+    sizes |= {"intermediate_size": width, "tie_word_embeddings": False}
+    plain, rich = (
+        validate(stage.parameters, {**sizes, **more}, where="test").spec(100_096)
+        for more in ({}, {"series": 2, "shortcut": hidden // 32})
+    )
+    added = rich.parameter_count() - plain.parameter_count()
+    assert added == layers * (2 * hidden**2 // 32 + 2 * 2 * width)
+    assert rich.parameter_count() / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_plan_knows_how_many_rows_a_new_tokenizer_asks_for() -> None:
+    planned = plan("pangu-pi", "paper", device="h100", dtype="bfloat16")
+    trained = {stage.stage: stage.cost.trainable for stage in planned.stages if stage.cost is not None}
+    assert trained["pangu"] / 1e9 == pytest.approx(6.72, abs=0.01)
+    assert trained["pangu"] < trained["vanilla"]

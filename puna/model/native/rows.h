@@ -9,7 +9,7 @@ namespace puna {
 // target = row / sqrt(mean of squares + epsilon) * weight; `padded` numbers, zero beyond `count`.
 void normalise(const float* row, const float* weight, int count, int padded, float epsilon, float* target);
 
-// target = row * (1 + erf(row / sqrt(2))) / 2, of `count` numbers.
+// target = row * (1 + erf(row / sqrt(2))) / 2, of `count` numbers and those that fill up its last sixteen.
 void gelu(const float* row, int count, float* target);
 
 // Cosine between two rows of `padded` numbers.
