@@ -17,12 +17,17 @@ from puna.core.seeds import torch_generator
 from puna.data.corpus import write_corpus
 from puna.edit.augment import augment
 from puna.edit.augment_checks import gradients
+from puna.edit.quantize.quantize import quantize
+from puna.edit.quantize.settings import Quantization, Uniform
 from puna.evaluate.collapse import effective_dimensions, measure
+from puna.model.native.weights import OUT, QKV
 from puna.model.spec import BlockSpec, LlamaSpec
+from puna.model.steppers import make_stepper
 from puna.text import pretrained
 from puna.text.packing import Batch
 from tests.edit.running import run_stage
 from tests.invariants import kit
+from tests.model.native_models import hidden_of
 
 
 def augmented(model: Any, series: int = 2, shortcut: int = 3, seed: int = 0) -> Any:
@@ -122,6 +127,24 @@ def test_what_is_there_already_is_not_added_twice() -> None:
     with pytest.raises(PunaError, match="has its series already") as error:
         augmented(augmented(kit.decoder(kit.spec_of())), 2, 0)
     assert error.value.where == "layer 0"
+
+
+def test_quantised_the_engine_keeps_the_grids_of_shortcuts_too() -> None:
+    """Heads of 24 numbers: the shortcut's inputs of the packed output projection begin behind a gap of 8."""
+    block = BlockSpec(heads=3, kv_heads=1, head_dim=8, width=40, series=2, shortcut=40)
+    model = kit.decoder(kit.spec_of(block, block))
+    quantize(model, Quantization(grid=Uniform(bits=4, group=32)), kit.random_ids(2, 9))
+    attention: Any = model.model.layers[1].self_attn
+    stepper: Any = make_stepper(model, quantize="int4", cache_tokens=16, kernels="native")
+    row = stepper.stored_row(1, OUT, 5)
+    assert torch.equal(row[:24], attention.o_proj.weight[5])
+    assert torch.equal(row[32:72], attention.expand_proj.weight[5]) and not row[24:32].any()
+    squeeze = stepper.stored_row(1, QKV, 24 + 8 + 8 + 3)
+    assert torch.equal(squeeze, attention.squeeze_proj.weight[3])
+    plain: Any = make_stepper(model, quantize="int4", cache_tokens=16, kernels="plain")
+    ids = kit.random_ids(1, 9)[0].tolist()
+    found, expected = (each.logits(hidden_of(each, ids, [9])) for each in (stepper, plain))
+    assert (found - expected).norm() < 0.05 * expected.norm()  # int8 activations
 
 
 TEXT = "the cat and the other cat sat on that mat in the end, and then it went in again. "

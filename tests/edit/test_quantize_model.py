@@ -32,6 +32,7 @@ from puna.model.sites import fold_inputs, sites
 from puna.model.spec import BlockSpec
 from tests.invariants import kit
 
+RICH = BlockSpec(heads=4, kv_heads=2, head_dim=8, width=48, series=2, shortcut=8)
 OWN_HEADS = BlockSpec(heads=4, kv_heads=4, head_dim=8, width=48)
 GRID = Uniform(bits=3, group=16)
 
@@ -127,7 +128,7 @@ def test_a_later_block_is_calibrated_on_what_quantised_ones_leave(monkeypatch: p
     assert (seen[1] - passing.hidden).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("block", [kit.BLOCK, OWN_HEADS])
+@pytest.mark.parametrize("block", [kit.BLOCK, OWN_HEADS, RICH])
 @pytest.mark.parametrize("kind", ["awq", "smooth", "any"])
 def test_folding_scales_changes_no_output(block: BlockSpec, kind: str) -> None:
     changed, exact = model(block, block), model(block, block)

@@ -76,8 +76,9 @@ def test_fewer_key_value_heads_are_means_and_change_nothing_where_heads_were_equ
     torch.testing.assert_close(behind(model, pooled)[1], behind(model, model.model.layers[1])[1])
 
 
-def test_a_narrower_feed_forward_keeps_the_channels_that_come_first() -> None:
-    model = kit.decoder(SPEC)
+@pytest.mark.parametrize("series", [0, 3])
+def test_a_narrower_feed_forward_keeps_the_channels_that_come_first(series: int) -> None:
+    model = kit.decoder(SPEC.replace(series=series))
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     feed: Any = model.model.layers[1].mlp
     with torch.no_grad():
