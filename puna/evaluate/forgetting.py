@@ -7,7 +7,7 @@ choice among given ones), flips between pairs of versions, and how far the weigh
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +146,13 @@ def measure(
     seed: int = 0,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    also: Callable[[str, Llama], None] | None = None,
 ) -> Versions:
     """Measure the versions of a model, named in the order of time, on every corpus.
 
     Each version is compared with the baseline and with the one before it. Models are opened one after
-    another; their weights are read once more, in parts, for the distances.
+    another; their weights are read once more, in parts, for the distances. ``also`` is called with each
+    of them.
     """
     names = list(models)
     for name in settings.tokens:
@@ -177,6 +179,8 @@ def measure(
             )
             if corpus in tasks:
                 said[corpus, name] = responses.choose(model, rows, tasks[corpus])
+        if also is not None:
+            also(name, model)
 
     result = evaluate_models(
         models, corpora, settings, seed=seed, dtype=dtype, device=device, further=further

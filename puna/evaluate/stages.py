@@ -1,6 +1,7 @@
 """The stages of this room: ``evaluate`` (several models on several corpora, compared by pairs of documents),
-``forgetting`` (versions of one model over time), ``difference``, ``ask_tables`` out of
-``preprocessing_stage``, and ``label_scores`` and ``label_checks`` out of ``labelling_stages``."""
+``forgetting`` (versions of one model over time), ``trajectory`` (those that a training left), ``difference``,
+``ask_tables`` out of ``preprocessing_stage``, and ``label_scores`` and ``label_checks`` out of
+``labelling_stages``."""
 
 from __future__ import annotations
 
@@ -206,6 +207,48 @@ def forgetting(context: Context, parameters: Forgetting) -> Outcome:
     path = context.out / "scores.json"
     write_json(path, versions.scores())
     return Outcome(outputs={"scores": path}, metrics=versions.metrics())
+
+
+class Trajectory(Forgetting):
+    """Parameters of the stage ``trajectory``: those of ``forgetting``, and some for the benchmark."""
+
+    endings: int = pydantic.Field(0, ge=0)
+    """Questions for each corpus of documents: which of four endings is a passage's own. 0 asks none."""
+    passage_characters: int = pydantic.Field(200, ge=1)
+    """How much is read before the ending."""
+    ending_characters: int = pydantic.Field(60, ge=1)
+    """How long an ending is, up to the next word."""
+
+    @pydantic.model_validator(mode="after")
+    def _placed(self) -> Trajectory:
+        if self.tokens:
+            raise ValueError("tokens are told by the training that left the models")
+        return self
+
+
+def _plan_trajectory(parameters: Trajectory, shapes: Any) -> Cost:
+    """That of ``forgetting`` for one model, since how many there will be is not known here."""
+    return plan_forgetting(parameters, shapes)
+
+
+@stage(
+    "trajectory",
+    parameters=Trajectory,
+    inputs={
+        "models": Input("model"),
+        "start": Input("model", optional=True),
+        "corpora": Input("corpus", many=True, optional=True),
+    },
+    plan=_plan_trajectory,
+)
+def trajectory(context: Context, parameters: Trajectory) -> Outcome:
+    """Draw loss, a benchmark and samples against tokens, from models that a training left (S38).
+
+    Time grows with models times text; memory is that of one model.
+    """
+    from puna.evaluate.trajectory import run
+
+    return run(context, parameters)
 
 
 class Differ(Parameters):

@@ -226,7 +226,8 @@ def _kind_of_path(path: Path) -> Kind | None:
 
 def _kind_of_asset(name: str) -> Kind | None:
     """The kind of an asset that may stand where an input does; texts must be read into a corpus first."""
-    return "model" if assets.file_name(assets.describe(name)).endswith(".gguf") else None
+    asset = assets.describe(name)
+    return asset.kind or ("model" if assets.file_name(asset).endswith(".gguf") else None)
 
 
 def _how_to_read(text: str, declared: Input) -> str | None:

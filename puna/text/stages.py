@@ -1,4 +1,5 @@
-"""The stages of this room: ``tokenizer`` (text -> tokenizer) and ``vocabulary`` (model -> model with it)."""
+"""The stages of this room: ``tokenizer`` (text -> tokenizer), ``vocabulary`` (model -> model with it),
+``system_prompt``, and ``special_tokens`` and ``packing_checks`` out of ``surgery_stages``."""
 
 from __future__ import annotations
 
@@ -9,13 +10,16 @@ import pydantic
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
+from puna.text import surgery_stages  # noqa: F401  registers its stages
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Rough rates of one core, for plans only.
 _TRAINED_TOKENS_PER_SECOND = 100_000
 _ALIGNED_TOKENS_PER_SECOND = 20_000
 
-Builder = Literal["identity", "mean_of_pieces", "weighted_pieces", "alignment", "random", "global_mean"]
+Builder = Literal[
+    "identity", "unpadded", "mean_of_pieces", "weighted_pieces", "alignment", "random", "global_mean"
+]
 
 
 def _check_given(parameters: Parameters, read_by: Mapping[str, tuple[str, ...]], key: str) -> None:
@@ -58,7 +62,8 @@ class VocabularyParameters(Parameters):
     """Parameters of the stage ``vocabulary``."""
 
     builder: Builder = "alignment"
-    """How new rows are made: see puna.text.vocabulary.builders; random and global_mean are baselines."""
+    """How new rows are made: see puna.text.vocabulary.builders; random and global_mean are baselines.
+    unpadded keeps the vocabulary, and drops rows that no token has."""
     pad_to_multiple: int = pydantic.Field(1, ge=1)
     """Round the number of rows up to a multiple of this; padded rows never win."""
     fallback: Literal["weighted_pieces", "mean_of_pieces", "unk"] = "weighted_pieces"
@@ -142,12 +147,13 @@ def plan_vocabulary(parameters: VocabularyParameters, shapes: Any) -> Cost:
         "model": Input("model", optional=True),
         "corpus": Input("corpus", many=True),
         "held_out": Input("corpus", many=True, optional=True),
+        "beside": Input("tokenizer", many=True, optional=True),
     },
     outputs={"tokenizer": "tokenizer"},
     plan=plan_tokenizer,
 )
 def tokenizer(context: Context, parameters: TokenizerParameters) -> Outcome:
-    """Train a tokenizer on documents or the target side of pairs, or extend a model's.
+    """Train a tokenizer on documents or the target side of pairs, or extend a model's; measure others beside.
 
     Time and memory grow linearly with the number of different words.
     """

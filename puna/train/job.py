@@ -53,9 +53,11 @@ from puna.train.teacher import bytes_beside, distillation, teachers_of
 from puna.train.train_plan import SHARE_OF_MEMORY, exits_learnt, layers_to_recompute, memory_of
 from puna.train.trained import (
     ADAPTERS,
+    MODELS,
     dtype_of,
     is_shared_out,
     leave_adapters,
+    leave_models,
     open_model,
     weights_fingerprint,
     write_model,
@@ -127,7 +129,8 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
                 "evaluate": held_out.measure if held_out.corpora else None,
                 "handed": handed,
                 "before_step": objective.begin if isinstance(objective, Alternating) else None,
-                "after_step": leave_adapters(context, parameters, here),
+                "after_step": leave_adapters(context, parameters, here)
+                or leave_models(context, parameters, here),
             }
             return Loop(model, feed, objective, optimizer, recipe=whole_recipe, **{**given, **changes})
 
@@ -140,6 +143,8 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
             outputs = write_model(context, parameters, model, weights, seed, here)
         if parameters.adapter_steps is not None:
             outputs["adapters"] = context.out / ADAPTERS
+        if parameters.model_steps is not None:
+            outputs["models"] = context.out / MODELS
         if parameters.state_after is not None:
             outputs["state"] = context.out / "state"
         here.wait()

@@ -330,6 +330,8 @@ def check_what_is_trained(train: Any) -> None:
         raise ValueError("adapter does not go with sharding 'full' or save_adapter: false")
     if train.lora is None and train.adapter_steps is not None:
         raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
+    if train.model_steps is not None and (train.lora or train.adapter or train.sharding == "full"):
+        raise ValueError("model_steps leaves whole models: not with lora, adapter or sharding 'full'")
     if train.lora is not None and train.frozen:
         raise ValueError("frozen means nothing with lora, which trains nothing but what it names")
     if train.lora is not None and train.keep_zeros and (train.lora.dora or train.lora.full):

@@ -143,8 +143,9 @@ class Train(Parameters):
     """Weights of projections that are exactly zero, pruned without becoming smaller, stay so; an adapter
     changes the others alone (S23), and is written in a form of its own that peft does not open."""
     adapter_steps: int | None = pydantic.Field(None, ge=1)
-    """Steps between adapters that are left as the output ``adapters``, the last among them, for another stage
-    to choose from."""
+    """Steps between adapters that are left as the output ``adapters``, the last too, to choose from."""
+    model_steps: int | None = pydantic.Field(None, ge=1)
+    """Steps between whole models that are left as the output ``models``, for the stage trajectory."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the model computes in; null takes the run's. Masters and sums are float32 in either case."""
     recompute: int | None = pydantic.Field(None, ge=0)
@@ -322,7 +323,7 @@ def pair_settings(parameters: Train) -> dict[str, float]:
         "adapter": Input("model", optional=True),
         "state": Input("state", optional=True),
     },
-    outputs={"model": "model", "adapter": "model", "adapters": "model", "state": "state"},
+    outputs={"model": "model", "models": "model", "adapter": "model", "adapters": "model", "state": "state"},
     plan=plan_train,
     distributed=True,
     resumes="checkpoints",

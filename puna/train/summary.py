@@ -18,6 +18,8 @@ from puna.train.sharding import is_sharded
 if TYPE_CHECKING:
     from puna.model.llama import Llama
 
+_WARMING = 10  # one of so many logged steps is left out of the steady speed
+
 
 def start_table(
     model: Llama,
@@ -72,6 +74,7 @@ def metrics_of(
         "trainable": trained,
         "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds,
+        "tokens_per_second.steady": _steady(steps),
         "loss.first": steps[0]["loss"],
         "loss.last": steps[-1]["loss"],
         "loss.mean": sum(line["loss"] for line in steps) / len(steps),
@@ -84,6 +87,13 @@ def metrics_of(
             found[f"before.{name}"] = evaluations[0][name]
             found[f"after.{name}"] = evaluations[-1][name]
     return found
+
+
+def _steady(steps: Sequence[dict[str, Any]]) -> float:
+    """Tokens a second without the first tenth of the logged steps, at least the first one: there kernels are
+    chosen and memory is found."""
+    first = steps[(len(steps) - 1) // _WARMING] if len(steps) > 1 else {"tokens": 0, "seconds": 0.0}
+    return float((steps[-1]["tokens"] - first["tokens"]) / (steps[-1]["seconds"] - first["seconds"]))
 
 
 def fill_report(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
-from puna.core.files import fingerprint
+from puna.core.files import fingerprint, read_json, write_json
 from puna.core.stage import Context
 from puna.model.adapters import (
     AdapterState,
@@ -22,6 +21,7 @@ from puna.model.adapters import (
 )
 from puna.model.labels import require_words
 from puna.model.light_adapter import add_light
+from puna.model.llama import Llama
 from puna.model.masked_lora import hold_zeros, nonzero_places
 from puna.model.nf4 import held_bytes, take_quantised
 from puna.model.probe import difference, probe
@@ -34,11 +34,10 @@ from puna.train.settings import Lora
 from puna.train.sharding import is_sharded
 from puna.train.stages import Train
 
-if TYPE_CHECKING:
-    from puna.model.llama import Llama
-
-ADAPTERS, STEP = "adapters", "step-"
-"""The folder of adapters that ``adapter_steps`` leaves, and how each one's name begins."""
+ADAPTERS, MODELS, STEP = "adapters", "models", "step-"
+"""The folders that ``adapter_steps`` and ``model_steps`` leave, and how each name in them begins."""
+SEEN = "seen.json"
+"""Beside models: what each of them had seen by then."""
 
 
 def open_model(context: Context, parameters: Train, here: World, seed: int) -> tuple[Llama, dict[str, float]]:
@@ -168,6 +167,29 @@ def leave_adapters(context: Context, parameters: Train, here: World) -> Callable
             folder = context.out / ADAPTERS / f"{STEP}{step}"
             masters = loop.optimizer.weights()
             pretrained.save(loop.model, folder, "adapter", within=context.out.parent, weights=masters)
+
+    return leave
+
+
+def leave_models(context: Context, parameters: Train, here: World) -> Callable[[Loop], None] | None:
+    """What leaves the whole model as it is behind every so many steps, and behind the last."""
+    every = parameters.model_steps
+    if every is None or not here.is_main:
+        return None
+    folder = context.out / MODELS
+
+    def leave(loop: Loop) -> None:
+        step = loop.state.step
+        if step % every and step != loop.settings.last_step:
+            return
+        kind = pretrained.DTYPES[parameters.save_dtype]
+        weights = {**loop.model.state_dict(), **dict(loop.optimizer.weights())}
+        left = Llama(loop.model.spec, device="meta")
+        left.load_state_dict({name: tensor.to(kind) for name, tensor in weights.items()}, assign=True)
+        left.tokenizer, left.template = loop.model.tokenizer, loop.model.template
+        pretrained.save(left, folder / f"{STEP}{step}")
+        seen = read_json(folder / SEEN) if (folder / SEEN).is_file() else {}
+        write_json(folder / SEEN, {**seen, f"{STEP}{step}": {"step": step, "tokens": loop.state.tokens}})
 
     return leave
 

@@ -71,6 +71,7 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({}, {"lora": LORA}),
     "frozen": ({}, {"frozen": ["lm_head"]}),
     "adapter": ({}, {"adapter": {"prompt_length": 2}}),
+    "model_steps": ({}, {"model_steps": 2}),
     "adapter_steps": ({"lora": LORA}, {"adapter_steps": 2}),
     "dtype": ({}, {"dtype": "bfloat16"}),
     "seed": ({}, {"seed": 1}),

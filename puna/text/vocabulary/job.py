@@ -28,7 +28,7 @@ _EXAMPLES = 20
 def make_tokenizer(context: Context, parameters: TokenizerParameters) -> Outcome:
     """Train or extend a tokenizer and compare how many tokens it and the model's need for a byte."""
     base = _tokenizer_of(context.inputs["model"]) if context.inputs.get("model") is not None else None
-    texts = [text for folder in context.inputs["corpus"].values() for text in _texts(folder)]
+    texts = [text for folder in context.inputs["corpus"].values() for text in texts_of(folder)]
     if parameters.method == "train":
         made = train_tokenizer(
             texts,
@@ -45,24 +45,36 @@ def make_tokenizer(context: Context, parameters: TokenizerParameters) -> Outcome
             base, texts, new_tokens=parameters.new_tokens, min_frequency=parameters.min_frequency
         )
     made.save(context.out / "tokenizer")
+    others = {"base": base} if base is not None else {}
+    others |= {name: _tokenizer_of(each) for name, each in _beside(context).items()}
     metrics = {"vocab_size": float(made.vocab_size)}
     measured = {"corpus": texts}
     for name, folder in (context.inputs.get("held_out") or {}).items():
-        measured[f"held_out.{name}"] = list(_texts(folder))
+        measured[f"held_out.{name}"] = list(texts_of(folder))
     rows = []
     for name, sample in measured.items():
-        found = _tokens_per_byte(sample, {"new": made} | ({"base": base} if base is not None else {}))
+        found = _tokens_per_byte(sample, {"new": made, **others})
         metrics |= {f"tokens_per_byte.{name}.{which}": value for which, value in found.items()}
         metrics[f"not_restored.{name}"] = float(_not_restored(made, sample))
         if base is not None:
             metrics[f"fewer_tokens.{name}"] = 1 - found["new"] / found["base"]
         rows.append([name, *(f"{value:.4f}" for value in found.values())])
-    columns = ["text", "new tokenizer", *(["the model's own"] if base is not None else [])]
+    columns = ["text", "new tokenizer", *("the model's own" if name == "base" else name for name in others)]
     context.report["tables"] = [
         {"title": "Tokens per byte", "columns": columns, "rows": rows},
         _special_table(base, made),
     ]
     return Outcome({"tokenizer": context.out / "tokenizer"}, metrics)
+
+
+def _beside(context: Context) -> dict[str, Any]:
+    """The tokenizers that are measured beside, by names that say which is meant."""
+    found: dict[str, Any] = context.inputs.get("beside") or {}
+    if taken := {"new", "base"} & set(found):
+        raise PunaError(
+            "this name is taken", where="in.beside", found=taken.pop(), fix="give it another name"
+        )
+    return found
 
 
 def change_vocabulary(context: Context, parameters: VocabularyParameters) -> Outcome:
@@ -76,10 +88,12 @@ def change_vocabulary(context: Context, parameters: VocabularyParameters) -> Out
     new = old
     if context.inputs.get("tokenizer") is not None:
         new = _tokenizer_of(context.inputs["tokenizer"])
-    elif parameters.builder != "identity":
+    elif parameters.builder not in ("identity", "unpadded"):
         raise PunaError("this builder needs a tokenizer", where="in.tokenizer", found="none")
-    if parameters.builder == "identity" and new.vocabulary() != old.vocabulary():
-        raise PunaError("identity keeps the vocabulary, and this tokenizer has another", where="in.tokenizer")
+    if parameters.builder in ("identity", "unpadded") and new.vocabulary() != old.vocabulary():
+        raise PunaError(
+            f"{parameters.builder} keeps the vocabulary, and this tokenizer has another", where="in.tokenizer"
+        )
     pairs = [pair for folder in (context.inputs.get("pairs") or {}).values() for pair in _pairs(folder)]
     mapping = _build(parameters, old, new, pairs, rows=model.spec.vocab_size, run_seed=context.seed)
     unmoved = _identity_difference(model, old)  # now, while no second model is held beside the first
@@ -135,8 +149,8 @@ def _build(
             symmetrisation=parameters.symmetrisation,
             iterations=parameters.iterations,
         )
-    if name == "identity":
-        return builders.identity(rows)
+    if name in ("identity", "unpadded"):
+        return builders.identity(rows if name == "identity" else old.vocab_size)
     if name == "random":
         seed = run_seed if parameters.seed is None else parameters.seed
         return builders.random(
@@ -155,7 +169,8 @@ def _tokenizer_of(source: Any) -> Tokenizer:
     return found
 
 
-def _texts(folder: Any) -> Iterator[str]:
+def texts_of(folder: Any) -> Iterator[str]:
+    """The texts of a corpus of documents, or what the target side of a corpus of pairs says."""
     kind = corpus_kind(folder)
     if kind not in _TEXT_COLUMN:
         expected = " or ".join(_TEXT_COLUMN)
