@@ -299,9 +299,11 @@ def table_questions(context: Context, parameters: TableQuestions) -> Outcome:
 
 
 def _curate_cost(parameters: CurateParameters, shapes: Any) -> Cost:
-    """As many tokens as plain files hold, before anything is dropped, or as the corpus that goes in."""
-    sizes = [file.stat().st_size for file in parameters.files() if file.suffix != ".yaml"]
-    tokens = sum(sizes) / _BYTES_PER_TOKEN or shapes.tokens
+    """As many tokens as are expected, or as plain files hold before anything is dropped, or as the corpus."""
+    tokens = float(parameters.expected_tokens or 0)
+    if not tokens:
+        sizes = [file.stat().st_size for file in parameters.files() if file.suffix != ".yaml"]
+        tokens = sum(sizes) / _BYTES_PER_TOKEN or shapes.tokens
     seconds = tokens / _CURATED_TOKENS_PER_SECOND
     return Cost(tokens=tokens, seconds=seconds, memory=_CURATION_MEMORY, kind="documents")
 

@@ -54,8 +54,12 @@ class Sizes(Parameters):
 
 
 class Initialise(Sizes):
-    """Parameters of the stage ``initialise``: a plain Llama's sizes, named as in transformers' config."""
+    """Parameters of the stage ``initialise``: a Llama's sizes, named as in transformers' config."""
 
+    series: pydantic.NonNegativeInt = 0
+    """Terms of the activation on the feed-forward's gate (S82); 0 is a plain SiLU."""
+    shortcut: pydantic.NonNegativeInt = 0
+    """Width of the way around attention (S82); 0: none."""
     pad_vocabulary_to_multiple: pydantic.PositiveInt = 1
     """The embedding's rows are a multiple of this; rows that no token has are learnt away."""
     expected_vocabulary: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
@@ -64,6 +68,10 @@ class Initialise(Sizes):
     """Seed of the draw; null takes the run's."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are saved in."""
+
+    def spec(self, rows: int) -> Any:
+        """The decoder with so many rows of the embedding."""
+        return super().spec(rows).replace(series=self.series, shortcut=self.shortcut)
 
     def rows(self, tokens: int) -> int:
         """Rows of the embedding for so many tokens."""

@@ -51,10 +51,15 @@ def questions(
         start = int(generator.integers(len(text) - passage - ending - 2 * _TO_A_SPACE + 1))
         middle = _before_a_word(text, start + passage)
         cut.append((text[start:middle], text[middle : _before_a_word(text, middle + ending)]))
+    different = list(dict.fromkeys(own for _, own in cut))
+    if len(different) < CHOICES:
+        raise PunaError(
+            "too few endings differ", where=f"endings of {name}", found=len(different), expected=CHOICES
+        )
     found = []
-    for place, (before, own) in enumerate(cut):
-        others = [number for number in range(len(cut)) if number != place and cut[number][1] != own]
-        drawn = [cut[others[int(each)]][1] for each in generator.permutation(len(others))[: CHOICES - 1]]
+    for before, own in cut:
+        others = [other for other in different if other != own]
+        drawn = [others[int(each)] for each in generator.permutation(len(others))[: CHOICES - 1]]
         right = int(generator.integers(CHOICES))
         found.append(Question(before, (*drawn[:right], own, *drawn[right:]), right))
     return found

@@ -52,6 +52,8 @@ class CurateParameters(Parameters):
     """How many shards are worked on at once; 0: one for each core."""
     address: Annotated[str | None, PlanOnly()] = None
     """Address of a running Ray cluster; without it one is started on this machine."""
+    expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
+    """How many tokens are read, where that is known: a plan then needs none of the files."""
     modules: list[str] = pydantic.Field(default_factory=list)
     """Python modules to import that register operators of one's own."""
 

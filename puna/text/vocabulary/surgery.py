@@ -46,8 +46,8 @@ def operate(
     )
     config: dict[str, Any] = {
         **base.settings,
-        **base.strings,
-        "eos_token": end,
+        # Where the EOS begins texts too, as GPT-2's does, both roles stay with the id.
+        **{role: end if token == old_end else token for role, token in base.strings.items()},
         "pad_token": pad,
         "additional_special_tokens": [*tokens, *wanted],
         "chat_template": base.chat_template,
