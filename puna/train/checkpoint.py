@@ -49,7 +49,8 @@ KEPT = 2
 _PREFIX = "checkpoint-"
 STATE = "state.json"
 FREE = (
-    *("stop_after", "state_after", "restore", "state", "save_steps", "logging_steps", "eval_steps"),
+    *("stop_after", "state_after", "restore", "state", "save_steps", "model_steps", "logging_steps"),
+    "eval_steps",
     *("eval_tokens", "report_to", "save_adapter", "save_dtype"),
 )
 """Keys of a recipe that change no weight of the steps to come: a run that is handed on may change them."""

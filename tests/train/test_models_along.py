@@ -29,6 +29,12 @@ def test_models_are_left_along_the_way_and_the_last_is_the_trained_one(
     assert difference(folder / "step-2", stopped.outputs["model"]).differ == 0
 
 
+def test_a_state_is_gone_on_with_that_left_models(places: dict[str, Path], tmp_path: Path) -> None:
+    whole, _ = train(places, tmp_path / "whole", max_steps=5, model_steps=2, state_after=3)
+    again, _ = train(places, tmp_path / "again", max_steps=5, state=whole.outputs["state"])
+    assert difference(whole.outputs["model"], again.outputs["model"]).differ == 0
+
+
 def test_an_adapter_is_no_whole_model(places: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(PunaError, match="whole models"):
         train(places, tmp_path / "run", lora=LORA, model_steps=2)
