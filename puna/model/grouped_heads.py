@@ -59,11 +59,11 @@ def multi_head_logits(model: Llama, input_ids: Tensor) -> Tensor:
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     for number, layer in enumerate(model.model.layers):
         block = cast(Block, layer).block
-        if block.attention != "full" or block.kv_heads != block.heads:
+        if block.attention != "full" or block.kv_heads != block.heads or block.shortcut:
             raise PunaError(
-                "this layer's heads share keys and values",
+                "this layer's heads share keys and values, or there is a way around them",
                 where=f"layer {number}",
-                found=f"{block.heads} heads, {block.kv_heads} key-value heads",
+                found=f"{block.heads} heads, {block.kv_heads} key-value heads, shortcut {block.shortcut}",
             )
         attention = cast(Attention, cast(Block, layer).self_attn)
         normed = cast(Block, layer).input_layernorm(hidden)
