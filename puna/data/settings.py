@@ -181,6 +181,11 @@ class SampleParameters(Parameters):
     """UTF-8 bytes of text at most."""
     rows: pydantic.PositiveInt | None = None
     """Rows at most."""
+    tokens: pydantic.PositiveInt | None = None
+    """Of documents: tokens of the input tokenizer, end marks included. So many exactly, where there are
+    so many: the last document drawn is cut where they are full."""
+    take: Literal["drawn", "first"] = "drawn"
+    """Which rows: drawn by the seed, or the first, of a corpus in an order."""
     seed: int | None = None
     """Seed of the draw; without it the run's."""
     expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
@@ -188,8 +193,10 @@ class SampleParameters(Parameters):
 
     @pydantic.model_validator(mode="after")
     def _some_limit(self) -> SampleParameters:
-        if self.bytes is None and self.rows is None:
-            raise ValueError("say how much is drawn: bytes, rows, or both")
+        if self.bytes is None and self.rows is None and self.tokens is None:
+            raise ValueError("say how much is drawn: bytes, rows, tokens")
+        if self.take == "first" and self.seed is not None:
+            raise ValueError("seed means nothing with take 'first'")
         return self
 
 

@@ -4,8 +4,8 @@ signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
 ``next_word_labels`` (words that a rule labels),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
 (documents -> questions whose answer is known), ``table_questions`` (a table -> questions about it),
-``quality_classifier`` and ``importance_model`` (corpora -> models that score documents), and
-the checks of claims, ``duplicate_checks``, ``curation_checks``, ``juicer_checks`` and ``setu_checks``."""
+the checks of claims, ``duplicate_checks``, ``curation_checks``, ``juicer_checks`` and ``setu_checks``; what
+learns models that score documents stands in ``curate.learned.stages``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from puna.data.curate.checks_settings import (
     SetuChecksParameters,
 )
 from puna.data.curate.duplicates.settings import DuplicateChecksParameters
-from puna.data.curate.learned.settings import ImportanceParameters, QualityClassifierParameters
+from puna.data.curate.learned import stages as learned_stages  # noqa: F401  registers its stages
 from puna.data.curate.settings import CurateParameters
 from puna.data.next_word import NextWordParameters
 from puna.data.settings import (
@@ -89,9 +89,11 @@ def corpus(context: Context, parameters: CorpusParameters) -> Outcome:
 def _sample_cost(parameters: SampleParameters, shapes: Any) -> Cost:
     """As many tokens as the recipe expects or the bytes drawn usually make, and not more than there are."""
     drawn = shapes.tokens if parameters.bytes is None else parameters.bytes / _BYTES_PER_DRAWN_TOKEN
-    drawn = parameters.expected_tokens or drawn
+    drawn = parameters.expected_tokens or parameters.tokens or drawn
+    drawn = min(shapes.tokens, drawn)
     return Cost(
-        tokens=min(shapes.tokens, drawn),
+        tokens=drawn,
+        corpora={"corpus": drawn, "rest": shapes.tokens - drawn},
         seconds=shapes.tokens / _TOKENS_PER_SECOND,
         kind=shapes.kinds.get("corpus"),
     )
@@ -100,25 +102,34 @@ def _sample_cost(parameters: SampleParameters, shapes: Any) -> Cost:
 @stage(
     "sample",
     parameters=SampleParameters,
-    inputs={"corpus": Input("corpus")},
-    outputs={"corpus": "corpus"},
+    inputs={"corpus": Input("corpus"), "tokenizer": Input("tokenizer", optional=True)},
+    outputs={"corpus": "corpus", "rest": "corpus"},
     plan=_sample_cost,
 )
 def sample(context: Context, parameters: SampleParameters) -> Outcome:
-    """Draw part of a corpus by bytes or rows, for stages that must learn from equally much.
+    """Draw part of a corpus by bytes, rows or tokens, for stages that must learn from equally much.
 
+    What was not drawn is the output ``rest``, where there is something; a cut document's end is nowhere.
     Time grows linearly with the corpus; memory holds a number per row.
     """
     from puna.data.corpus import Corpus
     from puna.data.describe import counts_table, metrics
     from puna.data.leak import LeakCheck
     from puna.data.sample import draw_sample
+    from puna.text.pretrained import required_tokenizer
 
     seed = context.seed if parameters.seed is None else parameters.seed
     source = Corpus.open(context.inputs["corpus"])
-    drawn = draw_sample(source, parameters, context.out / "corpus", seed=seed)
+    where = context.inputs.get("tokenizer")
+    tokenizer = None if where is None else required_tokenizer(where)
+    found = draw_sample(source, parameters, context.out, seed=seed, tokenizer=tokenizer)
+    drawn = found.corpus
     context.report.setdefault("tables", []).append(counts_table({"drawn": drawn}))
-    return Outcome({"corpus": drawn.path}, metrics({"drawn": drawn}, LeakCheck()))
+    figures = metrics({"drawn": drawn}, LeakCheck())
+    if found.tokens is not None:
+        figures["tokens"] = float(found.tokens)
+    outputs = {"corpus": drawn.path} | ({"rest": found.rest.path} if found.rest is not None else {})
+    return Outcome(outputs, figures)
 
 
 def _task_mixture_cost(parameters: TaskMixtureParameters, shapes: Any) -> Cost:
@@ -347,65 +358,6 @@ def web_archive(context: Context, parameters: WebArchiveParameters) -> Outcome:
     file = context.out / "pages.warc.gz"
     context.out.mkdir(parents=True, exist_ok=True)
     return Outcome({"archive": file}, write_web_archive(parameters, file))
-
-
-def _learned_cost(parameters: Any, shapes: Any) -> Cost:
-    """The texts are read and learned from some times over."""
-    times = getattr(parameters, "epochs", 1)
-    return Cost(tokens=shapes.tokens, seconds=times * shapes.tokens / _TOKENS_PER_SECOND)
-
-
-@stage(
-    "quality_classifier",
-    parameters=QualityClassifierParameters,
-    inputs={"wanted": Input("corpus", many=True), "other": Input("corpus", many=True)},
-    outputs={"model": "file"},
-    plan=_learned_cost,
-)
-def quality_classifier(context: Context, parameters: QualityClassifierParameters) -> Outcome:
-    """Train a fastText classifier that tells wanted texts from others, for ``quality.fasttext``.
-
-    Time grows linearly with the texts; memory holds the texts of both sides and 4 bytes for each bucket
-    and dimension.
-    """
-    from puna.data.corpus import Corpus
-    from puna.data.curate.learned.quality_classifier import train
-
-    wanted, other = (
-        [Corpus.open(path) for path in context.inputs[side].values()] for side in ("wanted", "other")
-    )
-    context.out.mkdir(parents=True, exist_ok=True)
-    model, metrics = train(wanted, other, parameters, context.out, seed=context.seed)
-    path = context.out / "model.safetensors"
-    model.save(path)
-    return Outcome({"model": path}, metrics)
-
-
-@stage(
-    "importance_model",
-    parameters=ImportanceParameters,
-    inputs={"target": Input("corpus", many=True), "source": Input("corpus", many=True)},
-    outputs={"model": "file"},
-    plan=_learned_cost,
-)
-def importance_model(context: Context, parameters: ImportanceParameters) -> Outcome:
-    """Estimate the distributions of words of a target domain and a source, for ``dsir.importance``.
-
-    Time grows linearly with the texts; memory holds those drawn and a count for each bucket.
-    """
-    from puna.core.seeds import numpy_generator
-    from puna.data.corpus import Corpus
-    from puna.data.curate.learned.importance import ImportanceModel
-    from puna.data.curate.learned.quality_classifier import drawn, texts_of_corpora
-
-    def texts_of_side(side: str) -> list[str]:
-        texts = texts_of_corpora(Corpus.open(path) for path in context.inputs[side].values())
-        return drawn(texts, parameters.rows, numpy_generator(context.seed, side))
-
-    model, metrics = ImportanceModel.measured(texts_of_side("target"), texts_of_side("source"), parameters)
-    path = context.out / "model.safetensors"
-    model.save(path)
-    return Outcome({"model": path}, metrics)
 
 
 @stage(

@@ -152,6 +152,14 @@ def read_tokenizer(path: Path | str) -> Tokenizer | None:
     return Tokenizer.from_folder(path)
 
 
+def required_tokenizer(where: Path | str) -> Tokenizer:
+    """The tokenizer of a folder, GGUF file, asset or hub id; a :class:`PunaError` if there is none."""
+    tokenizer = read_tokenizer(locate(where))
+    if tokenizer is None:
+        raise PunaError("there is no tokenizer here", where=where, expected="a folder with tokenizer.json")
+    return tokenizer
+
+
 def settle_tokens(model: Llama) -> None:
     """Make tokenizer and spec agree on special ids: every stop token counts, the template's too.
 

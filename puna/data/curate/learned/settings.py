@@ -41,3 +41,14 @@ class ImportanceParameters(Parameters):
     """Words in a row that are counted, at most."""
     words: str = "word_punct"
     """The kind of words."""
+
+
+class NgramParameters(Parameters):
+    """How the n-gram model is estimated."""
+
+    rows: pydantic.PositiveInt = 500_000
+    """Texts of each side, at most: drawn if there are more."""
+    held_out: float = pydantic.Field(default=0.1, gt=0, lt=1)
+    """Share of the reference's texts that the model does not learn from and is measured on."""
+    order: int = pydantic.Field(default=3, ge=2, le=6)
+    """Words of the longest n-gram."""

@@ -1,0 +1,102 @@
+"""Stages that learn models from corpora, with which operators score documents: ``quality_classifier``,
+``importance_model`` and ``ngram_model``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from puna.core.stage import Context, Cost, Input, Outcome, stage
+from puna.data.curate.learned.settings import (
+    ImportanceParameters,
+    NgramParameters,
+    QualityClassifierParameters,
+)
+
+_TOKENS_PER_SECOND = 30_000  # for plans only
+
+
+def _learned_cost(parameters: Any, shapes: Any) -> Cost:
+    """The texts are read and learned from some times over."""
+    times = getattr(parameters, "epochs", 1)
+    return Cost(tokens=shapes.tokens, seconds=times * shapes.tokens / _TOKENS_PER_SECOND)
+
+
+@stage(
+    "quality_classifier",
+    parameters=QualityClassifierParameters,
+    inputs={"wanted": Input("corpus", many=True), "other": Input("corpus", many=True)},
+    outputs={"model": "file"},
+    plan=_learned_cost,
+)
+def quality_classifier(context: Context, parameters: QualityClassifierParameters) -> Outcome:
+    """Train a fastText classifier that tells wanted texts from others, for ``quality.fasttext``.
+
+    Time grows linearly with the texts; memory holds the texts of both sides and 4 bytes for each bucket
+    and dimension.
+    """
+    from puna.data.corpus import Corpus
+    from puna.data.curate.learned.quality_classifier import train
+
+    wanted, other = (
+        [Corpus.open(path) for path in context.inputs[side].values()] for side in ("wanted", "other")
+    )
+    context.out.mkdir(parents=True, exist_ok=True)
+    model, metrics = train(wanted, other, parameters, context.out, seed=context.seed)
+    path = context.out / "model.safetensors"
+    model.save(path)
+    return Outcome({"model": path}, metrics)
+
+
+@stage(
+    "importance_model",
+    parameters=ImportanceParameters,
+    inputs={"target": Input("corpus", many=True), "source": Input("corpus", many=True)},
+    outputs={"model": "file"},
+    plan=_learned_cost,
+)
+def importance_model(context: Context, parameters: ImportanceParameters) -> Outcome:
+    """Estimate the distributions of words of a target domain and a source, for ``dsir.importance``.
+
+    Time grows linearly with the texts; memory holds those drawn and a count for each bucket.
+    """
+    from puna.core.seeds import numpy_generator
+    from puna.data.corpus import Corpus
+    from puna.data.curate.learned.importance import ImportanceModel
+    from puna.data.curate.learned.quality_classifier import drawn, texts_of_corpora
+
+    def texts_of_side(side: str) -> list[str]:
+        texts = texts_of_corpora(Corpus.open(path) for path in context.inputs[side].values())
+        return drawn(texts, parameters.rows, numpy_generator(context.seed, side))
+
+    model, metrics = ImportanceModel.measured(texts_of_side("target"), texts_of_side("source"), parameters)
+    path = context.out / "model.safetensors"
+    model.save(path)
+    return Outcome({"model": path}, metrics)
+
+
+@stage(
+    "ngram_model",
+    parameters=NgramParameters,
+    inputs={"reference": Input("corpus", many=True), "other": Input("corpus", many=True, optional=True)},
+    outputs={"model": "file"},
+    plan=_learned_cost,
+)
+def ngram_model(context: Context, parameters: NgramParameters) -> Outcome:
+    """Estimate an n-gram model of a clean reference, for ``kenlm.perplexity``; tell it from ``other`` text.
+
+    Time grows linearly with the texts; memory holds every different n-gram, some 200 bytes each.
+    """
+    from puna.core.seeds import numpy_generator
+    from puna.data.corpus import Corpus
+    from puna.data.curate.learned.ngram_model import measured
+    from puna.data.curate.learned.quality_classifier import drawn, texts_of_corpora
+
+    def texts_of_side(side: str) -> list[str]:
+        corpora = (context.inputs.get(side) or {}).values()
+        texts = texts_of_corpora(Corpus.open(path) for path in corpora)
+        return drawn(texts, parameters.rows, numpy_generator(context.seed, side))
+
+    context.out.mkdir(parents=True, exist_ok=True)
+    path = context.out / "model.arpa"
+    metrics = measured(texts_of_side("reference"), texts_of_side("other"), parameters, path)
+    return Outcome({"model": path}, metrics)
