@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from puna.decode import cached_stages, draft_stages, routing_stages, schedule_stages
+from puna.decode import cached_stages, draft_stages, question_stages, routing_stages, schedule_stages
 
-__all__ = ["cached_stages", "draft_stages", "routing_stages", "schedule_stages"]
+__all__ = ["cached_stages", "draft_stages", "question_stages", "routing_stages", "schedule_stages"]

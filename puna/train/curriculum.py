@@ -8,10 +8,12 @@ with other rounding, goes by what stands there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
 from puna.core.files import read_json, write_json
@@ -22,7 +24,11 @@ from puna.train.distributed import World
 from puna.train.objectives import linear_cross_entropy
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from puna.model.llama import Llama
+    from puna.train.loader import Feed
+    from puna.train.sources import Sources
 
 FILE = "order.json"
 
@@ -31,6 +37,47 @@ def in_order(lengths_or_losses: Sequence[float], *, descending: bool) -> list[in
     """Places from the smallest value to the largest, or the other way; equal ones stay as they are."""
     sign = -1.0 if descending else 1.0
     return sorted(range(len(lengths_or_losses)), key=lambda place: sign * lengths_or_losses[place])
+
+
+def keys_of_rows(rows: Iterable[Row], of_document: Mapping[int, float]) -> NDArray[numpy.float64]:
+    """[rows, 2] the keys of the first and the last document in each packed row, by the ids of documents."""
+    return numpy.array(
+        [[of_document[id(row.slices[end].document)] for end in (0, -1)] for row in rows], dtype=numpy.float64
+    )
+
+
+def order_kept(
+    sources: Sources, feed: Feed, epoch: int, epoch_step: int, *, descending: bool
+) -> dict[str, float]:
+    """What became of the order on its way into the steps, up to step ``epoch_step`` of ``epoch``:
+
+    * ``curriculum.rows``: the rows fed; ``curriculum.breaks``: those that begin with a document that
+      should have come before the one that the row before of the same source, in the same pass, ended with
+    * ``curriculum.first`` and ``curriculum.last``: mean key of the rows in the first and the last step
+    """
+    assert sources.keys is not None
+    keys = -sources.keys if descending else sources.keys
+    size = numpy.bincount(sources.of)
+    fed: Counter[int] = Counter()
+    before: dict[int, float] = {}
+    breaks = 0
+    means: list[float] = []
+    for number in range(epoch + (epoch_step > 0)):
+        steps = feed.steps(number)
+        for step in steps[:epoch_step] if number == epoch else steps:
+            means.append(float(sources.keys[step.rows].mean()))
+            for row in step.rows.tolist():
+                source = int(sources.of[row])
+                again = fed[source] % size[source] == 0  # a pass begins
+                breaks += not again and keys[row, 0] < before[source]
+                before[source] = keys[row, 1]
+                fed[source] += 1
+    return {
+        "curriculum.rows": float(fed.total()),
+        "curriculum.breaks": float(breaks),
+        "curriculum.first": means[0],
+        "curriculum.last": means[-1],
+    }
 
 
 def document_losses(

@@ -23,11 +23,13 @@ from puna.data.corpus import Corpus
 from puna.text.encode import Encoded
 from puna.text.packing import Packed, group_of, pack, usual_mode
 from puna.train.checkpoint import seal_of, seed_of
+from puna.train.curriculum import order_kept
 from puna.train.distributed import World, world
+from puna.train.gap import LayerUpdates
 from puna.train.held_out import HeldOut, HeldOutCorpus, passes
 from puna.train.ledger import check_trained, ledger, ledger_metrics, ledger_table
 from puna.train.loader import Feed
-from puna.train.loop import Handed, Loop, LoopSettings, measuring
+from puna.train.loop import Evaluation, Handed, Loop, LoopSettings, measuring
 from puna.train.metrics import read_metrics
 from puna.train.nested_exits import CrossEntropyAtExits, NestedCrossEntropy, check_exits
 from puna.train.objectives import OBJECTIVES, CrossEntropy, Objective
@@ -126,7 +128,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
                 "settings": settings,
                 "out": context.out,
                 "world": here,
-                "evaluate": held_out.measure if held_out.corpora else None,
+                "evaluate": _evaluation(held_out, LayerUpdates.of(model, parameters.watched_layers)),
                 "handed": handed,
                 "before_step": objective.begin if isinstance(objective, Alternating) else None,
                 "after_step": leave_adapters(context, parameters, here)
@@ -156,6 +158,9 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
     check_trained(accounts, state.tokens)
     context.report.setdefault("tables", []).append(ledger_table(accounts))
     figures = metrics_of(lines, state, optimizer.count, objective.figures)
+    if sources.keys is not None:
+        done = (state.epoch, state.epoch_step)
+        figures |= order_kept(sources, feed, *done, descending=parameters.descending)
     return Outcome(outputs, figures | ledger_metrics(accounts) | measured)
 
 
@@ -234,12 +239,22 @@ def _held_out(
                 found=f"held_out: {', '.join(paths) or 'nothing'}",
                 fix="give the stage an input held_out with a corpus under the name of every source",
             )
-    if parameters.eval_steps is not None and not paths:
-        raise PunaError(
-            "there is nothing to evaluate on", where="eval_steps", fix="give the stage an input held_out"
-        )
+    for option in ("eval_steps", "watched_layers"):
+        if getattr(parameters, option) is not None and not paths:
+            raise PunaError(
+                "there is nothing to evaluate on", where=option, fix="give the stage an input held_out"
+            )
     corpora = {name: _held_out_corpus(model, Corpus.open(path), parameters) for name, path in paths.items()}
     return HeldOut(corpora, parameters.micro_batch_tokens, here)
+
+
+def _evaluation(held_out: HeldOut, updates: LayerUpdates | None) -> Evaluation | None:
+    """What is measured between steps: held-out text, and how far layers moved that are watched."""
+    if not held_out.corpora:
+        return None
+    if updates is None:
+        return held_out.measure
+    return lambda model: {**held_out.measure(model), **updates.measure()}
 
 
 def _held_out_corpus(model: Llama, corpus: Corpus, parameters: Train) -> HeldOutCorpus:

@@ -230,19 +230,28 @@ def updated(
     ``change`` is how a source's perplexity on held-out text changed in the round, less the mean
     change of all, divided by the largest of these differences: between -1 and 1. The rule is that
     of Chen et al. 2024 (Llama-3-SynE, topic mixture); how they normalise is not told, this way equal
-    changes move nothing whatever the importance. Losses are nats per token.
+    changes move nothing whatever the importance. A source of no importance keeps its weight, and its
+    change is none of the others' business: a language that is new falls faster than any topic drifts.
+    Losses are nats per token.
     """
-    changes = [_perplexity(now[name]) - _perplexity(before[name]) for name in names]
-    mean = sum(changes) / len(changes)
-    apart = [change - mean for change in changes]
-    largest = max(map(abs, apart))
-    if largest <= _NOISE * max(map(abs, changes)):
+    importance = {name: feedback.importance.get(name, 1.0) for name in names}
+    changes = {name: _perplexity(now[name]) - _perplexity(before[name]) for name in names if importance[name]}
+    mean = sum(changes.values()) / max(len(changes), 1)
+    apart = {name: change - mean for name, change in changes.items()}
+    largest = max(map(abs, apart.values()), default=0.0)
+    if largest <= _NOISE * max(map(abs, changes.values()), default=0.0):
         return list(weights)
-    moved = [
-        weight * (1 + feedback.strength * feedback.importance.get(name, 1.0) * difference / largest)
-        for weight, name, difference in zip(weights, names, apart, strict=True)
-    ]
-    return [weight / sum(moved) for weight in moved]
+    factors = {
+        name: 1 + feedback.strength * importance[name] * difference / largest
+        for name, difference in apart.items()
+    }
+    moved = [weight * factors.get(name, 1.0) for name, weight in zip(names, weights, strict=True)]
+    shared, grown = (
+        sum(weight for name, weight in zip(names, side, strict=True) if name in factors)
+        for side in (weights, moved)
+    )
+    scale = shared / grown if grown else 1.0
+    return [weight * scale if name in factors else weight for name, weight in zip(names, moved, strict=True)]
 
 
 def _perplexity(loss: float) -> float:

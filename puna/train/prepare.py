@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from puna.data.corpus import Corpus
 from puna.text.encode import Encoded, encode_rows
 from puna.text.packing import Mode, group_of, usual_mode
 from puna.text.tokenizer import Tokenizer
-from puna.train.curriculum import document_losses, in_order, store, stored
+from puna.train.curriculum import document_losses, in_order, keys_of_rows, store, stored
 from puna.train.distributed import World
 from puna.train.loop import measuring
 from puna.train.mixture import Limits, MixedRows, check_names
@@ -55,13 +56,21 @@ def sources_of(
     if parameters.order == "sorted":
         keys = _sort_keys(model, kept, context.out, parameters, fingerprint(recipe), here)
         recipe["sorted"] = fingerprint(keys)
+        of_document = {
+            id(document.encoded): key
+            for name, documents in kept.items()
+            for document, key in zip(documents, keys[name], strict=True)
+        }
         kept = {
             name: [documents[place] for place in in_order(keys[name], descending=parameters.descending)]
             for name, documents in kept.items()
         }
     group = group_of(OBJECTIVES[parameters.objective].kind)
     mode = packing_of(parameters)
-    return pack_sources(brought, kept, parameters.max_length, mode=mode, group=group), recipe
+    packed = pack_sources(brought, kept, parameters.max_length, mode=mode, group=group)
+    if parameters.order == "sorted":
+        packed = dataclasses.replace(packed, keys=keys_of_rows(packed.rows, of_document))
+    return packed, recipe
 
 
 def _documents(model: Llama, paths: Mapping[str, Path], parameters: Train) -> dict[str, list[Document]]:

@@ -143,7 +143,8 @@ class Feedback(Parameters):
     strength: float = pydantic.Field(0.5, gt=0)
     """How far one change goes."""
     importance: Weights = pydantic.Field(default_factory=dict)
-    """Times the strength, by source; 1 where nothing is said."""
+    """Times the strength, by source; 1 where nothing is said. A source of 0 keeps its weight, and the others
+    share the rest."""
 
     @pydantic.model_validator(mode="after")
     def _stays_positive(self) -> Feedback:
@@ -332,6 +333,8 @@ def check_what_is_trained(train: Any) -> None:
         raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
     if train.model_steps is not None and (train.lora or train.adapter or train.sharding == "full"):
         raise ValueError("model_steps leaves whole models: not with lora, adapter or sharding 'full'")
+    if train.watched_layers is not None and (train.adapter or train.lora or train.sharding == "full"):
+        raise ValueError("watched_layers does not go with adapter, lora or sharding 'full'")
     if train.lora is not None and train.frozen:
         raise ValueError("frozen means nothing with lora, which trains nothing but what it names")
     if train.lora is not None and train.keep_zeros and (train.lora.dora or train.lora.full):

@@ -49,11 +49,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sources:
-    """All packed rows, source by source; ``of[row]`` is the place of the row's source in ``entries``."""
+    """All packed rows, source by source; ``of[row]`` is the place of the row's source in ``entries``.
+
+    ``keys`` [rows, 2]: of rows in an order, what the first and the last document in each were sorted by.
+    """
 
     rows: Packed
     of: NDArray[numpy.int64]
     entries: tuple[Entry, ...]
+    keys: NDArray[numpy.float64] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 """The stage ``train``: pre-training, fine-tuning, distillation, preferences; in full or with LoRA. And
-``label``, ``adapter_checks`` and ``answer_checks``, out of modules of their own."""
+``label``, ``adapter_checks``, ``answer_checks`` and ``mixture_checks``, out of modules of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Annotated, Literal
 import pydantic
 
 from puna.core.stage import Context, Input, Outcome, Parameters, stage
-from puna.train import answer_stages, labelling_stages, light_stages  # noqa: F401  registers their stages
+from puna.train import (  # noqa: F401  register their stages
+    answer_stages,
+    labelling_stages,
+    light_stages,
+    mixture_stages,
+)
 from puna.train.settings import (
     Children,
     Compatible,
@@ -161,6 +166,8 @@ class Train(Parameters):
     """Steps between evaluations on ``held_out``; null evaluates before the first and after the last step."""
     eval_tokens: int | None = pydantic.Field(20_000, ge=2)
     """Tokens of each held-out corpus at most, from its beginning; null takes all."""
+    watched_layers: int | None = pydantic.Field(None, ge=1)
+    """Measure with each evaluation how far so many first and last layers have moved (S15); null: not."""
     save_steps: int | None = pydantic.Field(None, ge=1)
     """Steps between checkpoints; null makes one every five minutes. There is always one at the end."""
     stop_after: int | None = pydantic.Field(None, ge=1)

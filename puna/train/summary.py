@@ -11,6 +11,7 @@ from puna.model.nf4 import parameter_count
 from puna.text.packing import PackReport
 from puna.train.checkpoint import TrainState
 from puna.train.distributed import World
+from puna.train.gap import gap_curves, gaps
 from puna.train.loop import LoopSettings
 from puna.train.settings import WITH_REFERENCE
 from puna.train.sharding import is_sharded
@@ -86,7 +87,7 @@ def metrics_of(
         for name in _measured(evaluations):
             found[f"before.{name}"] = evaluations[0][name]
             found[f"after.{name}"] = evaluations[-1][name]
-    return found
+    return found | gaps(evaluations)
 
 
 def _steady(steps: Sequence[dict[str, Any]]) -> float:
@@ -130,7 +131,7 @@ def fill_report(
             "series": [_series("gradient norm", steps, "grad_norm")],
         },
     ]
-    curves += mixture_curves(lines)
+    curves += [*gap_curves(evaluations), *mixture_curves(lines)]
     report.setdefault("curves", []).extend(curve for curve in curves if curve["series"])
     last = steps[-1]
     rows: list[list[Any]] = [

@@ -275,6 +275,18 @@ def test_feedback_gives_share_to_what_got_worse_and_nothing_for_equal_changes() 
     assert found == pytest.approx([weight / sum(moved) for weight in moved])
 
 
+def test_a_source_of_no_importance_keeps_its_weight_and_moves_no_other() -> None:
+    names, weights = ["new", "a", "b"], [0.2, 0.5, 0.3]
+    rule = Feedback(every_steps=1, strength=0.5, importance={"new": 0.0})
+    before = {"new": 9.0, "a": 2.0, "b": 2.0}
+    found = updated(weights, names, before, {"new": 3.0, "a": 2.3, "b": 2.0}, rule)
+    assert found == updated(weights, names, before, {"new": 9.0, "a": 2.3, "b": 2.0}, rule)
+    assert found[0] == 0.2 and found[1] > 0.5 and sum(found) == pytest.approx(1)
+    alone = updated([0.625, 0.375], ["a", "b"], before, {"a": 2.3, "b": 2.0}, rule)
+    assert found[1:] == pytest.approx([0.8 * weight for weight in alone])
+    assert updated(weights, names, before, {"new": 3.0, "a": 2.3, "b": 2.3}, rule) == weights
+
+
 @given(
     losses=st.lists(st.tuples(st.floats(0, 200), st.floats(0, 200)), min_size=2, max_size=5),
     strength=st.floats(0.01, 0.99),

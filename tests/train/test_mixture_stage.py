@@ -210,6 +210,32 @@ def test_sorted_by_length_feeds_the_shortest_documents_first(places: dict[str, P
     assert up == sorted(up) and down == sorted(down, reverse=True) and len(set(up)) > 3
 
 
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("packing", ["off", "wrap"])
+def test_an_order_arrives_in_the_steps_as_it_was_made(
+    places: dict[str, Path], tmp_path: Path, packing: str, descending: bool
+) -> None:
+    mixture = {"weights": {"long": 1, "short": 1}, "repeat": 3}
+    common = {"order": "sorted", "sort_by": "loss", "descending": descending, "packing": packing}
+    outcome, _ = train(places, tmp_path / "run", mixture=mixture, max_tokens=1500, **common)
+    found = outcome.metrics
+    assert found["curriculum.breaks"] == 0 < found["curriculum.rows"]
+    plain, _ = train(places, tmp_path / "plain", epochs=1, **common)
+    first, last = plain.metrics["curriculum.first"], plain.metrics["curriculum.last"]
+    assert first > last if descending else first < last
+
+
+def test_an_order_that_is_shuffled_behind_it_is_told(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from puna.train import loader
+
+    plain = loader.Feed._order
+    monkeypatch.setattr(loader.Feed, "_order", lambda self, epoch: plain(self, epoch)[::-1])
+    outcome, _ = train(places, tmp_path / "run", order="sorted", packing="off", epochs=1)
+    assert outcome.metrics["curriculum.breaks"] > 10
+
+
 def test_sorted_by_loss_feeds_what_the_model_finds_easy_first_and_keeps_its_order(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "logging_steps": ({}, {"logging_steps": 2}),
     "eval_steps": ({"held_out": True}, {"eval_steps": 1}),
     "eval_tokens": ({"held_out": True}, {"eval_tokens": 10}),
+    "watched_layers": ({"held_out": True}, {"watched_layers": 1}),
     "stop_after": ({}, {"stop_after": 3}),
     "state_after": ({}, {"state_after": "end"}),
     "report_to": ({}, {"report_to": "tensorboard"}),
