@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, PlanOnly, stage
 from puna.train.plan import BYTES
 
@@ -105,10 +104,7 @@ def initialise(context: Context, parameters: Initialise) -> Outcome:
     from puna.edit.initialise import initialise as draw
     from puna.text import pretrained
 
-    where = context.inputs["tokenizer"]
-    tokenizer = pretrained.read_tokenizer(pretrained.locate(where))
-    if tokenizer is None:
-        raise PunaError("there is no tokenizer here", where=where, expected="a folder with tokenizer.json")
+    tokenizer = pretrained.required_tokenizer(context.inputs["tokenizer"])
     seed = context.seed if parameters.seed is None else parameters.seed
     spec = parameters.spec(parameters.rows(tokenizer.vocab_size))
     model = draw(spec, tokenizer, torch_generator(seed, "initial weights"))

@@ -158,9 +158,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
     check_trained(accounts, state.tokens)
     context.report.setdefault("tables", []).append(ledger_table(accounts))
     figures = metrics_of(lines, state, optimizer.count, objective.figures)
-    if sources.keys is not None:
-        done = (state.epoch, state.epoch_step)
-        figures |= order_kept(sources, feed, *done, descending=parameters.descending)
+    figures |= order_kept(sources, feed, state.epoch, state.epoch_step, descending=parameters.descending)
     return Outcome(outputs, figures | ledger_metrics(accounts) | measured)
 
 
@@ -239,8 +237,11 @@ def _held_out(
                 found=f"held_out: {', '.join(paths) or 'nothing'}",
                 fix="give the stage an input held_out with a corpus under the name of every source",
             )
-    for option in ("eval_steps", "watched_layers"):
-        if getattr(parameters, option) is not None and not paths:
+    for option, value in (
+        ("eval_steps", parameters.eval_steps),
+        ("watched_layers", parameters.watched_layers),
+    ):
+        if value is not None and not paths:
             raise PunaError(
                 "there is nothing to evaluate on", where=option, fix="give the stage an input held_out"
             )
