@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -63,6 +63,14 @@ def plan(spec: LlamaSpec, chosen: Sequence[int], merger: MergerKind, kind: Kind 
     if kind not in get_args(Kind):
         raise unknown_name("kind of expansion", kind, get_args(Kind))
     spec.refuse_twins("an expansion")
+    beyond = [layer for layer in chosen if not 0 <= layer < len(spec.blocks)]
+    if beyond:
+        raise PunaError(
+            "a layer to expand is not one of the model's",
+            where="layers",
+            found=beyond,
+            expected=f"numbers from 0 to {len(spec.blocks) - 1}",
+        )
     turn = {"concat": ("concat",), "stack": ("stack",), "hybrid": ("stack", "concat")}[kind]
     how = {layer: turn[place % len(turn)] for place, layer in enumerate(chosen)}
     blocks: list[BlockSpec] = []
@@ -115,6 +123,21 @@ def expand(model: Llama, planned: Plan, *, seed: int, noise: float = 0.01) -> Ll
 def learnt_shares(model: Llama) -> dict[int, float]:
     """The twin's share by layer as the merger's constant has it: sigmoid of it."""
     return {block.layer: float(torch.sigmoid(block.merger.bias.float())) for block in expanded_layers(model)}
+
+
+def first_tokens(model: Llama, texts: Iterable[str], tokens: int) -> list[list[int]]:
+    """Token ids of the first texts, up to so many in all; the last one is cut."""
+    if model.tokenizer is None:
+        raise PunaError("the model has no tokenizer", where=model.source, fix="put tokenizer.json beside it")
+    found: list[list[int]] = []
+    for text in texts:
+        if tokens <= 0:
+            break
+        ids = model.tokenizer.encode(text)[: min(tokens, model.spec.max_positions)]
+        tokens -= len(ids)
+        if ids:
+            found.append(ids)
+    return found
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pydantic
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 from puna.edit import (  # noqa: F401  registers their stages
     augment_stages,
+    expand_stages,
     mask_stages,
     merge_stages,
     new_stages,

@@ -16,6 +16,7 @@ from puna.data.corpus import Corpus
 from puna.evaluate import responses
 from puna.evaluate.compare import drawn, evaluate_models
 from puna.evaluate.distances import Distances, distances
+from puna.evaluate.equal_gain import EqualGain, equal_gain
 from puna.evaluate.flips import Flips, Moves, flips, moves
 from puna.evaluate.responses import ResponseLoss, Task
 from puna.evaluate.result import Result
@@ -23,7 +24,7 @@ from puna.evaluate.statistics import Interval, ratio, relative_change
 from puna.text.stored_weights import Weights
 
 if TYPE_CHECKING:
-    from puna.evaluate.stages import Forgetting
+    from puna.evaluate.stages import EqualGains, Forgetting
     from puna.model.llama import Llama
 
 
@@ -38,6 +39,7 @@ class Versions:
     * ``risen.C.M`` and ``fallen.C.M``: shares of the documents or conversations whose score is better and
       worse; ``gain.C.M`` and ``regression.C.M``: by how much on the mean of these
     * ``accuracy.C.M``, ``accuracy_change.C.M``, ``nfr.C.M``, ``pfr.C.M``, ``nfr_mc.C.M``, ``flips_p.C.M``
+    * ``rise.M``, ``curve_rise.M``, ``rise_share.M`` at equal gain, see :mod:`puna.evaluate.equal_gain`
     * ``distance.M`` and ``distance.M.GROUP``, from the baseline, relative
     """
 
@@ -46,6 +48,7 @@ class Versions:
     tasks: Mapping[str, Task]
     losses: dict[tuple[str, str], ResponseLoss] = field(default_factory=dict)
     said: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    equal: EqualGains | None = None
     distances: dict[str, Distances] = field(default_factory=dict)
 
     @property
@@ -98,6 +101,19 @@ class Versions:
             for model, other in self.result.compared
         }
 
+    @functools.cached_property
+    def equal_gains(self) -> dict[str, EqualGain]:
+        """Versions beside the course of an ordinary training, by model."""
+        if self.equal is None:
+            return {}
+        corpora, bits = (self.equal.learnt, self.equal.kept), self.result.bits
+
+        def point(model: str) -> tuple[float, float]:
+            return bits[corpora[0], model].bits_per_byte, bits[corpora[1], model].bits_per_byte
+
+        baseline, curve = point(self.result.baseline), [point(model) for model in self.equal.curve]
+        return {model: equal_gain(baseline, curve, point(model)) for model in self.equal.versions}
+
     def metrics(self) -> dict[str, float]:
         """All figures by flat dotted names, as listed above."""
         found, name_of = self.result.metrics(), self.result.name_of
@@ -111,6 +127,9 @@ class Versions:
             found |= flipped.metrics(name_of(*key))
         for key, moved in self.moves.items():
             found |= moved.metrics(name_of(*key))
+        for model, equal in self.equal_gains.items():
+            found |= {f"rise.{model}": equal.rise, f"curve_rise.{model}": equal.curve_rise}
+            found[f"rise_share.{model}"] = equal.share
         for model, distance in self.distances.items():
             found |= distance.metrics(model)
         return found
@@ -160,6 +179,7 @@ def measure(
             raise unknown_name("model", name, models, where="forgetting, tokens")
     if settings.tokens and (missing := [name for name in names if name not in settings.tokens]):
         raise PunaError("a model has no place in time", where="forgetting, tokens", found=missing[0])
+    _check_equal_gain(models, corpora, settings)
     following = tuple(zip(names[1:], names, strict=False))
     settings = settings.model_copy(
         update={"compare": (*(pair for pair in following if settings.baseline != pair[0]), *settings.compare)}
@@ -186,7 +206,27 @@ def measure(
         models, corpora, settings, seed=seed, dtype=dtype, device=device, further=further
     )
     moved = _distances(models, result.baseline, result.others) if settings.distances else {}
-    return Versions(result, conversations, tasks, losses, said, moved)
+    return Versions(result, conversations, tasks, losses, said, settings.equal_gain, moved)
+
+
+def _check_equal_gain(models: Mapping[str, str], corpora: Mapping[str, str], settings: Forgetting) -> None:
+    """Refuse names that are not there, before anything is measured."""
+    equal = settings.equal_gain
+    if equal is None:
+        return
+    for name in (*equal.curve, *equal.versions):
+        if name not in models:
+            raise unknown_name("model", name, models, where="forgetting, equal_gain")
+    for name in (equal.learnt, equal.kept):
+        if name not in corpora:
+            raise unknown_name("corpus", name, corpora, where="forgetting, equal_gain")
+        if Corpus.open(corpora[name]).kind != "documents":
+            raise PunaError(
+                f"corpus {name!r} has no bits per byte",
+                where="forgetting, equal_gain",
+                found=f"a corpus of {Corpus.open(corpora[name]).kind}",
+                expected="a corpus of documents",
+            )
 
 
 def _conversations(

@@ -18,7 +18,8 @@ def report(versions: Versions, tokens: Mapping[str, float]) -> dict[str, Any]:
     ``tokens`` places the models on the curves' x; without it they are numbered.
     """
     found = tables.report(versions.result)
-    further = [_answers(versions), _flips(versions), _moves(versions), _distances(versions)]
+    further = [_answers(versions), _flips(versions), _moves(versions), _equal_gains(versions)]
+    further.append(_distances(versions))
     found["tables"] += [table for table in further if table["rows"]]
     if versions.losses:
         # The page's tiles are those of the last item: bits per byte, where there are any.
@@ -110,6 +111,18 @@ def _moves(versions: Versions) -> Table:
         "by how much on their mean."
     )
     return {"title": "Better and worse, one by one", "columns": columns, "rows": rows, "note": note}
+
+
+def _equal_gains(versions: Versions) -> Table:
+    rows = [
+        [model, f"{found.rise:+.4f}", f"{found.curve_rise:+.4f}", tables.percent(found.share)]
+        for model, found in versions.equal_gains.items()
+    ]
+    equal = versions.equal
+    note = "" if equal is None else f"Bits per byte of {equal.kept} that were lost, over the baseline's."
+    columns = ["model", "its rise", "rise of the ordinary training", "share"]
+    title = "Forgotten at equal gain" + ("" if equal is None else f" on {equal.learnt}")
+    return {"title": title, "columns": columns, "rows": rows, "note": note}
 
 
 def _distances(versions: Versions) -> Table:

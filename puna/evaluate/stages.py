@@ -150,6 +150,19 @@ def evaluate(context: Context, parameters: Evaluate) -> Outcome:
     return Outcome(outputs={"scores": path}, metrics=result.metrics())
 
 
+class EqualGains(Parameters):
+    """Versions set beside the course of an ordinary training where it has learnt as much as they have."""
+
+    curve: tuple[str, ...] = pydantic.Field(min_length=1)
+    """Models that the ordinary training left, in the order of time; it starts at the baseline."""
+    versions: tuple[str, ...] = pydantic.Field(min_length=1)
+    """Models that are set beside it."""
+    learnt: str
+    """The corpus of documents that both learnt."""
+    kept: str
+    """The one that neither should forget."""
+
+
 class Forgetting(Evaluate):
     """Parameters of the stage ``forgetting``: those of ``evaluate``, and some for conversations."""
 
@@ -159,6 +172,8 @@ class Forgetting(Evaluate):
     """Corpora of messages whose last one is a choice, each with the choices; none: those that it has."""
     distances: bool = True
     """Whether to measure how far the weights lie from the baseline's."""
+    equal_gain: EqualGains | None = None
+    """What was forgotten at equal gain: metrics ``rise.M``, ``curve_rise.M`` and ``rise_share.M``."""
     tokens: dict[str, float] = pydantic.Field(default_factory=dict)
     """What each model had been trained on, the curves' x; by default they are numbered."""
 

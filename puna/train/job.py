@@ -64,6 +64,7 @@ from puna.train.trained import (
     weights_fingerprint,
     write_model,
 )
+from puna.train.twins import TwinLoss
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -107,6 +108,9 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         if parameters.children is not None:
             space = parameters.children.space(model.spec)
             objective = Alternating(objective, space, seed, parameters.child_steps)
+        if parameters.twins is not None:
+            kind = parameters.twins.divergence
+            objective = TwinLoss(None if kind == "none" else kind, parameters.twins.factor, objective)
         if feed.unit == "pairs":
             start = time.perf_counter()
             reference = Reference(context.out / "reference.safetensors", recipe, here)

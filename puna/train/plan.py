@@ -35,7 +35,7 @@ class Method:
     ``dora`` adds a magnitude for each row of an adapted matrix; with ``base`` "nf4" the projections that
     are not trained in full are held in NF4. Without a LoRA ``frozen`` modules are not trained. ``light`` is
     a kind of LLaMA-Adapter with a ``prompt`` of so many vectors in so many layers. With ``only`` nothing is
-    trained but modules in whose name one of these stands.
+    trained but modules in whose name one of these stands, less the frozen ones.
     """
 
     r: int = 0
@@ -57,8 +57,8 @@ class Method:
         """
         if self.light:
             return self.light == "llama_adapter_v2" and module.endswith("norm")
-        if self.only:
-            return any(part in f"{module}." for part in self.only)
+        if self.only and not any(part in f"{module}." for part in self.only):
+            return False
         names = self.full if self.r else self.frozen
         parts = module.split(".")
         around = [f".{'.'.join(parts[:count])}" for count in range(1, len(parts) + 1)]
@@ -129,7 +129,8 @@ def module_sizes(spec: LlamaSpec) -> Iterator[tuple[str, int]]:
             yield module, inputs * outputs + (outputs if is_biased(spec, module) else 0)
     for layer, block in enumerate(spec.blocks):
         if block.merger:
-            yield f"model.layers.{layer}.merger", block.merger_parameters(spec.hidden_size)
+            yield f"model.layers.{layer}.merger", block.merger_parameters(spec.hidden_size) - 1
+            yield f"model.layers.{layer}.merger.bias", 1
     yield "model.norm", spec.hidden_size
     if not spec.tied:
         yield "lm_head", matrix

@@ -323,8 +323,35 @@ def check_teacher(train: Any) -> None:
         raise ValueError(f"objective {train.objective!r} does not go with sharding 'full' yet")
 
 
+class Twins(Parameters):
+    """Of a model with expanded layers the twins and their mergers are trained, all else is frozen (S02)."""
+
+    divergence: Literal["cosine", "mse", "none"] = "cosine"
+    """How far a twin has gone from its frozen layer, added to the loss: smooth-L1 of 1 - cosine of the two
+    outputs, or the mean of squared differences; none adds nothing."""
+    factor: Annotated[float, pydantic.Field(gt=0)] | Literal["share"] = 1.0
+    """Times the divergence; share takes the twin's share of the output, w."""
+    hold_share: bool = False
+    """The mergers' constants, theta or a gate's bias, stay as they are."""
+    inserted: tuple[Annotated[int, pydantic.Field(ge=0)], ...] = ()
+    """Whole layers that are trained too, counted from 0: those that expand stacked."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What stands in the names of the modules that are trained."""
+        return (".twin.", ".merger.", *(f".layers.{layer}." for layer in self.inserted))
+
+
 def check_what_is_trained(train: Any) -> None:
     """Refuse parameters of the stage ``train`` that say what is trained and do not go together."""
+    if train.twins is not None and (train.lora or train.adapter or train.frozen or train.keep_zeros):
+        raise ValueError(
+            "twins does not go with lora, adapter, frozen or keep_zeros: it says what is trained"
+        )
+    if train.twins is not None and (train.exits or train.children or train.sharding == "full"):
+        raise ValueError("twins does not go with exits, children or sharding 'full'")
+    if train.twins is not None and train.twins.divergence == "none" and train.twins.factor != 1.0:
+        raise ValueError("twins.factor means nothing with divergence 'none'")
     if train.adapter is not None and (train.lora or train.frozen or train.keep_zeros or train.children):
         raise ValueError("adapter does not go with lora, frozen, keep_zeros or children")
     if train.adapter is not None and (train.sharding == "full" or not train.save_adapter):

@@ -22,6 +22,7 @@ from puna.train.settings import (
     Lora,
     Mixture,
     ScheduleSegment,
+    Twins,
     check_segments,
     check_teacher,
     check_what_is_trained,
@@ -144,6 +145,8 @@ class Train(Parameters):
     else is in the output ``model``, over which they lie."""
     frozen: tuple[str, ...] = ()
     """Without lora: modules that stay as they are, such as [lm_head]; a tied head is the embedding."""
+    twins: Twins | None = None
+    """clm, sft: of a model out of the stage expand train the twins alone (S02); null: all weights."""
     keep_zeros: bool = False
     """Weights of projections that are exactly zero, pruned without becoming smaller, stay so; an adapter
     changes the others alone (S23), and is written in a form of its own that peft does not open."""
@@ -288,6 +291,7 @@ _READ_BY_SCHEDULES = {
 _READ_BY_OBJECTIVES = {
     "exits": ("clm", "sft"),
     "children": ("clm", "sft"),
+    "twins": ("clm", "sft"),
     "train_on": ("sft", "distill_sft"),
     "last_turn_only": ("sft", "distill_sft"),
     "divergence": ("distill", "distill_sft"),

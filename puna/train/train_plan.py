@@ -38,6 +38,9 @@ def method_of(parameters: Train) -> Method:
     lora, light = parameters.lora, parameters.adapter
     if light is not None:
         return Method(light=light.kind, prompt=(light.prompt_length, light.prompt_layers))
+    if parameters.twins is not None:
+        held = ("merger.bias",) if parameters.twins.hold_share else ()
+        return Method(frozen=held, only=parameters.twins.names)
     if lora is None:
         return Method(frozen=parameters.frozen)
     return Method(lora.r, lora.dropout, lora.target, lora.full, lora.dora, lora.base)

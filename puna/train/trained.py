@@ -33,6 +33,7 @@ from puna.train.loop import Loop
 from puna.train.settings import Lora
 from puna.train.sharding import is_sharded
 from puna.train.stages import Train
+from puna.train.twins import free_twins
 
 ADAPTERS, MODELS, STEP = "adapters", "models", "step-"
 """The folders that ``adapter_steps`` and ``model_steps`` leave, and how each name in them begins."""
@@ -78,6 +79,8 @@ def open_model(context: Context, parameters: Train, here: World, seed: int) -> t
         before = probe(model)
         add_light(model, light_settings(parameters.adapter), seed=seed)
         moved["start_difference"] = difference(before, probe(model))
+    elif parameters.twins is not None:
+        free_twins(model, inserted=parameters.twins.inserted, hold_share=parameters.twins.hold_share)
     else:
         frozen = set(parameters_in_full(model, parameters.frozen))
         for name, parameter in model.named_parameters():
@@ -236,7 +239,8 @@ def write_model(
         for _ in masters:
             raise AssertionError("whole weights are for the first process alone")
         return outputs
-    if parameters.lora is None and not parameters.frozen and not is_sharded(model):
+    some = parameters.lora is not None or parameters.frozen or parameters.twins is not None
+    if not some and not is_sharded(model):
         final = model.float()
     else:
         final = base_model(context.inputs["model"], parameters, "float32", "cpu")
