@@ -74,7 +74,7 @@ class TwinLoss:
             loss = self.inner(model, micro)
         labelled = micro.batch.labels != IGNORED
         layers = [divergence_of(each, self.divergence, self.factor)[labelled].sum() for each in seen]
-        total = torch.stack(layers).mean().float()
+        total = torch.stack(layers).mean().float() if layers else torch.zeros_like(loss.total)
         return Loss(loss.total + total, loss.tokens, {**loss.figures, "divergence": total.detach()})
 
 

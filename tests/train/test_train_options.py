@@ -98,6 +98,7 @@ LORA_FLIPS: dict[str, Any] = {
 _SEEN_ELSEWHERE = {
     "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
     "save_steps": "test_save_steps_make_checkpoints",
+    "twins": "test_twins_alone_are_trained",
     "keep_zeros": "test_weights_that_were_pruned_to_zero_stay_so_if_asked",
     "restore": "test_a_state_handed_on_gives_what_the_whole_run_gives_and_its_weights_alone_do_not",
     "sharding": "test_a_process_alone_shares_nothing_out",
