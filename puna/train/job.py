@@ -64,7 +64,7 @@ from puna.train.trained import (
     weights_fingerprint,
     write_model,
 )
-from puna.train.twins import TwinLoss
+from puna.train.twins import with_divergence
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -108,9 +108,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         if parameters.children is not None:
             space = parameters.children.space(model.spec)
             objective = Alternating(objective, space, seed, parameters.child_steps)
-        if parameters.twins is not None:
-            kind = parameters.twins.divergence
-            objective = TwinLoss(None if kind == "none" else kind, parameters.twins.factor, objective)
+        objective = with_divergence(objective, parameters.twins)
         if feed.unit == "pairs":
             start = time.perf_counter()
             reference = Reference(context.out / "reference.safetensors", recipe, here)

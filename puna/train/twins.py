@@ -28,6 +28,7 @@ from puna.train.objectives import IGNORED, CrossEntropy, Loss, Objective
 if TYPE_CHECKING:
     from puna.model.llama import Llama
     from puna.train.loader import MicroBatch
+    from puna.train.settings import Twins
 
 Divergence = Literal["cosine", "mse"]
 
@@ -76,6 +77,13 @@ class TwinLoss:
         layers = [divergence_of(each, self.divergence, self.factor)[labelled].sum() for each in seen]
         total = torch.stack(layers).mean().float() if layers else torch.zeros_like(loss.total)
         return Loss(loss.total + total, loss.tokens, {**loss.figures, "divergence": total.detach()})
+
+
+def with_divergence(objective: Objective, twins: Twins | None) -> Objective:
+    """The objective of a training of ``twins``; of any other as it is."""
+    if twins is None:
+        return objective
+    return TwinLoss(None if twins.divergence == "none" else twins.divergence, twins.factor, objective)
 
 
 def free_twins(model: Llama, *, inserted: tuple[int, ...] = (), hold_share: bool = False) -> None:
