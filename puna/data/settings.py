@@ -215,3 +215,20 @@ class TaskMixtureParameters(Parameters):
     """Length of that run in words."""
     expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
     """How many tokens the mixture will hold, where that is known: what a plan goes by."""
+
+
+class InfillParameters(Parameters):
+    """How many documents have their middle put last, and how."""
+
+    rate: float = pydantic.Field(0.5, ge=0, le=1)
+    """Share of the documents that are put in another order."""
+    spm: float = pydantic.Field(0.5, ge=0, le=1)
+    """Share of these that begin with the suffix; the others begin with the prefix."""
+    epochs: pydantic.PositiveInt = 1
+    """How often each document is written, every time with a draw of its own."""
+    markers: tuple[str, str, str] = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+    """Special tokens before prefix, suffix and middle; ``train`` knows them by its option ``markers``."""
+    seed: int | None = None
+    """Seed of the draws; without it the run's."""
+    expected_tokens: Annotated[pydantic.PositiveInt | None, PlanOnly()] = None
+    """How many tokens will be written, where that is known: what a plan goes by."""

@@ -1,5 +1,6 @@
 """The stages of this room: ``corpus`` (sources -> corpus), ``curate`` (sources -> pool of documents with
 signals -> corpus of those that pass), ``sample`` (corpus -> part of it),
+``infill`` (documents -> documents with their middle last),
 ``task_mixture`` (corpora of tasks -> so many conversations of each),
 ``next_word_labels`` (words that a rule labels),
 ``instructions`` (pairs, chats -> messages), ``preferences`` (messages -> pairs of answers), ``planted``
@@ -24,6 +25,7 @@ from puna.data.curate.settings import CurateParameters
 from puna.data.next_word import NextWordParameters
 from puna.data.settings import (
     CorpusParameters,
+    InfillParameters,
     InstructionsParameters,
     PlantedParameters,
     PreferencesParameters,
@@ -130,6 +132,29 @@ def sample(context: Context, parameters: SampleParameters) -> Outcome:
         figures["tokens"] = float(found.tokens)
     outputs = {"corpus": drawn.path} | ({"rest": found.rest.path} if found.rest is not None else {})
     return Outcome(outputs, figures)
+
+
+def _infill_cost(parameters: InfillParameters, shapes: Any) -> Cost:
+    """As many tokens as the recipe expects, or every document once for each epoch."""
+    tokens = parameters.expected_tokens or parameters.epochs * shapes.tokens
+    return Cost(tokens=tokens, seconds=tokens / _TOKENS_PER_SECOND, kind="documents")
+
+
+@stage(
+    "infill",
+    parameters=InfillParameters,
+    inputs={"corpus": Input("corpus")},
+    outputs={"corpus": "corpus"},
+    plan=_infill_cost,
+)
+def infill(context: Context, parameters: InfillParameters) -> Outcome:
+    """Put the middle of documents last, between markers, with cuts drawn anew for every epoch (S46).
+
+    Time grows linearly with text times epochs; memory holds a few bytes per document.
+    """
+    from puna.data.infilling import run
+
+    return run(context, parameters)
 
 
 def _task_mixture_cost(parameters: TaskMixtureParameters, shapes: Any) -> Cost:

@@ -14,6 +14,7 @@ from typing import Any
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.progress import Track
+from puna.text import infill
 from puna.text.template import Message, Span, Template
 from puna.text.tokenizer import Piece, Tokenizer
 
@@ -50,8 +51,16 @@ def encode_document(tokenizer: Tokenizer, text: str, *, source: str = "") -> Enc
     return _document(tokenizer, tokenizer.encode(text), source)
 
 
-def encode_documents(tokenizer: Tokenizer, rows: Iterable[tuple[str, str]]) -> list[Encoded]:
-    """:func:`encode_document` of many (row id, text) pairs, with the tokenizers library's threads."""
+def encode_documents(
+    tokenizer: Tokenizer, rows: Iterable[tuple[str, str]], markers: Sequence[str] = ()
+) -> list[Encoded]:
+    """:func:`encode_document` of many (row id, text) pairs, with the tokenizers library's threads.
+
+    ``markers`` are special tokens that are recognised in the texts; what lies between them is encoded by
+    itself. All others stay text.
+    """
+    if markers:
+        return [_marked(tokenizer, text, markers, source) for source, text in rows]
     encoded: list[Encoded] = []
     batch: list[tuple[str, str]] = []
     for row in rows:
@@ -60,6 +69,19 @@ def encode_documents(tokenizer: Tokenizer, rows: Iterable[tuple[str, str]]) -> l
             encoded += _documents(tokenizer, batch)
             batch = []
     return encoded + _documents(tokenizer, batch)
+
+
+def _marked(tokenizer: Tokenizer, text: str, markers: Sequence[str], source: str) -> Encoded:
+    unknown = [marker for marker in markers if marker not in tokenizer.special_tokens]
+    if unknown:
+        raise PunaError(
+            "a marker is no special token of this tokenizer",
+            where="markers",
+            found=unknown[0],
+            expected=", ".join(tokenizer.special_tokens),
+        )
+    pieces = tokenizer.encode_markup(text, infill.places(text, markers))
+    return _document(tokenizer, [piece.id for piece in pieces], source)
 
 
 def _documents(tokenizer: Tokenizer, batch: Sequence[tuple[str, str]]) -> list[Encoded]:
@@ -121,6 +143,7 @@ def encode_rows(
     *,
     train_on: Sequence[str] = ("assistant",),
     last_only: bool = False,
+    markers: Sequence[str] = (),
     total: int | None = None,
 ) -> list[Encoded]:
     """Encode the rows of a corpus of any kind.
@@ -128,14 +151,17 @@ def encode_rows(
     A preference pair becomes two rows (prompt + chosen, prompt + rejected), of whose prompts nothing
     is learnt, a sentence pair two documents, so the result can be longer than ``rows``. Conversations
     need a ``template``; with ``last_only`` nothing but the last message of the roles ``train_on`` is
-    learnt. With the ``total`` number of rows a bar shows the progress.
+    learnt; ``markers`` are those of documents (:func:`encode_documents`). With the ``total`` number of rows
+    a bar shows the progress.
     """
     if total is not None:
         with Track("tokenising", total, "rows") as track:
             shown = _advancing(rows, track)
-            return encode_rows(shown, kind, tokenizer, template, train_on=train_on, last_only=last_only)
+            return encode_rows(
+                shown, kind, tokenizer, template, train_on=train_on, last_only=last_only, markers=markers
+            )
     if kind == "documents":
-        return encode_documents(tokenizer, ((str(row["id"]), row["text"]) for row in rows))
+        return encode_documents(tokenizer, ((str(row["id"]), row["text"]) for row in rows), markers)
     if kind == "sentence_pairs":
         sides = ("source_text", "target_text")
         return encode_documents(

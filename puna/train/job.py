@@ -20,6 +20,7 @@ from puna.core.progress import console
 from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus
+from puna.model.mup import parts
 from puna.text.encode import Encoded
 from puna.text.packing import Packed, group_of, pack, usual_mode
 from puna.train.checkpoint import seal_of, seed_of
@@ -44,7 +45,7 @@ from puna.train.preferences import (
     trained_passes,
 )
 from puna.train.prepare import encode, mixed_rows, packing_of, sources_of
-from puna.train.schedule import Schedule, compose, preset
+from puna.train.schedule import PHASE, Schedule, compose, preset
 from puna.train.settings import WITH_REFERENCE
 from puna.train.sharding import shard, whole_on_first
 from puna.train.sources import Sources
@@ -121,7 +122,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
 
         def make_loop(model: Llama, **changes: Any) -> Loop:
             optimizer = changes.pop("optimizer", Optimizer)(
-                model.named_parameters(), _optimizer_settings(parameters)
+                model.named_parameters(), _optimizer_settings(parameters, model)
             )
             if here.is_main:
                 _tell(model, parameters, optimizer, packed, settings, dtype, here)
@@ -323,7 +324,7 @@ def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:
     return LoopSettings(
         total_steps=steps,
         total_tokens=tokens,
-        schedule=_schedule(parameters, steps),
+        schedule=_schedule(parameters, steps, feed),
         seed=seed,
         logging_steps=parameters.logging_steps,
         eval_steps=parameters.eval_steps,
@@ -334,10 +335,12 @@ def _settings(parameters: Train, feed: Feed, seed: int) -> LoopSettings:
     )
 
 
-def _schedule(parameters: Train, steps: int) -> Schedule:
+def _schedule(parameters: Train, steps: int, feed: Feed) -> Schedule:
     """The learning-rate schedule over so many steps."""
     if not isinstance(parameters.schedule, str):
-        return compose([segment.part() for segment in parameters.schedule], steps)
+        segments = [segment.part() for segment in parameters.schedule]
+        by_phase = any(segment.length == PHASE for segment in segments)
+        return compose(segments, steps, feed.phase_ends() if by_phase else ())
     warmup = parameters.warmup_steps
     return preset(
         parameters.schedule,
@@ -360,8 +363,10 @@ def _within(last: int, name: str, step: int | None) -> int:
     return last if step is None else step
 
 
-def _optimizer_settings(parameters: Train) -> OptimizerSettings:
+def _optimizer_settings(parameters: Train, model: Llama) -> OptimizerSettings:
+    scaled = {} if parameters.mup is None else parts(model.spec, parameters.mup)
     return OptimizerSettings(
+        scales={name: (part.rate, part.decay) for name, part in scaled.items()},
         learning_rate=parameters.learning_rate,
         embedding_factor=parameters.embedding_learning_rate_factor,
         weight_decay=parameters.weight_decay,

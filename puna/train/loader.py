@@ -16,6 +16,7 @@ they were drawn; sorted rows come as they are, and no step changes places.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -216,6 +217,11 @@ class Feed:
                 tokens += step.tokens
             epoch += 1
         return steps, tokens
+
+    def phase_ends(self) -> list[int]:
+        """The steps of the run after which the phases of its mixture end."""
+        phases = 0 if self.mixture is None else len(self.mixture.settings.phases)
+        return list(itertools.accumulate(len(self.steps(phase)) for phase in range(phases)))
 
     # ---- mixtures ----------------------------------------------------------------------------------------
 

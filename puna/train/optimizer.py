@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ class OptimizerSettings:
     """AdamW (Loshchilov and Hutter 2019) with decay on matrices only.
 
     ``embedding_factor`` multiplies the learning rate of input embeddings and head;
-    ``max_grad_norm`` 0 means no clipping.
+    ``max_grad_norm`` 0 means no clipping. ``scales`` multiply rate and decay by parameter, as muP has it.
     """
 
     learning_rate: float
@@ -31,6 +31,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class Optimizer:
@@ -88,8 +89,9 @@ class Optimizer:
         groups: dict[tuple[float, float], list[Parameter]] = {}
         for name, master in self.masters.items():
             embedding = any(part in name for part in EMBEDDING_NAMES)
-            factor = self.settings.embedding_factor if embedding else 1.0
-            decay = self.settings.weight_decay if master.ndim >= 2 else 0.0
+            faster, stronger = self.settings.scales.get(name, (1.0, 1.0))
+            factor = faster * (self.settings.embedding_factor if embedding else 1.0)
+            decay = stronger * self.settings.weight_decay if master.ndim >= 2 else 0.0
             groups.setdefault((factor, decay), []).append(master)
         return [
             {"params": masters, "weight_decay": decay, "factor": factor, "lr": 0.0}

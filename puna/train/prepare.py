@@ -166,4 +166,5 @@ def encode(model: Llama, corpus: Corpus, parameters: Train, rows: Any = None) ->
         model.template,
         train_on=parameters.train_on,
         last_only=parameters.last_turn_only,
+        markers=parameters.markers if corpus.kind == "documents" else (),
     )

@@ -18,8 +18,9 @@ from puna.core.errors import PunaError, unknown_name
 Shape = Literal["warmup", "constant", "linear", "cosine", "decay", "inverse_sqrt", "step"]
 ScheduleKind = Literal["constant", "cosine", "linear", "inverse_sqrt", "step", "wsd"]
 PRESETS = ("constant", "cosine", "linear", "inverse_sqrt", "step", "wsd")
-REST = "rest"
-"""The length of a last segment that takes all the steps that are left."""
+REST, PHASE = "rest", "phase"
+"""Lengths of a last segment that takes all the steps that are left, and of one that ends with the phase of
+the mixture that it begins in."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,15 @@ def preset(
 
 @dataclass(frozen=True)
 class Part:
-    """A segment as a recipe says it: ``length`` in steps (int), as a share of the run (float), or the rest.
+    """A segment as a recipe says it: ``length`` in steps (int), as a share of the run (float), to the end of
+    a phase of its mixture, or the rest.
 
     ``start`` and ``end`` may be left out: a segment begins where the one before it ended (the first at
     1, a warm-up at 0), a warm-up ends at 1, ``linear``, ``cosine`` and ``decay`` at 0.
     """
 
     shape: Shape
-    length: int | float | Literal["rest"]
+    length: int | float | Literal["phase", "rest"]
     start: float | None = None
     end: float | None = None
     timescale: int = 10_000
@@ -146,13 +148,15 @@ class Part:
     gamma: float = 1.0
 
 
-def compose(parts: Sequence[Part], total_steps: int) -> Schedule:
+def compose(parts: Sequence[Part], total_steps: int, phase_ends: Sequence[int] = ()) -> Schedule:
     """A schedule of these parts that covers ``total_steps`` exactly.
 
     Ends of shares are rounded, not their lengths, so that shares that add up to 1 cover the run.
+    ``phase_ends`` are the steps of the run after which its phases end. Whatever the phases, the rate goes on
+    from where the segment before ended, unless a segment says where it starts.
     """
     segments: list[Segment] = []
-    for part, steps in zip(parts, _lengths(parts, total_steps), strict=True):
+    for part, steps in zip(parts, _lengths(parts, total_steps, phase_ends), strict=True):
         before = segments[-1].last if segments else None
         segments.append(_segment(part, steps, before))
     return Schedule(tuple(segments), total_steps)
@@ -168,12 +172,22 @@ def _segment(part: Part, steps: int, before: float | None) -> Segment:
     return Segment(part.shape, steps, start, end, part.timescale, part.step_size, part.gamma)
 
 
-def _lengths(parts: Sequence[Part], total_steps: int) -> list[int]:
+def _lengths(parts: Sequence[Part], total_steps: int, phase_ends: Sequence[int]) -> list[int]:
     lengths: list[int] = []
     share = 0.0
     for part in parts:
         if part.length == REST:
             lengths.append(total_steps - sum(lengths))
+        elif part.length == PHASE:
+            done = sum(lengths)
+            end = next((end for end in phase_ends if end > done), None)
+            if end is None:
+                raise PunaError(
+                    "no phase ends behind the beginning of this segment",
+                    where="schedule",
+                    found=f"step {done:,}; phases end with {', '.join(map(str, phase_ends)) or 'no'} steps",
+                )
+            lengths.append(end - done)
         elif isinstance(part.length, float):
             begin, share = share, share + part.length
             lengths.append(round(share * total_steps) - round(begin * total_steps))

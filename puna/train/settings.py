@@ -15,7 +15,11 @@ from puna.model.spec import LlamaSpec
 from puna.train.schedule import Part, Shape
 
 Weights = dict[str, Annotated[float, pydantic.Field(ge=0)]]
-Length = Annotated[int, pydantic.Field(ge=1)] | Annotated[float, pydantic.Field(gt=0, le=1)] | Literal["rest"]
+Length = (
+    Annotated[int, pydantic.Field(ge=1)]
+    | Annotated[float, pydantic.Field(gt=0, le=1)]
+    | Literal["phase", "rest"]
+)
 WITH_REFERENCE = ("dpo", "length_normalised_dpo", "ipo")
 """Objectives that compare with the model as it is before training."""
 WITH_TEACHER = ("distill", "distill_sft")
@@ -26,7 +30,8 @@ _FALLING: tuple[Shape, ...] = ("linear", "cosine", "decay")
 
 class ScheduleSegment(Parameters):
     """One segment of a learning-rate schedule: its shape with its length in steps (``100``), as a share of
-    the run (``0.1``), or ``rest``. Factors are those of ``learning_rate``."""
+    the run (``0.1``), to the end of the mixture's ``phase``, or ``rest``. Factors are those of
+    ``learning_rate``."""
 
     warmup: Length | None = None
     """Rises in equal steps."""
@@ -87,11 +92,13 @@ class ScheduleSegment(Parameters):
         return Part(shape, length, self.start, self.to, self.timescale, self.step_size, self.gamma)
 
 
-def check_segments(segments: tuple[ScheduleSegment, ...]) -> None:
-    """Refuse a list of segments that no run could be covered by."""
+def check_segments(segments: tuple[ScheduleSegment, ...], *, phases: bool) -> None:
+    """Refuse segments that no run could be covered by, or that go by ``phases`` that are not there."""
     if not segments:
         raise ValueError("a schedule has at least one segment")
     lengths = [segment.part().length for segment in segments]
+    if "phase" in lengths and not phases:
+        raise ValueError("a segment ends with a phase, and mixture has no phases")
     if "rest" in lengths[:-1]:
         raise ValueError("only the last segment of a schedule can take the rest")
     shares = sum(length for length in lengths if isinstance(length, float))
@@ -356,6 +363,8 @@ def check_what_is_trained(train: Any) -> None:
         raise ValueError("adapter does not go with lora, frozen, keep_zeros or children")
     if train.adapter is not None and (train.sharding == "full" or not train.save_adapter):
         raise ValueError("adapter does not go with sharding 'full' or save_adapter: false")
+    if train.mup is not None and (train.lora or train.adapter):
+        raise ValueError("mup says how all weights learn: it does not go with lora or adapter")
     if train.lora is None and train.adapter_steps is not None:
         raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
     if train.model_steps is not None and (train.lora or train.adapter or train.sharding == "full"):

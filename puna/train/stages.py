@@ -1,5 +1,6 @@
 """The stage ``train``: pre-training, fine-tuning, distillation, preferences; in full or with LoRA. And
-``label``, ``adapter_checks``, ``answer_checks`` and ``mixture_checks``, out of modules of their own."""
+``label``, ``adapter_checks``, ``answer_checks``, ``mixture_checks``, ``mup_start``, ``mup_check`` and
+``course``, each out of its module."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from typing import Annotated, Literal
 import pydantic
 
 from puna.core.stage import Context, Input, Outcome, Parameters, stage
+from puna.model.mup import Mup
 from puna.train import (  # noqa: F401  register their stages
     answer_stages,
+    course_stages,
     labelling_stages,
     light_stages,
     mixture_stages,
+    mup_stages,
 )
 from puna.train.settings import (
     Children,
@@ -106,6 +110,8 @@ class Train(Parameters):
     """sorted: by the length of the documents, or by their loss under the model that is trained."""
     descending: bool = False
     """sorted: from the longest, or the highest loss."""
+    markers: tuple[str, ...] = ()
+    """clm: special tokens whose strings in the documents stand for them, such as those of ``infill``."""
     train_on: tuple[str, ...] = pydantic.Field(("assistant",), min_length=1)
     """Roles whose turns are learnt (sft)."""
     last_turn_only: bool = False
@@ -138,6 +144,9 @@ class Train(Parameters):
     """AdamW's two averages."""
     max_grad_norm: float = pydantic.Field(1.0, ge=0)
     """Gradients are clipped to this global norm; 0 does not clip."""
+    mup: Mup | None = None
+    """Rates and decay by matrix as muP has them (S46), for a model that began with ``mup_start``; null gives
+    all matrices the same."""
     lora: Lora | None = None
     """A low-rank adapter; null trains all weights."""
     adapter: LightAdapter | None = None
@@ -216,7 +225,7 @@ class Train(Parameters):
     def _check_schedule(self, given: set[str]) -> None:
         """Refuse settings that the schedule does not read."""
         if not isinstance(self.schedule, str):
-            check_segments(self.schedule)
+            check_segments(self.schedule, phases=bool(self.mixture and self.mixture.phases))
         for name, schedules in _READ_BY_SCHEDULES.items():
             if name in given and self.schedule not in schedules:
                 kind = repr(self.schedule) if isinstance(self.schedule, str) else "of segments"
@@ -289,6 +298,7 @@ _READ_BY_SCHEDULES = {
 }
 
 _READ_BY_OBJECTIVES = {
+    "markers": ("clm",),
     "exits": ("clm", "sft"),
     "children": ("clm", "sft"),
     "twins": ("clm", "sft"),

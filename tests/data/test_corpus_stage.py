@@ -204,6 +204,7 @@ def test_the_room_registers_its_stages() -> None:
         "corpus",
         "curate",
         "duplicate_checks",
+        "infill",
         "instructions",
         "curation_checks",
         "juicer_checks",

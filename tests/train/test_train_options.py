@@ -68,6 +68,7 @@ FLIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weight_decay": ({}, {"weight_decay": 0.5}),
     "betas": ({}, {"betas": [0.5, 0.9]}),
     "max_grad_norm": ({}, {"max_grad_norm": 1e-3, "betas": [0.0, 0.0]}),
+    "mup": ({}, {"mup": {"base_width": 8}}),
     "lora": ({}, {"lora": LORA}),
     "frozen": ({}, {"frozen": ["lm_head"]}),
     "adapter": ({}, {"adapter": {"prompt_length": 2}}),
@@ -97,6 +98,7 @@ LORA_FLIPS: dict[str, Any] = {
 }
 _SEEN_ELSEWHERE = {
     "micro_batch_tokens": "test_micro_batch_tokens_bound_a_forward_pass",
+    "markers": "test_markers_in_documents_are_tokens",
     "save_steps": "test_save_steps_make_checkpoints",
     "twins": "test_twins_alone_are_trained",
     "keep_zeros": "test_weights_that_were_pruned_to_zero_stay_so_if_asked",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from puna.core.errors import PunaError
 from puna.core.stage import Context
-from puna.data.corpus import Corpus
+from puna.data.corpus import Corpus, write_corpus
 from puna.model.adapter_files import read_adapter
 from puna.model.nf4 import quantize_base, take_quantised
 from puna.text import pretrained
@@ -291,3 +291,18 @@ def test_another_process_than_the_first_reads_nothing_that_the_first_may_have_mo
     assert outcome.outputs["model"] == tmp_path / "gone" / "model"
     assert outcome.metrics == context.report == {}
     assert not (tmp_path / "gone").exists()
+
+
+def test_markers_in_documents_are_tokens(places: dict[str, Path], tmp_path: Path) -> None:
+    """A marked document has the tokens of its parts and one for each marker, and no more."""
+    texts = ["<pad>the cat sat<|end|>on that mat" for _ in range(4)]
+    rows = [{"id": f"{n}", "text": text, "source": "x", "language": "en"} for n, text in enumerate(texts)]
+    about: dict[str, Any] = {"provenance": [{"source": "x", "licence": "CC0"}], "ledger": {}}
+    marked = {**places, "documents": write_corpus(tmp_path / "marked", "documents", rows, **about).path}
+    plain, _ = train(marked, tmp_path / "plain", max_steps=..., epochs=1)
+    told, _ = train(marked, tmp_path / "told", max_steps=..., epochs=1, markers=["<pad>", "<|end|>"])
+    assert told.metrics["tokens"] < plain.metrics["tokens"]
+    with pytest.raises(PunaError, match="no special token of this tokenizer"):
+        train(marked, tmp_path / "wrong", markers=["<fim>"])
+    with pytest.raises(PunaError, match="markers means nothing with objective 'sft'"):
+        train(places, tmp_path / "sft", objective="sft", markers=["<pad>"])
