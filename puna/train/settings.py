@@ -363,8 +363,6 @@ def check_what_is_trained(train: Any) -> None:
         raise ValueError("adapter does not go with lora, frozen, keep_zeros or children")
     if train.adapter is not None and (train.sharding == "full" or not train.save_adapter):
         raise ValueError("adapter does not go with sharding 'full' or save_adapter: false")
-    if train.mup is not None and (train.lora or train.adapter):
-        raise ValueError("mup says how all weights learn: it does not go with lora or adapter")
     if train.lora is None and train.adapter_steps is not None:
         raise ValueError("adapter_steps leaves adapters: it means nothing without lora")
     if train.model_steps is not None and (train.lora or train.adapter or train.sharding == "full"):
@@ -377,3 +375,9 @@ def check_what_is_trained(train: Any) -> None:
         raise ValueError("keep_zeros does not go with lora.dora or lora.full")
     if train.sharding == "full" and (train.frozen or train.keep_zeros or train.adapter_steps):
         raise ValueError("sharding 'full' does not go with frozen, keep_zeros or adapter_steps yet")
+
+
+def check_mup(train: Any) -> None:
+    """Refuse muP where not all weights are trained."""
+    if train.mup is not None and (train.lora or train.adapter or train.twins):
+        raise ValueError("mup says how all weights learn: it does not go with lora, adapter or twins")

@@ -217,6 +217,7 @@ class Train(Parameters):
         self._check_order(given)
         self._check_objective(given)
         check_what_is_trained(self)
+        check_mup(self)
         lora = self.lora
         if self.sharding == "full" and (self.recompute or (lora and (lora.dora or lora.base == "nf4"))):
             raise ValueError("sharding 'full' does not go with recompute, lora.dora or lora.base 'nf4'")
