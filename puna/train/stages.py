@@ -27,6 +27,7 @@ from puna.train.settings import (
     Mixture,
     ScheduleSegment,
     Twins,
+    check_mup,
     check_segments,
     check_teacher,
     check_what_is_trained,
