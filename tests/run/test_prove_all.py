@@ -171,6 +171,28 @@ def test_a_proof_whose_process_has_died_is_stopped_and_not_in_work(systems: Syst
     assert rows()["one"].state == "stopped"
 
 
+def test_what_was_stopped_comes_last(systems: Systems, monkeypatch: pytest.MonkeyPatch) -> None:
+    systems(one=[], three=[], two=[])
+    asked: list[str] = []
+
+    def killed(name: str, *arguments: object, **settings: object) -> object:
+        asked.append(name)
+        if name == "three":
+            raise SystemExit
+        return prove(name, *arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prove_all, "prove", killed)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            Proofs(Path("runs")).run()
+    assert asked == ["one", "three", "one", "two", "three"]
+    assert {name: row.state for name, row in rows().items()} == {
+        "one": "proved",
+        "two": "proved",
+        "three": "stopped",
+    }
+
+
 def test_what_another_process_works_on_is_left_to_it(
     systems: Systems, executed: Executed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
