@@ -84,13 +84,6 @@ def formula(spec: LlamaSpec) -> float:
     return float(total)
 
 
-def _key_bytes(model: Llama, tokens: int) -> int:
-    """Bytes that a plain cache keeps of keys and values alone."""
-    cache = KeyValueCache(model.spec, 1, tokens, dtype=model.dtype)
-    pairs = [pair for pair in cache._stores if pair is not None]
-    return sum(tensor.nbytes for pair in pairs for tensor in pair)
-
-
 @torch.no_grad()
 def keys_kept(base: Llama, expanded: Llama) -> dict[str, float]:
     """Bytes of stored keys over the base's, and whether what reads them says what the model says.
@@ -103,9 +96,10 @@ def keys_kept(base: Llama, expanded: Llama) -> dict[str, float]:
     cache = KeyValueCache(expanded.spec, 1, PROBE_TOKENS, dtype=expanded.dtype)
     parts = torch.cat([expanded(ids[:, [place]], cache=cache) for place in range(PROBE_TOKENS)], dim=1)
     blocks = [PlainStepper(model, cache_tokens=16).pool.bytes_per_block for model in (expanded, base)]
+    keys = [KeyValueCache(model.spec, 1, 16).key_bytes for model in (expanded, base)]
     layers = len(base.spec.blocks)
     return {
-        "cache_ratio": _key_bytes(expanded, 16) / _key_bytes(base, 16),
+        "cache_ratio": keys[0] / keys[1],
         "cache_ratio.engine": blocks[0] / blocks[1],
         "cache_ratio.formula": len(expanded.spec.slots) / layers,
         "cached_difference": difference(whole, parts),

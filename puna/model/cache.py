@@ -53,10 +53,14 @@ class KeyValueCache:
             self._stores.append(pair if block.attention == "full" else None)
 
     @property
+    def key_bytes(self) -> int:
+        """Bytes of keys and values alone."""
+        return sum(tensor.nbytes for pair in self._stores if pair is not None for tensor in pair)
+
+    @property
     def bytes(self) -> int:
         """Bytes of everything stored: keys, values, documents and positions."""
-        pairs = [tensor for pair in self._stores if pair is not None for tensor in pair]
-        return sum(tensor.nbytes for tensor in (*pairs, self._segments, self._positions))
+        return self.key_bytes + self._segments.nbytes + self._positions.nbytes
 
     @property
     def segments(self) -> Tensor | None:
