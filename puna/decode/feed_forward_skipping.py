@@ -78,6 +78,7 @@ class FeedForwardSkipping:
         lane = request.lane
         spec = lane.stepper.spec
         if self.skip is not None:
+            spec.refuse_twins("the skipping of feed-forwards")
             self.skip.check(len(spec.blocks))
         each = feed_forward_share(spec)
         result = yield from lane.catch_up(request.prompt)

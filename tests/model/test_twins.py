@@ -195,6 +195,9 @@ def test_an_expanded_model_is_saved_loaded_and_served(
         for _ in range(12):
             expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), dim=1)
     assert list(said.ids) == expected[0, ids.shape[1] :].tolist()
+    skipping = {"name": "feed-forward-skip", "first": 0, "last": 1, "threshold": 0.9, "budget": 1}
+    with pytest.raises(PunaError, match="feed-forwards knows nothing of layers with a twin"):
+        engine.generate([ids[0].tolist()], puna.Sampling(max_tokens=4), strategy=skipping)
 
 
 def test_layers_told_a_mask_tell_their_twins() -> None:
