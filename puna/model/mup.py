@@ -91,18 +91,16 @@ def parts(spec: LlamaSpec, mup: Mup) -> dict[str, Part]:
 def _matrices(spec: LlamaSpec) -> Iterator[tuple[int, str, int]]:
     """Layer, name and size of a head for every matrix of the layers."""
     for layer, block in enumerate(spec.blocks):
-        if block.attention not in ("full", "none") or block.feed_forward not in ("swiglu", "none"):
+        if not block.plain:
             raise PunaError(
-                "muP is told for attention and gated feed-forwards alone",
+                "muP is told for a Llama's plain layers alone",
                 where=f"layer {layer}",
                 found=f"{block.attention}, {block.feed_forward}",
             )
-        if block.attention == "full":
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                yield layer, f"self_attn.{name}", block.head_dim
-        if block.feed_forward == "swiglu":
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield layer, f"mlp.{name}", block.head_dim
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield layer, f"self_attn.{name}", block.head_dim
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            yield layer, f"mlp.{name}", block.head_dim
 
 
 def begin(model: Llama, mup: Mup) -> None:

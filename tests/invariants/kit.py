@@ -24,6 +24,7 @@ from puna.model.cache import KeyValueCache
 from puna.model.light_adapter import KINDS, Kind, LightSettings, add_light
 from puna.model.llama import Llama
 from puna.model.masked_lora import nonzero_places
+from puna.model.mup import Mup, begin
 from puna.model.nf4 import dequantize_base, quantize_base
 from puna.model.search_space import SearchSpace
 from puna.model.spec import BlockSpec, LlamaSpec, MergerKind, RopeRule
@@ -382,3 +383,11 @@ for _merger in get_args(MergerKind):
     neutral(f"new twins, merged by {_merger}")(_expanded(_merger))
 neutral("new layers, stacked")(_expanded("lerp", "stack"))
 neutral("new layers, stacked, and new twins")(_expanded("dlerp", "hybrid"))
+
+
+@neutral("muP's start with constants that change nothing")
+def _mup() -> tuple[Forward, Forward]:
+    plain, started = (Llama(spec_of(), generator=torch_generator(5, "mup")) for _ in range(2))
+    same = Mup(base_width=plain.spec.hidden_size, deviation=0.02, embedding_multiplier=1, output_multiplier=1)
+    begin(started, same.model_copy(update={"attention": "inverse_root", "depth_scaled": False}))
+    return plain, started

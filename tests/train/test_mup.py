@@ -117,6 +117,13 @@ def test_a_neutral_setting_moves_no_bit_and_no_rate() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_layers_that_are_not_plain_are_refused() -> None:
+    blocks = (spec().blocks[0], BlockSpec(attention="linear", width=64))
+    with pytest.raises(PunaError, match="plain layers alone") as error:
+        parts(spec().replace(blocks=blocks), Mup())
+    assert error.value.where == "layer 1"
+
+
 def test_the_papers_figures() -> None:
     """Width 4,096 over 256: rates of hidden matrices, multiplier of the logits, deviations."""
     block = BlockSpec(heads=32, kv_heads=32, head_dim=128, width=10922)
