@@ -87,6 +87,26 @@ def test_an_export_is_compared_with_transformers_its_tokenizer_and_its_cut(
     assert export_checks.check(folder, None, 12)["roles_differ"] == 1
 
 
+def test_an_export_that_others_read_otherwise_is_noticed(
+    tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    model = tiny_llama()
+    model.tokenizer = tiny_tokenizer
+    folder = puna.save(model, tmp_path / "model")
+    read = transformers.AutoModelForCausalLM.from_pretrained
+
+    def otherwise(*given: Any, **named: Any) -> Any:
+        theirs = read(*given, **named)
+        with torch.no_grad():
+            theirs.model.layers[0].self_attn.k_proj.weight.add_(0.1)
+        return theirs
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", otherwise)
+    assert export_checks.check(folder, None, 12)["difference"] > 1e-4
+
+
 def test_rows_of_a_new_model_are_padded_to_a_multiple(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tiny_tokenizer.save(tmp_path / "tokenizer")
     stage = get_stage("initialise")
