@@ -1,8 +1,8 @@
 """Writes the documentation that follows from recipes and stages: ``python -m puna.run.docs``.
 
-``docs/systems/<name>.md`` comes from the system's recipe and, if there is one, the snapshot of its
-measured claims beside it; ``docs/stages.md`` from the registered stages; ``docs/operators.md`` from the
-operators and presets of curation. ``--measured runs`` renews
+``docs/systems/index.md`` tells all systems in one table; ``docs/systems/<name>.md`` comes from the system's
+recipe and, if there is one, the snapshot of its measured claims beside it; ``docs/stages.md`` from the
+registered stages; ``docs/operators.md`` from the operators and presets of curation. ``--measured runs`` renews
 the snapshots from run folders first; ``--check`` writes nothing and fails if something is stale.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,7 +23,7 @@ from puna.run import claims
 from puna.run.operator_docs import operators_page
 from puna.run.recipe import Recipe, load, system_names
 from puna.run.source import dump
-from puna.run.systems import SNAPSHOTS
+from puna.run.systems import SNAPSHOTS, all_systems, describe
 
 DOCS = SNAPSHOTS.parent
 
@@ -202,8 +203,6 @@ def _type_name(annotation: Any) -> str:
 
 def renew_snapshots(runs: Path) -> list[Path]:
     """Copy the newest measured claims of each system from ``runs`` to the documentation."""
-    from puna.run.systems import describe
-
     written = []
     for name in system_names():
         system = describe(name, runs)
@@ -221,7 +220,39 @@ def pages() -> dict[Path, str]:
         snapshot = SNAPSHOTS / f"{name}.claims.json"
         measured = read_json(snapshot) if snapshot.is_file() else None
         found[SNAPSHOTS / f"{name}.md"] = system_page(load(name), name, measured)
+    found[SNAPSHOTS / "index.md"] = systems_page()
     return found
+
+
+def systems_page() -> str:
+    """The page of all systems: one row for each, with the verdicts of its last measured claims."""
+    rows = [
+        "| | system | what it does | pass | fail | reported | seeds | what fails |",
+        "|" + " --- |" * 8,
+    ]
+    sums: Counter[str] = Counter()
+    systems = all_systems(SNAPSHOTS)  # no runs lie there: what is told is what was put into the documentation
+    for system in systems:
+        measured = system.measured or {"claims": [], "seeds": []}
+        verdicts = {claim["name"]: claims.verdict(claim) for claim in measured["claims"]}
+        counts = Counter(verdicts.values())
+        sums += counts
+        told = [str(counts[verdict]) if verdicts else "" for verdict in _VERDICTS]
+        failed = ", ".join(name for name, verdict in verdicts.items() if verdict == "FAIL")
+        name = f"[{system.name}]({system.name}.md)"
+        seeds = ", ".join(map(str, measured["seeds"])) or "not measured yet"
+        cells = [system.header.system or "", name, system.header.does or "", *told, seeds, failed]
+        rows.append("| " + " | ".join(cells) + " |")
+    rows.append("| | all | | " + " | ".join(str(sums[verdict]) for verdict in _VERDICTS) + " | | |")
+    intro = (
+        f"The {len(systems)} published systems that come with puna, each a recipe, with what was last measured "
+        "of its claims.\nA claim that fails stays. `puna prove --all` measures all of them and keeps a table of "
+        "its own, with minutes."
+    )
+    return f"# Systems\n\n{intro}\n\n" + "\n".join(rows) + "\n"
+
+
+_VERDICTS = ("pass", "FAIL", "reported")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -237,11 +268,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for file in renew_snapshots(options.measured) if options.measured else []:
             print(file)
-        stale = [file for file, text in pages().items() if not file.is_file() or file.read_text() != text]
-        for file in stale:
+        stale = {
+            file: text
+            for file, text in pages().items()
+            if not file.is_file() or file.read_text(encoding="utf-8") != text
+        }
+        for file, text in stale.items():
             print(f"stale: {file}" if options.check else file)
             if not options.check:
-                write_text(file, pages()[file])
+                write_text(file, text)
     except PunaError as error:
         print(error, file=sys.stderr)
         return 2
