@@ -2,8 +2,8 @@
 
 ``docs/systems/index.md`` tells all systems in one table; ``docs/systems/<name>.md`` comes from the system's
 recipe and, if there is one, the snapshot of its measured claims beside it; ``docs/stages.md`` from the
-registered stages; ``docs/operators.md`` from the operators and presets of curation. ``--measured runs`` renews
-the snapshots from run folders first; ``--check`` writes nothing and fails if something is stale.
+registered stages; ``docs/operators.md`` from the operators and presets of curation. ``--measured runs``
+renews the snapshots from run folders first; ``--check`` writes nothing and fails if something is stale.
 """
 
 from __future__ import annotations
@@ -245,9 +245,9 @@ def systems_page() -> str:
         rows.append("| " + " | ".join(cells) + " |")
     rows.append("| | all | | " + " | ".join(str(sums[verdict]) for verdict in _VERDICTS) + " | | |")
     intro = (
-        f"The {len(systems)} published systems that come with puna, each a recipe, with what was last measured "
-        "of its claims.\nA claim that fails stays. `puna prove --all` measures all of them and keeps a table of "
-        "its own, with minutes."
+        f"The {len(systems)} published systems that come with puna, each a recipe, with what was last "
+        "measured of its claims.\nA claim that fails stays. `puna prove --all` measures all of them and "
+        "keeps a table of its own, with minutes."
     )
     return f"# Systems\n\n{intro}\n\n" + "\n".join(rows) + "\n"
 
