@@ -28,7 +28,7 @@ CONTEXT, PROMPT, TEXTS = 256, 256, 8
 def smaller(model: Llama) -> dict[str, Llama]:
     """Models with less of everything, unequally by layers, and one with whole layers dropped."""
     from puna.core.seeds import numpy_generator
-    from puna.edit.allocate import removals
+    from puna.edit.pruning.allocate import removals
     from puna.edit.shorten import shorten
     from puna.model.slicing import sliced
     from puna.model.units import Kept

@@ -30,8 +30,8 @@ def merge_with_mergekit(config: str, out: str) -> tuple[float, int]:
 
 def merge_with_puna(config: str, out: str) -> tuple[float, int]:
     """The same with puna."""
-    from puna.edit.merge import make_plan
-    from puna.edit.merge_config import read_config
+    from puna.edit.merging.config import read_config
+    from puna.edit.merging.plan import make_plan
     from puna.text.pretrained import DTYPES
 
     before = peak()

@@ -7,20 +7,15 @@ from typing import Any, Literal
 import pydantic
 
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
-from puna.edit import (  # noqa: F401  registers their stages
-    augment_stages,
-    expand_stages,
-    mask_stages,
-    merge_stages,
-    new_stages,
-    pruning_stages,
-    recover_stages,
-    residual_stages,
-    search_stages,
-    unmasking_stages,
-)
-from puna.edit.quantize import stages as quantize_stages  # noqa: F401  registers its stages
-from puna.edit.sub_blocks import stages as sub_block_stages  # noqa: F401  registers its stages
+from puna.edit import new_stages, unmasking_stages  # noqa: F401  these and the next register their stages
+from puna.edit.growing import augment_stages, expand_stages  # noqa: F401
+from puna.edit.merging import residual_stages  # noqa: F401
+from puna.edit.merging import stages as merge_stages  # noqa: F401
+from puna.edit.pruning import mask_stages, recover_stages  # noqa: F401
+from puna.edit.pruning import stages as pruning_stages  # noqa: F401
+from puna.edit.quantize import stages as quantize_stages  # noqa: F401
+from puna.edit.searching import stages as search_stages  # noqa: F401
+from puna.edit.sub_blocks import stages as sub_block_stages  # noqa: F401
 from puna.train.plan import BYTES
 
 

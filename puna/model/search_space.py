@@ -6,7 +6,7 @@ not said there: here they leave in a fixed order, a policy. Genes of layers that
 a child has one spelling, in which those genes are 0. All genes 0 are the whole decoder.
 
 Channels are taken from the front, so they are put in the order of their importance before a super-network is
-tuned (:mod:`puna.edit.sort_units`). No torch here.
+tuned (:mod:`puna.edit.searching.sort_units`). No torch here.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import puna
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
 from puna.data.corpus import write_corpus
-from puna.edit.augment import augment
-from puna.edit.augment_checks import gradients
+from puna.edit.growing.augment import augment
+from puna.edit.growing.augment_checks import gradients
 from puna.edit.quantize.quantize import quantize
 from puna.edit.quantize.settings import Quantization, Uniform
 from puna.evaluate.collapse import effective_dimensions, measure

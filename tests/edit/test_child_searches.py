@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator
-from puna.edit import search as searches
-from puna.edit.evolve import best_diverse, front_of, hypervolume
-from puna.edit.predictors import PENALTIES, Ridge, rank_correlation
-from puna.edit.search import METHODS, SearchSettings, predictors, search
+from puna.edit.searching import search as searches
+from puna.edit.searching.evolve import best_diverse, front_of, hypervolume
+from puna.edit.searching.predictors import PENALTIES, Ridge, rank_correlation
+from puna.edit.searching.search import METHODS, SearchSettings, predictors, search
 from puna.model.search_space import Genes, SearchSpace
 from puna.model.spec import BlockSpec, LlamaSpec
 

@@ -14,11 +14,17 @@ from puna.core.seeds import numpy_generator, torch_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.edit.calibration import calibration_batches
-from puna.edit.children import Measured, differing_numbers, engine_loss, masked_difference, mean_loss
-from puna.edit.scores import score_units
-from puna.edit.search_stages import CommonText
-from puna.edit.sort_units import held_by_first_half, sort_channels
-from puna.edit.step_seconds import StepSeconds, table_of, timed_children
+from puna.edit.pruning.scores import score_units
+from puna.edit.searching.children import (
+    Measured,
+    differing_numbers,
+    engine_loss,
+    masked_difference,
+    mean_loss,
+)
+from puna.edit.searching.sort_units import held_by_first_half, sort_channels
+from puna.edit.searching.stages import CommonText
+from puna.edit.searching.step_seconds import StepSeconds, table_of, timed_children
 from puna.model.adapters import LoraSettings, add_lora
 from puna.model.llama import Llama
 from puna.model.search_space import SearchSpace

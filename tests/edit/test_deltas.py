@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from puna.core.errors import PunaError
 from puna.core.files import read_json, write_json
 from puna.core.seeds import torch_generator
-from puna.edit.delta import DeltaSet
+from puna.edit.merging.delta import DeltaSet
 from puna.model.adapter_files import write_adapter
 from puna.model.adapters import LoraSettings, add_lora
 from puna.model.checkpoint import write_hf

@@ -16,7 +16,7 @@ from running import run_stage
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
 from puna.data.corpus import write_corpus
-from puna.edit.expand import expand, last_of_groups, learnt_shares, merge_back, plan, seen_shares
+from puna.edit.growing.expand import expand, last_of_groups, learnt_shares, merge_back, plan, seen_shares
 from puna.model.adapters import LoraSettings, add_lora
 from puna.model.llama import Llama
 from puna.model.spec import MergerKind

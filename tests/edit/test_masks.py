@@ -16,11 +16,11 @@ from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
-from puna.edit import hard_concrete
 from puna.edit.calibration import calibration_batches
-from puna.edit.l0 import Gates, Lagrangian, density_error, target_at
-from puna.edit.mask_job import GatedOptimizer, Learnt, cut
-from puna.edit.mask_stages import LearnMasks
+from puna.edit.pruning import hard_concrete
+from puna.edit.pruning.l0 import Gates, Lagrangian, density_error, target_at
+from puna.edit.pruning.mask_job import GatedOptimizer, Learnt, cut
+from puna.edit.pruning.mask_stages import LearnMasks
 from puna.model.llama import Llama
 from puna.model.probe import probe
 from puna.model.slicing import Masks, folded, sliced, soft_mask

@@ -12,8 +12,8 @@ import yaml
 
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
-from puna.edit.merge import Plan, make_plan
-from puna.edit.merge_config import ModelRef, parse_config, read_config
+from puna.edit.merging.config import ModelRef, parse_config, read_config
+from puna.edit.merging.plan import Plan, make_plan
 from puna.model.checkpoint import read_weights, write_hf
 from puna.text import pretrained
 from tests.invariants import kit

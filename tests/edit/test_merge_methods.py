@@ -17,8 +17,9 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
-from puna.edit import combine, merge_methods, sparsify
-from puna.edit.merge_stack import METHODS, Stack, get_method
+from puna.edit.merging import combine, sparsify
+from puna.edit.merging import methods as merge_methods
+from puna.edit.merging.stack import METHODS, Stack, get_method
 from puna.model.llama import Llama
 from puna.text import stored_weights
 from tests.invariants import kit

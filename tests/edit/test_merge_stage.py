@@ -15,9 +15,9 @@ from puna.core.seeds import torch_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
 from puna.data.ledger import Ledger
-from puna.edit import merge_statistics
-from puna.edit.delta import DeltaSet
-from puna.edit.merge_study import delta_metrics
+from puna.edit.merging import statistics as merge_statistics
+from puna.edit.merging.delta import DeltaSet
+from puna.edit.merging.study import delta_metrics
 from puna.model.adapter_files import write_adapter
 from puna.model.adapters import LoraSettings, add_lora
 from puna.text import pretrained
@@ -279,7 +279,7 @@ def test_measured_methods_run_on_what_was_measured(
 def test_a_sweep_tells_what_is_kept(models: dict[str, str], tiny_tokenizer: Any, tmp_path: Path) -> None:
     _corpus(tmp_path / "corpus")
     expert = pretrained.load(models["base"]).train()
-    from puna.edit.merge_study import Questions
+    from puna.edit.merging.study import Questions
 
     asked = Questions.read(tmp_path / "corpus", expert, 3)
     optimizer = torch.optim.Adam(expert.parameters(), lr=1e-2)

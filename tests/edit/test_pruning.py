@@ -15,10 +15,10 @@ from puna.core.errors import PunaError
 from puna.core.seeds import numpy_generator, torch_generator
 from puna.core.stage import Context, get_stage, validate
 from puna.data.corpus import write_corpus
-from puna.edit.allocate import ALLOCATORS, MOST, Pace, centred, removals, weight_of
 from puna.edit.calibration import calibration_batches
-from puna.edit.pruning import PruneSettings, prune
-from puna.edit.scores import SCORERS, needs_of, score_units
+from puna.edit.pruning.allocate import ALLOCATORS, MOST, Pace, centred, removals, weight_of
+from puna.edit.pruning.prune import PruneSettings, prune
+from puna.edit.pruning.scores import SCORERS, needs_of, score_units
 from puna.model.llama import Llama
 from puna.model.slicing import Masks, soft_mask
 from puna.model.spec import BlockSpec, LlamaSpec
@@ -275,7 +275,7 @@ def rounds_inputs(places: dict[str, Path]) -> dict[str, Any]:
 def test_rounds_prune_to_a_straight_line_of_sizes_on_one_schedule(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from puna.edit import prune_job
+    from puna.edit.pruning import job as prune_job
 
     sizes: list[int] = []
     original = prune_job._Rounds._begin

@@ -14,9 +14,9 @@ from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
 from puna.core.stage import Context, Outcome, get_stage, validate
 from puna.data.corpus import write_corpus
-from puna.edit.pruning import PruneSettings, prune
+from puna.edit.pruning.prune import PruneSettings, prune
+from puna.edit.pruning.sparsegpt import Pattern, follows, prune_matrix, sparsify
 from puna.edit.quantize.rounding import Moments
-from puna.edit.sparsegpt import Pattern, follows, prune_matrix, sparsify
 from puna.model.adapters import LoraSettings, add_lora, lora_layers
 from puna.model.kept_units import FILE
 from puna.model.llama import Llama

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from puna.core.seeds import torch_generator
-from puna.edit import expand
+from puna.edit.growing import expand
 from puna.model.adapters import BASES, LoraSettings, add_lora, quantize_for
 from puna.model.cache import KeyValueCache
 from puna.model.light_adapter import KINDS, Kind, LightSettings, add_light

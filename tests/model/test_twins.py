@@ -16,7 +16,7 @@ from torch import Tensor
 import puna
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
-from puna.edit.expand import expand, last_of_groups, plan
+from puna.edit.growing.expand import expand, last_of_groups, plan
 from puna.model.adapters import LoraSettings, add_lora
 from puna.model.cache import KeyValueCache
 from puna.model.checkpoint import read_weights, write_gguf, write_hf

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
 from puna.core.stage import validate
-from puna.edit.expand import expand, plan
+from puna.edit.growing.expand import expand, plan
 from puna.model.llama import Llama
 from puna.model.spec import BlockSpec, LlamaSpec, MergerKind
 from puna.model.twins import watched

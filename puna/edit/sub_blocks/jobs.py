@@ -22,7 +22,7 @@ from puna.core.seeds import derive, numpy_generator
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus
 from puna.edit.calibration import calibration_batches
-from puna.edit.predictors import rank_correlation
+from puna.edit.searching.predictors import rank_correlation
 from puna.edit.stats import collect
 from puna.edit.sub_blocks import choosing, costs
 from puna.edit.sub_blocks.costs import Workload

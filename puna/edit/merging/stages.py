@@ -12,8 +12,8 @@ from puna.core.errors import PunaError, unknown_name
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, PlanOnly, stage
 
 if TYPE_CHECKING:
-    from puna.edit.merge import Plan
-    from puna.edit.merge_config import MergeConfig
+    from puna.edit.merging.config import MergeConfig
+    from puna.edit.merging.plan import Plan
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Setting = Any
@@ -64,8 +64,8 @@ class Merge(Mixed):
 
 def _config(mixed: Mixed, inputs: dict[str, Any], names: Iterable[str], **more: Any) -> MergeConfig:
     """The merge of some models among the inputs, as a file of mergekit's form would say it."""
-    from puna.edit.merge_config import parse_config
-    from puna.edit.merge_stack import get_method
+    from puna.edit.merging.config import parse_config
+    from puna.edit.merging.stack import get_method
 
     names = list(names)
     for name in mixed.each:
@@ -86,9 +86,9 @@ def _config(mixed: Mixed, inputs: dict[str, Any], names: Iterable[str], **more: 
 
 def _plan(context: Context, config: MergeConfig) -> Plan:
     """The merge of the stage's inputs, which the config calls by their names."""
-    from puna.edit.merge import make_plan
-    from puna.edit.merge_config import ModelRef
-    from puna.edit.merge_statistics import Measured
+    from puna.edit.merging.config import ModelRef
+    from puna.edit.merging.plan import make_plan
+    from puna.edit.merging.statistics import Measured
 
     named = dict(context.inputs.get("models") or {})
     places = {ModelRef(name): str(path) for name, path in named.items()}
@@ -130,7 +130,7 @@ def _read_by_merge(parameters: Merge) -> list[str | Path]:
     """The config and the models that it names, as far as they lie in the file system."""
     if parameters.config is None:
         return []
-    from puna.edit.merge_config import read_config
+    from puna.edit.merging.config import read_config
 
     models = [
         part for model in read_config(parameters.config).models() for part in (model.path, model.adapter)
@@ -156,8 +156,8 @@ def merge(context: Context, parameters: Merge) -> Outcome:
     A model may be an adapter over its base. Time grows with models times weights; memory holds some
     millions of weights, and for regmean what belongs to one matrix.
     """
-    from puna.edit.merge import make_plan
-    from puna.edit.merge_config import read_config
+    from puna.edit.merging.config import read_config
+    from puna.edit.merging.plan import make_plan
     from puna.text.pretrained import DTYPES
 
     if parameters.config is not None:
@@ -199,8 +199,8 @@ def delta(context: Context, parameters: Delta) -> Outcome:
 
     Time grows linearly with the weights; memory holds some millions of them.
     """
-    from puna.edit.delta import DeltaSet
-    from puna.edit.merge_study import delta_metrics
+    from puna.edit.merging.delta import DeltaSet
+    from puna.edit.merging.study import delta_metrics
     from puna.text.pretrained import DTYPES
     from puna.text.stored_weights import Weights
 
@@ -247,8 +247,8 @@ def merge_statistics(context: Context, parameters: MergeStatistics) -> Outcome:
     Time is that of training on the rows (fisher) or of reading them (gram); memory holds one float32 for
     each weight (fisher), or for each pair of inputs of a projection (gram).
     """
-    from puna.edit import merge_statistics as measures
-    from puna.edit.merge_study import Questions
+    from puna.edit.merging import statistics as measures
+    from puna.edit.merging.study import Questions
     from puna.text import pretrained
 
     model = pretrained.load_merged(context.inputs["model"], dtype="float32").eval()
@@ -309,7 +309,7 @@ def merge_sweep(context: Context, parameters: Sweep) -> Outcome:
     in it keeps. Time grows with variants times rows; memory is that of one model.
     """
     from puna.core.files import write_json
-    from puna.edit.merge_study import Questions, fill, kept
+    from puna.edit.merging.study import Questions, fill, kept
     from puna.text.pretrained import DTYPES
 
     names = _names(context)
@@ -367,8 +367,8 @@ def dare_checks(context: Context, parameters: DareChecks) -> Outcome:
 
     Time grows with draws times elements; memory holds a part of a tensor.
     """
-    from puna.edit import merge_study
-    from puna.edit.delta import DeltaSet
+    from puna.edit.merging import study as merge_study
+    from puna.edit.merging.delta import DeltaSet
     from puna.text.stored_weights import Weights
 
     model = Weights.open(context.inputs["model"])

@@ -23,8 +23,8 @@ from puna.core.files import fingerprint, read_json, write_json
 from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
 from puna.edit.calibration import calibration_batches
-from puna.edit.pruning import Pruned
-from puna.edit.pruning import prune as take_out
+from puna.edit.pruning.prune import Pruned
+from puna.edit.pruning.prune import prune as take_out
 from puna.model.kept_units import write_kept
 from puna.model.probe import difference, probe
 from puna.model.slicing import Masks, slice_tensors, sliced, soft_mask
@@ -35,7 +35,7 @@ from puna.train import job
 from puna.train.loop import Loop, LoopSettings
 
 if TYPE_CHECKING:
-    from puna.edit.pruning_stages import Prune, PruneAndTrain, Pruning
+    from puna.edit.pruning.stages import Prune, PruneAndTrain, Pruning
     from puna.model.llama import Llama
     from puna.model.spec import LlamaSpec
 

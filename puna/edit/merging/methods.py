@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
-from puna.edit import combine, sparsify
-from puna.edit.delta import added
-from puna.edit.merge_stack import WHOLE_BASE, Method, Option, Settings, Stack, register
+from puna.edit.merging import combine, sparsify
+from puna.edit.merging.delta import added
+from puna.edit.merging.stack import WHOLE_BASE, Method, Option, Settings, Stack, register
 from puna.text.stored_weights import Parts, count_of, parts_of
 
 # What is kept of a delta: a function of the part's number and the part, for each model.

@@ -20,8 +20,8 @@ import numpy
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.seeds import derive, numpy_generator
-from puna.edit.evolve import Evolution, best_diverse, evolve
-from puna.edit.predictors import Ridge
+from puna.edit.searching.evolve import Evolution, best_diverse, evolve
+from puna.edit.searching.predictors import Ridge
 from puna.model.search_space import Genes, SearchSpace
 
 if TYPE_CHECKING:

@@ -20,22 +20,22 @@ from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome, validate
 from puna.data.corpus import Corpus
 from puna.edit.calibration import calibration_batches
-from puna.edit.children import (
+from puna.edit.pruning.scores import needs_of, score_units
+from puna.edit.searching.children import (
     Measured,
     differing_numbers,
     engine_loss,
     masked_difference,
     speeds,
 )
-from puna.edit.evolve import front_of, hypervolume
-from puna.edit.predictors import rank_correlation
-from puna.edit.scores import needs_of, score_units
-from puna.edit.search import Archive, Point, features_of, predictors, search
-from puna.edit.search_stages import CommonText
-from puna.edit.sort_units import held_by_first_half
-from puna.edit.sort_units import sort_channels as sort
+from puna.edit.searching.evolve import front_of, hypervolume
+from puna.edit.searching.predictors import rank_correlation
+from puna.edit.searching.search import Archive, Point, features_of, predictors, search
+from puna.edit.searching.sort_units import held_by_first_half
+from puna.edit.searching.sort_units import sort_channels as sort
+from puna.edit.searching.stages import CommonText
+from puna.edit.searching.step_seconds import StepSeconds, measure_step_seconds
 from puna.edit.stats import collect
-from puna.edit.step_seconds import StepSeconds, measure_step_seconds
 from puna.model.search_space import Genes, SearchSpace
 from puna.model.slicing import sliced
 from puna.model.units import sliced_spec
@@ -44,7 +44,7 @@ from puna.text.packing import Batch
 from puna.train.settings import Children
 
 if TYPE_CHECKING:
-    from puna.edit.search_stages import MeasureChildren, SearchChildren, SortChannels
+    from puna.edit.searching.stages import MeasureChildren, SearchChildren, SortChannels
     from puna.model.llama import Llama
     from puna.model.steppers import Quantize
 

@@ -13,7 +13,7 @@ from puna.train.plan import BYTES
 from puna.train.settings import Children
 
 if TYPE_CHECKING:
-    from puna.edit.search import SearchSettings
+    from puna.edit.searching.search import SearchSettings
 
 Method = Literal["linas", "nsga2", "random"]
 
@@ -83,8 +83,8 @@ class SearchChildren(CommonText):
     """What these children are saved in."""
 
     def settings(self) -> SearchSettings:
-        """The same for :func:`puna.edit.search.search`."""
-        from puna.edit.search import SearchSettings
+        """The same for :func:`puna.edit.searching.search.search`."""
+        from puna.edit.searching.search import SearchSettings
 
         return SearchSettings(
             self.evaluations, self.population, self.generations, self.crossover, self.mutation
@@ -148,7 +148,7 @@ def sort_channels(context: Context, parameters: SortChannels) -> Outcome:
 
     Time is that of a forward and a backward pass over the text.
     """
-    from puna.edit.search_job import run_sort
+    from puna.edit.searching.job import run_sort
 
     return run_sort(context, parameters)
 
@@ -183,7 +183,7 @@ def search_children(context: Context, parameters: SearchChildren) -> Outcome:
     ``children`` is what was measured, as JSON. Time is the number of measurements times the text; no child is
     copied to be measured.
     """
-    from puna.edit.search_job import run_search
+    from puna.edit.searching.job import run_search
 
     return run_search(context, parameters)
 
@@ -220,6 +220,6 @@ def measure_children(context: Context, parameters: MeasureChildren) -> Outcome:
     With ``plain``, a model of the same shape, the same children are sliced from it too. Time is that of
     reading the text with every child of the fronts.
     """
-    from puna.edit.search_job import run_measure
+    from puna.edit.searching.job import run_measure
 
     return run_measure(context, parameters)

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from puna.core.errors import PunaError
 from puna.data.corpus import Corpus
-from puna.edit import sparsify
-from puna.edit.delta import DeltaSet
-from puna.edit.merge import Plan
+from puna.edit.merging import sparsify
+from puna.edit.merging.delta import DeltaSet
+from puna.edit.merging.plan import Plan
 from puna.model.llama import Llama
 from puna.model.weights import set_parameter
 from puna.text.encode import encode_rows

@@ -45,7 +45,7 @@ def augment(context: Context, parameters: Augment) -> Outcome:
     Time and memory grow linearly with the number of weights.
     """
     from puna.core.seeds import torch_generator
-    from puna.edit.augment import augment as add
+    from puna.edit.growing.augment import augment as add
     from puna.text import pretrained
 
     model = pretrained.load_plain(context.inputs["model"], dtype="float32")
@@ -99,7 +99,7 @@ def augment_checks(context: Context, parameters: AugmentChecks) -> Outcome:
 
     Time grows with weights times text; memory is that of both models and the gradients of one.
     """
-    from puna.edit.augment_checks import run
+    from puna.edit.growing.augment_checks import run
 
     return run(context, parameters)
 
@@ -134,6 +134,6 @@ def feature_collapse(context: Context, parameters: FeatureCollapse) -> Outcome:
 
     A text's first token, an outlier, is left out. Time grows with models times text.
     """
-    from puna.edit.augment_checks import run_collapse
+    from puna.edit.growing.augment_checks import run_collapse
 
     return run_collapse(context, parameters)

@@ -15,8 +15,8 @@ from puna.core.seeds import derive
 from puna.core.stage import Context, Outcome
 from puna.data.corpus import Corpus
 from puna.edit.calibration import calibration_batches
-from puna.edit.recover import Comparison, Recovered, compare, recover, write_recovered
-from puna.edit.sparsegpt import Pattern, follows, sparsify
+from puna.edit.pruning.recover import Comparison, Recovered, compare, recover, write_recovered
+from puna.edit.pruning.sparsegpt import Pattern, follows, sparsify
 from puna.model.adapter_files import ADAPTER_CONFIG, StoredAdapter, is_masked, open_adapter
 from puna.model.checkpoint import open_weights
 from puna.model.kept_units import read_kept
@@ -30,7 +30,7 @@ from puna.train.distributed import World
 from puna.train.held_out import HeldOut, HeldOutCorpus
 
 if TYPE_CHECKING:
-    from puna.edit.recover_stages import RecoverAdapter, SparseGpt
+    from puna.edit.pruning.recover_stages import RecoverAdapter, SparseGpt
     from puna.model.llama import Llama
 
 

@@ -10,7 +10,7 @@ import torch
 from puna.core.errors import PunaError
 from puna.decode.engine import Engine
 from puna.decode.sampling import Sampling
-from puna.edit.expand import Plan, expand
+from puna.edit.growing.expand import Plan, expand
 from puna.model.cache import KeyValueCache
 from puna.model.hf import bytes_of
 from puna.model.llama import Llama

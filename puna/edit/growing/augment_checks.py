@@ -17,7 +17,7 @@ from puna.text.packing import Batch
 from puna.train.objectives import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from puna.edit.augment_stages import AugmentChecks, FeatureCollapse, Text
+    from puna.edit.growing.augment_stages import AugmentChecks, FeatureCollapse, Text
     from puna.model.llama import Llama
 
 

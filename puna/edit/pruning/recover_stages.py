@@ -54,7 +54,7 @@ def sparsegpt(context: Context, parameters: SparseGpt) -> Outcome:
     Time grows with the calibration text and with the weights times their inputs; memory holds float32 weights
     and the moments of one block.
     """
-    from puna.edit.recover_job import run_sparsegpt
+    from puna.edit.pruning.recover_job import run_sparsegpt
 
     return run_sparsegpt(context, parameters)
 
@@ -102,6 +102,6 @@ def recover_adapter(context: Context, parameters: RecoverAdapter) -> Outcome:
     none. Of several adapters that one is taken with which the whole model's loss on ``held_out`` is lowest.
     Time is a pass over that text for each of them; memory holds the whole model twice in float32.
     """
-    from puna.edit.recover_job import run_recover
+    from puna.edit.pruning.recover_job import run_recover
 
     return run_recover(context, parameters)

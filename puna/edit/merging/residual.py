@@ -25,7 +25,7 @@ from torch import Tensor
 
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside
-from puna.edit.delta import DeltaSet, added
+from puna.edit.merging.delta import DeltaSet, added
 from puna.model.hf import write_configs
 from puna.model.llama import Llama
 from puna.model.probe import difference, probe

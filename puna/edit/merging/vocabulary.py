@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from puna.core.errors import PunaError
-from puna.edit.merge_config import MergeConfig, ModelRef
+from puna.edit.merging.config import MergeConfig, ModelRef
 from puna.model.weights import EMBEDDING, HEAD
 from puna.text import pretrained
 from puna.text.stored_weights import Parts, Weights, parts_of

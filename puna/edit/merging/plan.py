@@ -18,12 +18,12 @@ from torch import Tensor
 from puna.core.errors import PunaError
 from puna.core.files import folder_aside, write_text
 from puna.core.progress import Track
-from puna.edit.delta import DeltaSet, check_same_shapes
-from puna.edit.merge_config import MergeConfig, ModelRef, Slice, settings_at
-from puna.edit.merge_methods import model_thresholds
-from puna.edit.merge_stack import WHOLE_BASE, Settings, Stack
-from puna.edit.merge_statistics import Measured
-from puna.edit.merge_vocabulary import Vocabulary, settle_vocabulary
+from puna.edit.merging.config import MergeConfig, ModelRef, Slice, settings_at
+from puna.edit.merging.delta import DeltaSet, check_same_shapes
+from puna.edit.merging.methods import model_thresholds
+from puna.edit.merging.stack import WHOLE_BASE, Settings, Stack
+from puna.edit.merging.statistics import Measured
+from puna.edit.merging.vocabulary import Vocabulary, settle_vocabulary
 from puna.model.hf import write_configs
 from puna.model.llama import Llama
 from puna.model.spec import BlockSpec, LlamaSpec

@@ -40,7 +40,7 @@ class Expand(Parameters):
 
     def planned(self, spec: Any) -> Any:
         """What becomes of a decoder of ``spec``."""
-        from puna.edit.expand import last_of_groups, plan
+        from puna.edit.growing.expand import last_of_groups, plan
 
         count = len(spec.blocks)
         chosen = last_of_groups(count, self.layers) if isinstance(self.layers, int) else self.layers
@@ -69,7 +69,7 @@ def expand(context: Context, parameters: Expand) -> Outcome:
     Figures: the largest difference of a logit from the base's, and both divergences of the twins, on a probe.
     Time and memory grow linearly with the weights.
     """
-    from puna.edit.expand_checks import at_start
+    from puna.edit.growing.expand_checks import at_start
     from puna.text import pretrained
 
     base = pretrained.load_plain(context.inputs["model"], dtype="float32")
@@ -124,7 +124,7 @@ def merge_twins(context: Context, parameters: MergeTwins) -> Outcome:
     Time and memory grow linearly with the weights, time with the corpus too.
     """
     from puna.data.corpus import Corpus
-    from puna.edit import expand as expansion
+    from puna.edit.growing import expand as expansion
     from puna.text import pretrained
 
     model = pretrained.load_plain(context.inputs["model"], dtype="float32")
@@ -165,7 +165,7 @@ def twin_checks(context: Context, parameters: TwinChecks) -> Outcome:
 
     Time and memory grow linearly with the weights.
     """
-    from puna.edit import expand_checks as checks
+    from puna.edit.growing import expand_checks as checks
     from puna.text import pretrained
     from puna.text.stored_weights import Weights
 

@@ -42,7 +42,7 @@ def instruction_residual(context: Context, parameters: InstructionResidual) -> O
 
     Time grows linearly with the weights; memory holds some millions of them.
     """
-    from puna.edit.residual import Residual
+    from puna.edit.merging.residual import Residual
     from puna.text.pretrained import DTYPES
 
     residual = Residual.open(*(context.inputs[name] for name in ("base", "instruct", "continued")))
@@ -73,7 +73,7 @@ def residual_checks(context: Context, parameters: ResidualChecks) -> Outcome:
 
     Time and memory grow linearly with the weights.
     """
-    from puna.edit.residual import Residual
+    from puna.edit.merging.residual import Residual
 
     base, instruct = context.inputs["base"], context.inputs["instruct"]
     return Outcome({}, Residual.open(base, instruct, base).checks())

@@ -21,8 +21,8 @@ from torch.nn import Parameter
 from puna.core.errors import PunaError
 from puna.core.seeds import derive, torch_generator
 from puna.core.stage import Context, Outcome
-from puna.edit.l0 import Gates, Lagrangian, density_error, target_at
-from puna.edit.prune_job import CONTEXT, layer_table
+from puna.edit.pruning.job import CONTEXT, layer_table
+from puna.edit.pruning.l0 import Gates, Lagrangian, density_error, target_at
 from puna.model.probe import difference, probe
 from puna.model.slicing import folded, sliced, soft_mask
 from puna.model.units import Kept, count
@@ -33,7 +33,7 @@ from puna.train.objectives import Loss, Objective
 from puna.train.optimizer import Optimizer, OptimizerSettings
 
 if TYPE_CHECKING:
-    from puna.edit.mask_stages import LearnMasks
+    from puna.edit.pruning.mask_stages import LearnMasks
     from puna.model.llama import Llama
     from puna.train.loader import MicroBatch
 

@@ -14,7 +14,7 @@ from puna.train.stages import Train
 from puna.train.train_plan import plan_train
 
 if TYPE_CHECKING:
-    from puna.edit.pruning import PruneSettings
+    from puna.edit.pruning.prune import PruneSettings
     from puna.model.spec import LlamaSpec
 
 
@@ -47,8 +47,8 @@ class Pruning(Parameters):
     """Rows of a forward pass; memory grows with it."""
 
     def settings(self) -> PruneSettings:
-        """The same for :func:`puna.edit.pruning.prune`."""
-        from puna.edit.pruning import PruneSettings
+        """The same for :func:`puna.edit.pruning.prune.prune`."""
+        from puna.edit.pruning.prune import PruneSettings
 
         return PruneSettings(
             self.share,
@@ -103,7 +103,7 @@ class PruneAndTrain(Parameters):
 
 def _rough_spec(spec: LlamaSpec, pruning: Pruning) -> LlamaSpec:
     """About the spec that pruning leaves: as if every layer lost the same."""
-    from puna.edit.allocate import removals
+    from puna.edit.pruning.allocate import removals
 
     everything = Kept.everything(spec)
     if pruning.units == ("hidden",):
@@ -166,7 +166,7 @@ def prune(context: Context, parameters: Prune) -> Outcome:
     The corpus holds documents, of which calibration text is drawn. Time is steps times calibration tokens,
     forward and backward; memory holds weights and float32 gradients.
     """
-    from puna.edit.prune_job import run_prune
+    from puna.edit.pruning.job import run_prune
 
     return run_prune(context, parameters)
 
@@ -207,6 +207,6 @@ def prune_and_train(context: Context, parameters: PruneAndTrain) -> Outcome:
 
     Time is that of training and of calibration in every round; memory that of training in full.
     """
-    from puna.edit.prune_job import run_rounds
+    from puna.edit.pruning.job import run_rounds
 
     return run_rounds(context, parameters)

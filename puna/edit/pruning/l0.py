@@ -1,15 +1,15 @@
 """The L0-Lagrangian allocator: gates learn which units stay, held to a size by multipliers.
 
-Every unit has a hard concrete gate (:mod:`puna.edit.hard_concrete`): one vector for the hidden dimensions,
-shared by the whole residual stream, one a layer for head groups and one for channels. The expected number of
-weights left has a closed form in the gates, for a matrix has as many weights as its units' sides multiply to,
-and gates are independent. Its share that is gone, s, is held to a target t by
+Every unit has a hard concrete gate (:mod:`puna.edit.pruning.hard_concrete`): one vector for the hidden
+dimensions, shared by the whole residual stream, one a layer for head groups and one for channels. The
+expected number of weights left has a closed form in the gates, for a matrix has as many weights as its units'
+sides multiply to, and gates are independent. Its share that is gone, s, is held to a target t by
 
     lambda1 (s - t) + lambda2 (s - t)^2,
 
 which gates descend and the multipliers ascend; t rises on a straight line. Compresso (S62, 2310.05015),
-after CoFi (2204.00408). Unlike the allocators of :mod:`puna.edit.allocate` this one asks no scorer: shares
-of layers and choice of units are learnt together.
+after CoFi (2204.00408). Unlike the allocators of :mod:`puna.edit.pruning.allocate` this one asks no scorer:
+shares of layers and choice of units are learnt together.
 
 Simplified: no gates of whole layers; a head group is gated, not a query head. Biases and norms, which weigh
 next to nothing, are not counted.
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from puna.core.seeds import torch_generator
-from puna.edit import hard_concrete
+from puna.edit.pruning import hard_concrete
 from puna.model.slicing import Masks
 from puna.model.spec import LlamaSpec
 from puna.model.units import WHOLE, Kept, Kind, layers_of, members, number_of

@@ -109,6 +109,6 @@ def learn_masks(context: Context, parameters: LearnMasks) -> Outcome:
 
     Time is that of training the LoRA of the whole model; memory that, or two float32 copies of the model.
     """
-    from puna.edit.mask_job import run_learn_masks
+    from puna.edit.pruning.mask_job import run_learn_masks
 
     return run_learn_masks(context, parameters)

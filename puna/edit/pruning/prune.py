@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.progress import Track
-from puna.edit.allocate import ALLOCATORS, Pace, Removals, centred, removals, weight_of
-from puna.edit.scores import Scores, needs_of, score_units
+from puna.edit.pruning.allocate import ALLOCATORS, Pace, Removals, centred, removals, weight_of
+from puna.edit.pruning.scores import Scores, needs_of, score_units
 from puna.edit.stats import Statistics, collect
 from puna.model.slicing import sliced
 from puna.model.spec import LlamaSpec

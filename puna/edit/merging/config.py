@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from puna.core.errors import PunaError, unknown_name
-from puna.edit import merge_methods  # noqa: F401 - registers the methods
-from puna.edit.merge_stack import Method, Option, get_method
+from puna.edit.merging import methods as merge_methods  # noqa: F401 - registers the methods
+from puna.edit.merging.stack import Method, Option, get_method
 
 _TOP = (
     "merge_method",

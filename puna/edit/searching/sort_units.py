@@ -21,8 +21,8 @@ from puna.model.units import Kind, members, number_of
 def sort_channels(model: Llama, scores: Mapping[tuple[Kind, int], Tensor]) -> None:
     """Put the channels of each layer of ``model`` in the order of falling ``scores``.
 
-    ``scores`` holds [width] numbers by kind and layer, as :func:`puna.edit.scores.score_units` gives them.
-    A grid that quantisation put the weights on is forgotten: its groups of channels are no more.
+    ``scores`` holds [width] numbers by kind and layer, as :func:`puna.edit.pruning.scores.score_units` gives
+    them. A grid that quantisation put the weights on is forgotten: its groups of channels are no more.
     """
     if model.adapter is not None:
         raise PunaError("channels cannot be sorted under an adapter", fix="merge the adapter first")

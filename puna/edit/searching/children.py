@@ -18,7 +18,7 @@ import torch
 from puna.core.errors import unknown_name
 from puna.decode.engine import Engine
 from puna.decode.sampling import Sampling
-from puna.edit.step_seconds import StepSeconds
+from puna.edit.searching.step_seconds import StepSeconds
 from puna.model.search_space import Genes, SearchSpace
 from puna.model.sizes import step_operations
 from puna.model.slicing import Masks, sliced, soft_mask

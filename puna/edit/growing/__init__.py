@@ -1,0 +1,1 @@
+"""Models that grow: layers with a twin, shortcuts and series of activations."""

@@ -1,0 +1,1 @@
+"""Models merged out of several: deltas over a base, methods, mergekit's files, instruction residuals."""

@@ -1,0 +1,1 @@
+"""Models made smaller: scores of units, allocations, learnt masks, adapters put back on the whole."""
