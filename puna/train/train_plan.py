@@ -164,7 +164,15 @@ def _evaluations(parameters: Train, steps: int) -> int:
 
 
 def _length(parameters: Train, corpus: float, available: Mapping[str, float]) -> tuple[int, float]:
-    """Steps and tokens of a run over corpora of so many tokens, by name and all together."""
+    """Steps and tokens of a run over corpora of so many tokens, by name and all together, until it stops."""
+    steps, tokens = _planned_length(parameters, corpus, available)
+    if parameters.stop_after is None or parameters.stop_after >= steps:
+        return steps, tokens
+    return parameters.stop_after, tokens * parameters.stop_after / steps
+
+
+def _planned_length(parameters: Train, corpus: float, available: Mapping[str, float]) -> tuple[int, float]:
+    """The same of the whole course, for which the schedule is made."""
     if parameters.max_steps is not None:
         return parameters.max_steps, float(parameters.max_steps * parameters.batch_tokens)
     if parameters.max_tokens is not None:

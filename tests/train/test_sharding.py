@@ -136,6 +136,17 @@ def test_memory_of_a_process_falls_with_their_number(tiny_config: dict[str, Any]
         assert more - peaks[0] == pytest.approx(4 * trained)
 
 
+def test_a_plan_ends_where_the_run_is_stopped() -> None:
+    spec = known("llama-2-7b")
+    assert spec is not None
+    shapes = Shapes({"model": spec}, {"corpus": 1e9}, ("model", "corpus"), profile("h100"), "bfloat16")
+    whole = plan_train(Train(max_steps=10), shapes)
+    assert plan_train(Train(max_steps=10, stop_after=4), shapes) == plan_train(Train(max_steps=4), shapes)
+    assert plan_train(Train(max_steps=10, stop_after=20), shapes) == whole
+    by_tokens = plan_train(Train(max_tokens=10 * Train().batch_tokens, stop_after=4), shapes)
+    assert by_tokens.tokens == pytest.approx(0.4 * whole.tokens)
+
+
 def test_processes_share_training_out_and_sharding_lowers_what_each_of_them_holds() -> None:
     def planned(processes: int, **settings: Any) -> Cost:
         lengths = {"batch_tokens": 131_072, "micro_batch_tokens": 4096, "max_length": 4096}
