@@ -240,8 +240,7 @@ def assets_list() -> None:
     from puna.core import assets
 
     table = _table("asset", "size", "licence", "here", "what")
-    for column in table.columns[:-1]:
-        column.no_wrap = True  # names are there to be copied
+    table.columns[0].no_wrap = True  # names are there to be copied; a long licence takes no room from them
     for name in assets.names():
         asset = assets.describe(name)
         here = "yes" if assets.local(asset) is not None else ""

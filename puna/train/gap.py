@@ -100,9 +100,14 @@ def gaps(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def gap_curves(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Held-out text over the run as a change against its beginning, and how far the layers moved."""
+    """Held-out text over the run as a change against its beginning, and how far the layers moved.
+
+    Nothing of a run that was measured at both ends alone: it shows no way down and back.
+    """
+    if len(evaluations) < 3:
+        return []
     tokens = [line["tokens"] for line in evaluations]
-    names = [name for name in (evaluations[-1] if evaluations else {}) if name.endswith(".bits_per_byte")]
+    names = [name for name in evaluations[-1] if name.endswith(".bits_per_byte")]
     changes = [
         {
             "name": name.removesuffix(".bits_per_byte"),
@@ -114,7 +119,7 @@ def gap_curves(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     updates = [
         {"name": name.removeprefix("update."), "x": tokens, "y": [line[name] for line in evaluations]}
         for name in MEASURED
-        if evaluations and name in evaluations[-1]
+        if name in evaluations[-1]
     ]
     both = (
         ("Held-out text against the beginning", "bits per byte, %", changes),

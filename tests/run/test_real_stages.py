@@ -163,10 +163,9 @@ def test_a_plan_follows_a_new_vocabulary_through_the_recipe(place: Path) -> None
     assert old is not None and new is not None and costs["transfer"] is not None
     assert costs["transfer"].spec.vocab_size == 5056
     assert new.trainable - old.trainable == (5056 - 320) * 48  # A tied matrix: rows of the hidden size.
-    stages["words"]["in"] = {"corpus": "cat.train"}  # Nobody knows what the vocabulary would be for.
+    stages["words"]["in"] = {"corpus": "cat.train"}  # a tokenizer of no model's kind has as many rows
     made = plan(recipe, device="h100")
-    assert "words: a vocabulary as large as the model's" in made.assumptions
-    assert {stage.stage: stage.cost for stage in made.stages}["tuned"] == old
+    assert {stage.stage: stage.cost for stage in made.stages}["tuned"] == new
 
 
 def test_the_kind_of_a_corpus_follows_it_through_the_stages(tmp_path: Path) -> None:

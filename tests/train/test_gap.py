@@ -61,11 +61,14 @@ def test_updates_are_relative_to_the_weights_at_the_beginning(tiny_llama: Callab
 
 
 def test_curves_begin_at_no_change() -> None:
-    lines = [{"tokens": n, "a.bits_per_byte": bits, "update.ratio": 1.0} for n, bits in ((0, 2.0), (8, 2.5))]
+    lines = [
+        {"tokens": n, "a.bits_per_byte": bits, "update.ratio": 1.0}
+        for n, bits in ((0, 2.0), (8, 2.5), (16, 2.25))
+    ]
     changes, updates = gap_curves(lines)
-    assert changes["series"] == [{"name": "a", "x": [0, 8], "y": [0.0, 25.0]}]
-    assert updates["series"] == [{"name": "ratio", "x": [0, 8], "y": [1.0, 1.0]}]
-    assert [curve["series"] for curve in gap_curves([])] == [[], []]
+    assert changes["series"] == [{"name": "a", "x": [0, 8, 16], "y": [0.0, 25.0, 12.5]}]
+    assert updates["series"] == [{"name": "ratio", "x": [0, 8, 16], "y": [1.0, 1.0, 1.0]}]
+    assert gap_curves(lines[:2]) == gap_curves([]) == []  # both ends alone show no way between them
 
 
 @pytest.fixture(scope="module")
