@@ -103,13 +103,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         feed = _feed(sources, parameters, seed, here)
         settings = _settings(parameters, feed, seed)
         held_out = _held_out(model, context.inputs.get("held_out") or {}, parameters, sources.names, here)
-        check_exits(parameters.exits, len(model.spec.blocks))
-        learnt = exits_learnt(parameters)
-        objective: Objective = NestedCrossEntropy(parameters.exits) if learnt else CrossEntropy()
-        if parameters.children is not None:
-            space = parameters.children.space(model.spec)
-            objective = Alternating(objective, space, seed, parameters.child_steps)
-        objective = with_divergence(objective, parameters.twins)
+        objective = _of_text(model, parameters, seed)
         if feed.unit == "pairs":
             start = time.perf_counter()
             reference = Reference(context.out / "reference.safetensors", recipe, here)
@@ -140,29 +134,53 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
             return Loop(model, feed, objective, optimizer, recipe=whole_recipe, **{**given, **changes})
 
         loop = course(model, settings, make_loop)
-        model, optimizer, state = loop.model, loop.optimizer, loop.state
+        model, optimizer = loop.model, loop.optimizer
         optimizer.close()
         with room_for(context.out / "model", fix=loop.checkpoints.advice()):
             weights = whole_on_first(optimizer.weights(), here)
             release_memory()  # what steps left behind would stand beside the float32 model that is written
             outputs = write_model(context, parameters, model, weights, seed, here)
-        if parameters.adapter_steps is not None:
-            outputs["adapters"] = context.out / ADAPTERS
-        if parameters.model_steps is not None:
-            outputs["models"] = context.out / MODELS
-        if parameters.state_after is not None:
-            outputs["state"] = context.out / "state"
+        outputs |= _left_on_the_way(context, parameters)
         here.wait()
     if not here.is_main:  # From here on the first process may move the folder.
         return Outcome(outputs)
+    return Outcome(outputs, _told(context, parameters, loop, sources, feed, objective) | measured)
+
+
+def _of_text(model: Llama, parameters: Train, seed: int) -> Objective:
+    """What is learnt of text and of no other model: its tokens, at exits, with children or twins."""
+    check_exits(parameters.exits, len(model.spec.blocks))
+    learnt = exits_learnt(parameters)
+    objective: Objective = NestedCrossEntropy(parameters.exits) if learnt else CrossEntropy()
+    if parameters.children is not None:
+        space = parameters.children.space(model.spec)
+        objective = Alternating(objective, space, seed, parameters.child_steps)
+    return with_divergence(objective, parameters.twins)
+
+
+def _left_on_the_way(context: Context, parameters: Train) -> dict[str, Path]:
+    """Outputs that were written in the course of the training, of those that were asked for."""
+    asked = {
+        "adapters": (parameters.adapter_steps, ADAPTERS),
+        "models": (parameters.model_steps, MODELS),
+        "state": (parameters.state_after, "state"),
+    }
+    return {name: context.out / path for name, (when, path) in asked.items() if when is not None}
+
+
+def _told(
+    context: Context, parameters: Train, loop: Loop, sources: Sources, feed: Feed, objective: Objective
+) -> dict[str, float]:
+    """Fill the report of a training that is over; its metrics."""
+    state, optimizer = loop.state, loop.optimizer
     lines = read_metrics(context.out / "metrics.jsonl")
-    fill_report(context.report, lines, packed.report, optimizer.count)
+    fill_report(context.report, lines, sources.rows.report, optimizer.count)
     accounts = ledger(sources, feed.lengths, feed.uses(state.epoch, state.epoch_step))
     check_trained(accounts, state.tokens)
     context.report.setdefault("tables", []).append(ledger_table(accounts))
     figures = metrics_of(lines, state, optimizer.count, objective.figures)
     figures |= order_kept(sources, feed, state.epoch, state.epoch_step, descending=parameters.descending)
-    return Outcome(outputs, figures | ledger_metrics(accounts) | measured)
+    return figures | ledger_metrics(accounts)
 
 
 def _feed(sources: Sources, parameters: Train, seed: int, here: World) -> Feed:
