@@ -110,9 +110,7 @@ def _length(model: str | Path | None, parameters: TaskMixtureParameters) -> Leng
     from puna.text.encode import encode_messages
     from puna.text.template import template_for
 
-    tokenizer = pretrained.read_tokenizer(pretrained.locate(model))
-    if tokenizer is None:
-        raise PunaError("the model has no tokenizer", where=model, fix="put tokenizer.json beside it")
+    tokenizer = pretrained.required_tokenizer(model)
     template = template_for(tokenizer)
     return lambda row: len(encode_messages(tokenizer, template, row["messages"]))
 

@@ -16,6 +16,7 @@ import torch
 
 from puna.core.progress import Track
 from puna.model.cache import KeyValueCache
+from puna.model.sizes import cache_bytes
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
@@ -68,8 +69,7 @@ def bytes_of_a_token(model: Llama, stored: float) -> float:
     spec = model.spec
     size = model.head_weight.element_size()
     weights = spec.parameter_count() - (0 if spec.tied else spec.vocab_size * spec.hidden_size)
-    keys = sum(2 * block.kv_heads * block.head_dim for block in spec.blocks)
-    return float(size) * (weights + spec.hidden_size + keys * stored)
+    return float(size * (weights + spec.hidden_size)) + cache_bytes(spec, size) * stored
 
 
 @torch.inference_mode()

@@ -241,11 +241,6 @@ class Trajectory(Forgetting):
         return self
 
 
-def _plan_trajectory(parameters: Trajectory, shapes: Any) -> Cost:
-    """That of ``forgetting`` for one model, since how many there will be is not known here."""
-    return plan_forgetting(parameters, shapes)
-
-
 @stage(
     "trajectory",
     parameters=Trajectory,
@@ -254,7 +249,7 @@ def _plan_trajectory(parameters: Trajectory, shapes: Any) -> Cost:
         "start": Input("model", optional=True),
         "corpora": Input("corpus", many=True, optional=True),
     },
-    plan=_plan_trajectory,
+    plan=plan_forgetting,  # for one model: how many there will be is not known here
 )
 def trajectory(context: Context, parameters: Trajectory) -> Outcome:
     """Draw loss, a benchmark and samples against tokens, from models that a training left (S38).

@@ -14,6 +14,7 @@ import numpy
 from puna.core.errors import PunaError
 from puna.core.files import read_json
 from puna.core.stage import Context, Outcome
+from puna.data.corpus import Corpus
 from puna.evaluate import endings, forgetting_tables
 from puna.evaluate.forgetting import Versions, measure
 from puna.evaluate.statistics import Interval, ratio
@@ -92,8 +93,6 @@ def run(context: Context, parameters: Trajectory) -> Outcome:
 def _questions(
     corpora: dict[str, Any], parameters: Trajectory, seed: int
 ) -> dict[str, list[endings.Question]]:
-    from puna.data.corpus import Corpus
-
     found: dict[str, list[endings.Question]] = {}
     for name, path in corpora.items() if parameters.endings else ():
         corpus = Corpus.open(path)

@@ -21,13 +21,11 @@ from puna.model.attention import lay_out
 from puna.model.cache import KeyValueCache
 from puna.model.nonlinearity import SeriesActivation, shortcut
 from puna.model.rope import Rotation, depends_on_length, rotate, rotation
-from puna.model.spec import BlockSpec, LlamaSpec, RopeRule
+from puna.model.spec import INITIAL_DEVIATION, BlockSpec, LlamaSpec, RopeRule
 from puna.model.uniform_grid import UniformGrid
 
 if TYPE_CHECKING:
     from puna.model.labels import LabelKind
-
-INITIAL_DEVIATION = 0.02
 
 _Rotations = dict[tuple[RopeRule, int], Rotation]
 

@@ -27,15 +27,13 @@ import pydantic
 
 from puna.core.errors import PunaError
 from puna.core.stage import Parameters
-from puna.model.spec import LlamaSpec
+from puna.model.spec import INITIAL_DEVIATION, LlamaSpec
 
 if TYPE_CHECKING:
     from puna.model.llama import Llama
 
 _WRITES = ("o_proj", "down_proj")
 _FINAL_NORM = "model.norm.weight"
-DRAWN = 0.02
-"""The deviation of a new model's matrices, :data:`puna.model.llama.INITIAL_DEVIATION`."""
 
 
 class Mup(Parameters):
@@ -68,7 +66,7 @@ class Part:
 def parts(spec: LlamaSpec, mup: Mup) -> dict[str, Part]:
     """What muP says of every parameter of a decoder that is not as usual."""
     narrower = mup.base_width / spec.hidden_size
-    plain = mup.deviation / DRAWN
+    plain = mup.deviation / INITIAL_DEVIATION
     embedding, output = mup.embedding_multiplier, mup.output_multiplier * narrower
     found = {"model.embed_tokens.weight": Part(plain * embedding, embedding, 1 / embedding)}
     if spec.tied:

@@ -13,15 +13,19 @@ from puna.model.llama import Llama
 PROBE_TOKENS = 48
 
 
+def probe_ids(model: Llama) -> Tensor:
+    """Seeded random token ids [1, 48]; they depend on the size of the vocabulary alone."""
+    generator = torch_generator(0, "probe", model.spec.vocab_size)
+    return torch.randint(model.spec.vocab_size, (1, PROBE_TOKENS), generator=generator).to(model.device)
+
+
 @torch.no_grad()
 def probe(model: Llama) -> Tensor:
-    """Logits [1, 48, vocab] of seeded random tokens; dropout is off while they are computed.
+    """Logits [1, 48, vocab] of :func:`probe_ids`; dropout is off while they are computed.
 
-    Two models whose probes are equal to the bit compute the same function on these tokens; the
-    tokens depend on the size of the vocabulary alone.
+    Two models whose probes are equal to the bit compute the same function on these tokens.
     """
-    generator = torch_generator(0, "probe", model.spec.vocab_size)
-    ids = torch.randint(model.spec.vocab_size, (1, PROBE_TOKENS), generator=generator).to(model.device)
+    ids = probe_ids(model)
     training = model.training
     model.eval()
     try:

@@ -17,6 +17,8 @@ RopeKind = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
 AttentionKind = Literal["full", "linear", "none"]
 FeedForwardKind = Literal["swiglu", "linear", "none"]
 AttentionBias = Literal["none", "qkv", "all"]
+INITIAL_DEVIATION = 0.02
+"""Standard deviation of a new model's matrices."""
 MergerKind = Literal["lerp", "dlerp", "dlerpin", "slerp", "proj", "prog", "moe"]
 
 # What each rope rule needs besides theta, and what it may have.

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pydantic
 
-from puna.core.errors import PunaError
 from puna.core.stage import Context, Cost, Input, Outcome, Parameters, stage
 
 # Rough rates of one core, for plans only.
@@ -57,10 +56,7 @@ def special_tokens(context: Context, parameters: SpecialTokens) -> Outcome:
     from puna.text.vocabulary.job import texts_of
     from puna.text.vocabulary.surgery import compare, operate
 
-    where = context.inputs["tokenizer"]
-    base = pretrained.read_tokenizer(pretrained.locate(where))
-    if base is None:
-        raise PunaError("there is no tokenizer here", where=where, expected="a folder with tokenizer.json")
+    base = pretrained.required_tokenizer(context.inputs["tokenizer"])
     made = operate(
         base,
         end=parameters.end,
@@ -113,10 +109,7 @@ def packing_checks(context: Context, parameters: PackingChecks) -> Outcome:
     from puna.text.packing_checks import check
     from puna.text.vocabulary.job import texts_of
 
-    where = context.inputs["tokenizer"]
-    tokenizer = pretrained.read_tokenizer(pretrained.locate(where))
-    if tokenizer is None:
-        raise PunaError("there is no tokenizer here", where=where, expected="a folder with tokenizer.json")
+    tokenizer = pretrained.required_tokenizer(context.inputs["tokenizer"])
     texts = enumerate(texts_of(context.inputs["corpus"]))
     encoded = encode_documents(tokenizer, ((str(number), text) for number, text in texts))
     return Outcome(metrics=check(encoded, parameters.context + 1, parameters.packing))

@@ -41,10 +41,7 @@ _LAST = 4  # of a sweep's steps the last quarter is averaged
 
 def run(context: Context, parameters: MupCheck) -> Outcome:
     """Both parts, for muP and plainly."""
-    where = context.inputs["tokenizer"]
-    tokenizer = pretrained.read_tokenizer(pretrained.locate(where))
-    if tokenizer is None:
-        raise PunaError("there is no tokenizer here", where=where, expected="a folder with tokenizer.json")
+    tokenizer = pretrained.required_tokenizer(context.inputs["tokenizer"])
     seed = derive(context.seed, context.name)
     steps = max(parameters.steps, parameters.sweep_steps)
     batches = _batches(Path(context.inputs["corpus"]), tokenizer, parameters, steps, seed)
@@ -69,9 +66,11 @@ def _batches(
     opened = Corpus.open(corpus, kind="documents")
     wanted = (steps + 3) * parameters.batch_tokens  # the first row and the last may be short
     chosen: list[Any] = []
+    tokens = 0
     for row in opened.rows():
         chosen += encode_rows([row], "documents", tokenizer)
-        if sum(map(len, chosen)) >= wanted:
+        tokens += len(chosen[-1])
+        if tokens >= wanted:
             break
     packed = pack(chosen, parameters.length, mode="wrap")
     size = parameters.batch_tokens

@@ -144,7 +144,7 @@ def run(context: Context, parameters: Train, course: Course = straight) -> Outco
         here.wait()
     if not here.is_main:  # From here on the first process may move the folder.
         return Outcome(outputs)
-    return Outcome(outputs, _told(context, parameters, loop, sources, feed, objective) | measured)
+    return Outcome(outputs, _reported(context, parameters, loop, sources, feed, objective) | measured)
 
 
 def _of_text(model: Llama, parameters: Train, seed: int) -> Objective:
@@ -168,7 +168,7 @@ def _left_on_the_way(context: Context, parameters: Train) -> dict[str, Path]:
     return {name: context.out / path for name, (when, path) in asked.items() if when is not None}
 
 
-def _told(
+def _reported(
     context: Context, parameters: Train, loop: Loop, sources: Sources, feed: Feed, objective: Objective
 ) -> dict[str, float]:
     """Fill the report of a training that is over; its metrics."""

@@ -15,9 +15,9 @@ from torch.nn import functional
 from puna.core.errors import PunaError
 from puna.core.seeds import torch_generator
 from puna.core.stage import Context, get_stage, validate
-from puna.model.llama import INITIAL_DEVIATION, Llama
-from puna.model.mup import DRAWN, Mup, begin, parts
-from puna.model.spec import BlockSpec, LlamaSpec
+from puna.model.llama import Llama
+from puna.model.mup import Mup, begin, parts
+from puna.model.spec import INITIAL_DEVIATION, BlockSpec, LlamaSpec
 from puna.train.optimizer import Optimizer, OptimizerSettings
 
 NEUTRAL = {
@@ -51,7 +51,9 @@ class Explicit:
             for name, parameter in self.model.named_parameters():
                 if parameter.dim() == 2:
                     hidden = "layers" in name
-                    start = settings.deviation / DRAWN * (math.sqrt(self.narrower) if hidden else 1.0)
+                    start = (
+                        settings.deviation / INITIAL_DEVIATION * (math.sqrt(self.narrower) if hidden else 1.0)
+                    )
                     start /= (
                         math.sqrt(layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
                     )
@@ -108,7 +110,6 @@ def test_the_plain_llama_learns_as_the_one_with_multipliers(tied: bool) -> None:
 
 
 def test_a_neutral_setting_moves_no_bit_and_no_rate() -> None:
-    assert DRAWN == INITIAL_DEVIATION
     neutral = Mup(base_width=32, **NEUTRAL)
     assert parts(spec(), neutral) == {}
     model = Llama(spec(), generator=torch_generator(1, "x"))
@@ -130,8 +131,8 @@ def test_the_papers_figures() -> None:
     told = parts(LlamaSpec(vocab_size=32032, hidden_size=4096, blocks=(block,) * 32, tied=True), Mup())
     layer = "model.layers.31."
     assert told[f"{layer}mlp.up_proj.weight"].rate == told[f"{layer}self_attn.o_proj.weight"].rate == 0.0625
-    assert told[f"{layer}mlp.up_proj.weight"].start * DRAWN == pytest.approx(0.01825)
-    assert told[f"{layer}mlp.down_proj.weight"].start * DRAWN == pytest.approx(0.00228, abs=5e-6)
+    assert told[f"{layer}mlp.up_proj.weight"].start * INITIAL_DEVIATION == pytest.approx(0.01825)
+    assert told[f"{layer}mlp.down_proj.weight"].start * INITIAL_DEVIATION == pytest.approx(0.00228, abs=5e-6)
     assert told["model.embed_tokens.weight"].rate == 14.6
     assert told["model.norm.weight"].start * 14.6 == pytest.approx(0.13875)
     query, key = told[f"{layer}self_attn.q_proj.weight"], told[f"{layer}self_attn.k_proj.weight"]

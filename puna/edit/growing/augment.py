@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from puna.core.errors import PunaError
-from puna.model.llama import INITIAL_DEVIATION, Llama
-from puna.model.spec import BlockSpec, LlamaSpec
+from puna.model.llama import Llama
+from puna.model.spec import INITIAL_DEVIATION, BlockSpec, LlamaSpec
 
 PAPERS_RATIO = 32  # hidden size over the bottleneck's width
 

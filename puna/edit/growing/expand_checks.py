@@ -15,7 +15,7 @@ from puna.model.cache import KeyValueCache
 from puna.model.hf import bytes_of
 from puna.model.llama import Llama
 from puna.model.plain_stepper import PlainStepper
-from puna.model.probe import PROBE_TOKENS, difference, probe
+from puna.model.probe import PROBE_TOKENS, difference, probe, probe_ids
 from puna.model.spec import LlamaSpec
 from puna.model.twins import watched
 from puna.text.stored_weights import Weights, parts_of
@@ -24,19 +24,13 @@ from puna.train.twins import divergence_of
 SERVED_TOKENS = 16
 
 
-def _probe_ids(model: Llama) -> torch.Tensor:
-    """Token ids [1, 48] that differ."""
-    ids = torch.arange(1, PROBE_TOKENS + 1) * 7919 % model.spec.vocab_size
-    return ids[None].to(model.device)
-
-
 @torch.no_grad()
 def at_start(base: Llama, planned: Plan, *, seed: int, noise: float) -> tuple[Llama, dict[str, float]]:
     """The expanded decoder, and how far it is from its base: logits, and the two divergences, at most."""
     grown = expand(base, planned, seed=seed, noise=noise)
     figures = {"difference": difference(probe(base), probe(grown))}
     with watched(grown) as seen:
-        grown.hidden(_probe_ids(grown))
+        grown.hidden(probe_ids(grown))
     for kind in ("cosine", "mse"):
         found = [float(divergence_of(each, kind, 1.0).max()) for each in seen]
         figures[f"divergence.{kind}"] = max(found, default=0.0)
@@ -91,7 +85,7 @@ def keys_kept(base: Llama, expanded: Llama) -> dict[str, float]:
     ``cached_difference``: the largest difference of a logit, read token by token with a cache or at once.
     ``served``: the share of greedy tokens out of the engine that are those of the model without a cache.
     """
-    ids = _probe_ids(expanded)
+    ids = probe_ids(expanded)
     whole = expanded(ids)
     cache = KeyValueCache(expanded.spec, 1, PROBE_TOKENS, dtype=expanded.dtype)
     parts = torch.cat([expanded(ids[:, [place]], cache=cache) for place in range(PROBE_TOKENS)], dim=1)

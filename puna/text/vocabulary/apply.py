@@ -10,7 +10,8 @@ from torch import Tensor
 
 from puna.core.errors import PunaError, unknown_name
 from puna.core.seeds import torch_generator
-from puna.model.llama import INITIAL_DEVIATION, Llama
+from puna.model.llama import Llama
+from puna.model.spec import INITIAL_DEVIATION
 from puna.text.template import find_template
 from puna.text.tokenizer import Tokenizer
 from puna.text.vocabulary.operator import ORIGINS, Draw, VocabularyMap

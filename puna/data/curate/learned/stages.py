@@ -21,6 +21,16 @@ def _learned_cost(parameters: Any, shapes: Any) -> Cost:
     return Cost(tokens=shapes.tokens, seconds=times * shapes.tokens / _TOKENS_PER_SECOND)
 
 
+def _drawn(context: Context, side: str, rows: int) -> list[str]:
+    """At most so many texts of a side's corpora, drawn by the seed; none where it was not given."""
+    from puna.core.seeds import numpy_generator
+    from puna.data.corpus import Corpus
+    from puna.data.curate.learned.quality_classifier import drawn, texts_of_corpora
+
+    corpora = (Corpus.open(path) for path in (context.inputs.get(side) or {}).values())
+    return drawn(texts_of_corpora(corpora), rows, numpy_generator(context.seed, side))
+
+
 @stage(
     "quality_classifier",
     parameters=QualityClassifierParameters,
@@ -59,16 +69,10 @@ def importance_model(context: Context, parameters: ImportanceParameters) -> Outc
 
     Time grows linearly with the texts; memory holds those drawn and a count for each bucket.
     """
-    from puna.core.seeds import numpy_generator
-    from puna.data.corpus import Corpus
     from puna.data.curate.learned.importance import ImportanceModel
-    from puna.data.curate.learned.quality_classifier import drawn, texts_of_corpora
 
-    def texts_of_side(side: str) -> list[str]:
-        texts = texts_of_corpora(Corpus.open(path) for path in context.inputs[side].values())
-        return drawn(texts, parameters.rows, numpy_generator(context.seed, side))
-
-    model, metrics = ImportanceModel.measured(texts_of_side("target"), texts_of_side("source"), parameters)
+    target, source = (_drawn(context, side, parameters.rows) for side in ("target", "source"))
+    model, metrics = ImportanceModel.measured(target, source, parameters)
     path = context.out / "model.safetensors"
     model.save(path)
     return Outcome({"model": path}, metrics)
@@ -86,17 +90,10 @@ def ngram_model(context: Context, parameters: NgramParameters) -> Outcome:
 
     Time grows linearly with the texts; memory holds every different n-gram, some 200 bytes each.
     """
-    from puna.core.seeds import numpy_generator
-    from puna.data.corpus import Corpus
     from puna.data.curate.learned.ngram_model import measured
-    from puna.data.curate.learned.quality_classifier import drawn, texts_of_corpora
-
-    def texts_of_side(side: str) -> list[str]:
-        corpora = (context.inputs.get(side) or {}).values()
-        texts = texts_of_corpora(Corpus.open(path) for path in corpora)
-        return drawn(texts, parameters.rows, numpy_generator(context.seed, side))
 
     context.out.mkdir(parents=True, exist_ok=True)
     path = context.out / "model.arpa"
-    metrics = measured(texts_of_side("reference"), texts_of_side("other"), parameters, path)
+    reference, other = (_drawn(context, side, parameters.rows) for side in ("reference", "other"))
+    metrics = measured(reference, other, parameters, path)
     return Outcome({"model": path}, metrics)
